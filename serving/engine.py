@@ -1,0 +1,262 @@
+"""The engine: ONNX Runtime sessions over one bundle, in one of three modes.
+
+`single` runs one derived path, `ensemble` the mean over several, and `random` a fresh path for every image, drawn from
+the operating system's entropy. The drawn gates stay inside this module: they are not returned, logged or counted apart,
+because an attacker who learns them faces a fixed network.
+"""
+
+import os
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from zoo.bundle import Bundle
+from zoo.card import Card
+from zoo.errors import BadInput, BundleError, UnknownName
+
+Mode = Literal["single", "ensemble", "random"]
+Device = Literal["cpu", "cuda"]
+GateSource = Callable[[int], NDArray[np.int64]]
+"""Number of images -> their gates, int64 (image, gate)."""
+
+VARIANT_OF_MODE: dict[str, str] = {"single": "single", "ensemble": "ensemble", "random": "gated"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_INPUT, _GATES, _OUTPUTS = "images", "gates", ["probabilities", "logits"]
+
+
+class Prediction(NamedTuple):
+    """What a model says about some images, row by row."""
+
+    probabilities: NDArray[np.float32]
+    """(image, class); each row sums to 1."""
+    logits: NDArray[np.float32]
+    """(image, class)."""
+
+
+class Predictor(Protocol):
+    """Anything that answers images; called from several threads at once."""
+
+    def predict(self, images: NDArray[np.float32]) -> Prediction:
+        """Answer float32 (image, channel, height, width) in [0, 1] with one row per image, in the same order."""
+        ...
+
+
+class SystemGates:
+    """Uniform gates from the operating system's entropy (`os.urandom`)."""
+
+    def __init__(self, num_gates: int, candidates: int) -> None:
+        self._num_gates = num_gates
+        self._candidates = candidates
+        # below this bound every candidate is hit by equally many 32-bit words; the few words above are drawn again
+        self._bound = 2**32 - 2**32 % candidates
+
+    def __call__(self, num_images: int) -> NDArray[np.int64]:
+        """Return fresh gates, int64 (image, gate)."""
+        wanted = num_images * self._num_gates
+        words = np.empty(0, dtype=np.uint32)
+        while len(words) < wanted:
+            drawn = np.frombuffer(os.urandom(4 * (wanted - len(words))), dtype=np.uint32)
+            words = np.concatenate([words, drawn[drawn < self._bound]])
+        return (words % np.uint32(self._candidates)).astype(np.int64).reshape(num_images, self._num_gates)
+
+
+class Engine:
+    """A bundle loaded into ONNX Runtime; a `Predictor`.
+
+    There is one session per thread, each with its own copy of the weights, because a session of its own that uses one
+    core is the fastest arrangement on a processor; `predict` takes a session that is free and waits if none is.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        mode: Mode | None = None,
+        *,
+        threads: int | None = None,
+        intra_op: int = 1,
+        device: Device = "cpu",
+        allow_cpu_fallback: bool = False,
+        allow_spinning: bool = False,
+        gate_source: GateSource | None = None,
+    ) -> None:
+        """Load the graph of `mode`.
+
+        Args:
+            bundle: where the graph is read from; its checksum is checked.
+            mode: None takes `single`, or what else there is.
+            threads: how many sessions; None is one per usable core (one in all on a GPU).
+            intra_op: how many cores one session uses.
+            device: `cuda` needs ONNX Runtime's CUDA provider and its libraries.
+            allow_cpu_fallback: with `cuda`, run on the processor where the GPU cannot be used; otherwise that is an
+                error.
+            allow_spinning: let idle sessions spin: a little less latency for cores that are never idle.
+            gate_source: where `random` draws its gates from; None is the operating system's entropy.
+
+        Raises:
+            UnknownName: if `mode` is no mode.
+            BadInput: if the model lacks the mode, or the device cannot be used.
+            BundleError: if the graph is damaged or is not of the form that `zoo` exports.
+        """
+        self.card = bundle.card
+        self.mode: Mode = choose_mode(bundle.card, mode)
+        self.threads = threads or (usable_cores() if device == "cpu" else 1)
+        self._num_gates = len(self.card.architecture.gated_layers)
+        self._draw_gates = gate_source or SystemGates(self._num_gates, self.card.architecture.candidates)
+        if self.card.input.range != (0.0, 1.0):
+            raise BundleError(f"{self.card.name}: pixels are in {self.card.input.range}, the server needs [0.0, 1.0]")
+        graph_name = graph_file(self.mode)
+        graph = bundle.read(graph_name)
+        options = _session_options(intra_op=intra_op, allow_spinning=allow_spinning)
+        self._sessions: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(self.threads):
+            session = _open_session(graph, options, device, allow_cpu_fallback, f"{self.card.name}/{graph_name}")
+            _check_signature(session, self.card, self.mode, f"{self.card.name}/{graph_name}")
+            self._sessions.put(session)
+
+    def predict(self, images: NDArray[np.float32]) -> Prediction:
+        """Answer float32 (image, channel, height, width) in [0, 1]; in mode `random` each image gets its own path."""
+        session = self._sessions.get()
+        try:
+            if self.mode == "random":
+                return self._predict_randomly(session, images)
+            return Prediction(*session.run(_OUTPUTS, {_INPUT: images}))
+        finally:
+            self._sessions.put(session)
+
+    def warm_up(self, max_batch: int) -> None:
+        """Run every session at every batch size up to `max_batch` once, and check what comes back.
+
+        Raises:
+            BundleError: if an answer has the wrong shape or its probabilities are none.
+        """
+        shape = (self.card.input.channels, self.card.input.height, self.card.input.width)
+        sizes = [size for size in range(1, max_batch + 1) if size <= 8 or size == max_batch or size & (size - 1) == 0]
+        for _ in range(self.threads):  # the queue hands the sessions out in turn
+            session = self._sessions.get()
+            for size in sizes if self.mode != "random" else [1, 2]:
+                images = np.zeros((size, *shape), dtype=np.float32)
+                self._sessions.put(session)
+                answer = self.predict(images)
+                session = self._sessions.get()
+                self._check_answer(answer, size)
+            self._sessions.put(session)
+
+    def _predict_randomly(self, session: Any, images: NDArray[np.float32]) -> Prediction:
+        paths = self._draw_gates(len(images))
+        rows = [session.run(_OUTPUTS, {_INPUT: images[row : row + 1], _GATES: path}) for row, path in enumerate(paths)]
+        if len(rows) == 1:
+            return Prediction(*rows[0])
+        return Prediction(*(np.concatenate(column) for column in zip(*rows, strict=True)))
+
+    def _check_answer(self, answer: Prediction, size: int) -> None:
+        expected = (size, len(self.card.classes))
+        for name, values in zip(_OUTPUTS, answer, strict=True):
+            if values.shape != expected:
+                raise BundleError(
+                    f"{self.card.name}: {name} of {size} images have shape {values.shape}, expected {expected}; the "
+                    "graph does not fit its card, so export it again"
+                )
+        if not np.allclose(answer.probabilities.sum(axis=1), 1, atol=1e-3):
+            raise BundleError(f"{self.card.name}: the probabilities of an image do not sum to 1; export it again")
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def modes_of(card: Card) -> list[str]:
+    """Return the modes that a model can be served in."""
+    return [mode for mode, variant in VARIANT_OF_MODE.items() if variant in card.variants]
+
+
+def choose_mode(card: Card, mode: str | None) -> Mode:
+    """Return `mode` if the model has it; None takes `single`, or the first there is.
+
+    Raises:
+        UnknownName: if it is no mode.
+        BadInput: if the model lacks the variant for it, or has no graph at all.
+    """
+    available = modes_of(card)
+    if mode is not None and mode not in VARIANT_OF_MODE:
+        raise UnknownName(mode, VARIANT_OF_MODE, kind="mode")
+    if not available:
+        raise BadInput(f"{card.name} has no graph to serve (no variants); run `manygates export` on it first")
+    if mode is not None and mode not in available:
+        raise BadInput(
+            f"{card.name} cannot be served in mode {mode!r}: it has no variant {VARIANT_OF_MODE[mode]!r}; its modes are "
+            f"{', '.join(available)}"
+        )
+    return mode or available[0]  # type: ignore[return-value]  # both are keys of VARIANT_OF_MODE
+
+
+def graph_file(mode: Mode) -> str:
+    """Return the name of the file that `mode` runs."""
+    return f"{VARIANT_OF_MODE[mode]}.onnx"
+
+
+def _session_options(*, intra_op: int, allow_spinning: bool) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = intra_op
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # batch sizes vary, so a memory plan per shape is rarely used again
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if allow_spinning else "0")
+    return options
+
+
+def _open_session(graph: bytes, options: Any, device: Device, allow_cpu_fallback: bool, name: str) -> Any:
+    wanted = _PROVIDERS[device]
+    providers = [wanted] if device == "cpu" else [wanted, _PROVIDERS["cpu"]]
+    available = onnxruntime.get_available_providers()
+    if wanted not in available:
+        if not allow_cpu_fallback:
+            raise BadInput(f"{wanted} is not in this ONNX Runtime (only {', '.join(available)}); {_FALLBACK_HINT}")
+        providers = [_PROVIDERS["cpu"]]
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=providers)
+    except Exception as error:  # noqa: BLE001 -- ONNX Runtime's exceptions have no common base of their own
+        raise BundleError(f"{name} cannot be loaded by ONNX Runtime ({error}); export it again") from error
+    if wanted not in session.get_providers() and not allow_cpu_fallback:
+        raise BadInput(
+            f"{wanted} could not be started, ONNX Runtime fell back to {', '.join(session.get_providers())}; "
+            f"{_FALLBACK_HINT}"
+        )
+    return session
+
+
+_FALLBACK_HINT = "install the CUDA libraries it names, or allow the fall-back to the processor"
+
+
+def _check_signature(session: Any, card: Card, mode: Mode, name: str) -> None:
+    """The graph has the inputs and outputs that every exported graph has, with the card's sizes."""
+    images = card.input
+    wanted: dict[str, tuple[str, list[int | None]]] = {
+        _INPUT: ("tensor(float)", [None, images.channels, images.height, images.width])
+    }
+    if mode == "random":
+        wanted[_GATES] = ("tensor(int64)", [len(card.architecture.gated_layers)])
+    found = {entry.name: (entry.type, entry.shape) for entry in session.get_inputs()}
+    if found.keys() != wanted.keys():
+        raise BundleError(f"{name} has the inputs {sorted(found)}, expected {sorted(wanted)}; export it again")
+    for key, (kind, shape) in wanted.items():
+        found_kind, found_shape = found[key]
+        fits = len(found_shape) == len(shape) and all(
+            expected is None or size == expected or not isinstance(size, int)
+            for size, expected in zip(found_shape, shape, strict=True)
+        )
+        if found_kind != kind or not fits or (key == _INPUT and isinstance(found_shape[0], int)):
+            raise BundleError(
+                f"{name}: the input {key!r} is {found_kind} {found_shape}, expected {kind} "
+                f"{['batch' if size is None else size for size in shape]}; export it again"
+            )
+    outputs = {entry.name for entry in session.get_outputs()}
+    if not outputs >= set(_OUTPUTS):
+        raise BundleError(f"{name} has the outputs {sorted(outputs)}, expected {sorted(_OUTPUTS)}; export it again")

@@ -1,0 +1,1 @@
+"""How a model gets its weights: objectives, recipes, one loop."""

@@ -1,0 +1,435 @@
+"""The one training loop.
+
+A run is a folder:
+
+    recipe.json        the resolved recipe
+    provenance.json    seed, commit, library versions, hardware, date
+    log.csv            a line per epoch; the same numbers as TensorBoard events under events/
+    last.safetensors   weights, optimiser and position: what resuming reads
+    best.safetensors   weights that were best on the held-out training images
+
+Resuming is bit-exact on the CPU: the checkpoint holds the position, and every draw is a function of it
+(`training.randomness`).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.distributed import World
+from training.objectives import Batch, Step
+from training.randomness import gate_generator, seed_for, tensor_generator
+from training.recipes import Phase, Recipe, from_resolved, method_name, resolved
+from zoo import data, paths
+from zoo.attacks import LinfBudget, pgd
+from zoo.checkpoint import (
+    Architecture,
+    load,
+    load_network_state,
+    network_state,
+    read_architecture,
+    save,
+)
+from zoo.derive import derive, folded_copy
+from zoo.errors import BadInput, CheckpointError
+from zoo.files import write_json_atomic, write_text_atomic
+from zoo.rgn import RandomGatedNetwork
+
+LAST, BEST, RECIPE, PROVENANCE, LOG = (
+    "last.safetensors",
+    "best.safetensors",
+    "recipe.json",
+    "provenance.json",
+    "log.csv",
+)
+VALIDATION_PATHS = 4
+VALIDATION_ATTACKED = 256
+COLUMNS = (
+    "epoch",
+    "objective",
+    "steps",
+    "learning_rate",
+    "loss",
+    "accuracy",
+    "held_out_clean",
+    "held_out_robust",
+    "seconds",
+)
+
+
+@dataclass
+class Position:
+    """How far a run is; saved with every checkpoint."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best: float = -1.0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    rows: list[dict[str, float | int | str]] = field(default_factory=list)
+
+
+def architecture_of(recipe: Recipe) -> Architecture:
+    """Return what a recipe trains."""
+    return Architecture(
+        network=recipe.network,
+        options=recipe.network_options,
+        dataset=recipe.dataset,
+        candidates=recipe.candidates,
+        sharing=recipe.sharing if recipe.candidates > 1 else None,
+    )
+
+
+def train(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> nn.Module:
+    """Train what `recipe` says into `run_dir`, or go on where a stopped run was.
+
+    Args:
+        recipe: what to do.
+        run_dir: the run's folder; made if absent.
+        resume: continue from its last checkpoint; without one the run starts from the beginning.
+        device: "cpu", "cuda"; the first CUDA device if there is one, else the CPU, if None.
+        checkpoint_seconds: at most this much work is lost when the process is killed.
+
+    Returns:
+        The trained network, in evaluation mode.
+
+    Raises:
+        BadInput: the folder holds another run, or one that `resume` was not asked to go on with.
+        DataMissing: the data set is not there.
+    """
+    world = World.join()
+    place = torch.device(device or (f"cuda:{world.local_rank}" if torch.cuda.is_available() else "cpu"))
+    _check_folder(recipe, run_dir, resume)
+    loop = _Loop(recipe, run_dir, world, place, checkpoint_seconds)
+    if world.leads and not (run_dir / RECIPE).exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(run_dir / PROVENANCE, provenance(recipe))
+        write_json_atomic(run_dir / RECIPE, resolved(recipe))
+    world.wait()
+    if resume and (run_dir / LAST).exists():
+        loop.restore()
+    loop.run()
+    world.leave()
+    return loop.model.eval()
+
+
+def load_run(run_dir: Path, *, which: str = "last") -> tuple[nn.Module, Architecture, Recipe]:
+    """Load the network of a run, in evaluation mode, with its architecture and recipe.
+
+    Args:
+        run_dir: a folder that `train` wrote.
+        which: "last" or "best".
+
+    Raises:
+        CheckpointError: not a run, or one without such a checkpoint yet.
+    """
+    if which not in ("last", "best"):
+        raise BadInput(f"which must be 'last' or 'best', got {which!r}")
+    if not (run_dir / RECIPE).is_file():
+        raise CheckpointError(f"{run_dir} is not a training run: it holds no {RECIPE}")
+    file = run_dir / (LAST if which == "last" else BEST)
+    if not file.is_file():
+        raise CheckpointError(f"{run_dir} has no {file.name} yet; train for longer, or pick another checkpoint")
+    tensors, header = load(file)
+    architecture = read_architecture(header, file)
+    network = architecture.build()
+    load_network_state(
+        network, {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+    )
+    return network.eval(), architecture, from_resolved(json.loads((run_dir / RECIPE).read_text()))
+
+
+def _check_folder(recipe: Recipe, run_dir: Path, resume: bool) -> None:
+    document = resolved(recipe)
+    if (run_dir / RECIPE).exists():
+        stored = json.loads((run_dir / RECIPE).read_text())
+        if not resume:
+            raise BadInput(
+                f"{run_dir} already holds a run of {stored.get('name')!r}; add --resume, or choose another folder"
+            )
+        if stored != document:
+            differing = sorted(key for key in {*stored, *document} if stored.get(key) != document.get(key))
+            raise BadInput(
+                f"{run_dir} was started with another recipe (different: {', '.join(differing)}); "
+                "resume with the same recipe and settings, or choose another folder"
+            )
+        return
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise BadInput(f"{run_dir} is not empty and holds no run; choose an empty or new folder")
+
+
+def provenance(recipe: Recipe) -> dict[str, Any]:
+    """Return where a run comes from: seed, commit, versions, hardware, date."""
+    import importlib.metadata
+
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "numpy", "safetensors", "manygates"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return {
+        "seed": recipe.seed,
+        "commit": _commit(),
+        "versions": versions,
+        "hardware": hardware,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+class _Loop:
+    """A run in memory: model, data, optimiser and position."""
+
+    def __init__(
+        self, recipe: Recipe, run_dir: Path, world: World, device: torch.device, checkpoint_seconds: float
+    ) -> None:
+        self.recipe, self.run_dir, self.world, self.device = recipe, run_dir, world, device
+        self.checkpoint_seconds = checkpoint_seconds
+        torch.manual_seed(seed_for(recipe.seed, "initialise"))
+        self.architecture = architecture_of(recipe)
+        self.model = self.architecture.build().to(device)
+        if recipe.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = data.load(recipe.dataset, "train")
+        if recipe.train_images is not None:
+            images = data.evaluation_subset(images, recipe.train_images, recipe.seed)
+        self.images, self.held_out = (
+            part.to(device) for part in data.hold_out(images, recipe.held_out, seed_for(recipe.seed, "hold out"))
+        )
+        self.batches = len(self.images) // recipe.batch_size
+        if self.batches == 0:
+            raise BadInput(
+                f"{len(self.images)} training images are less than one batch of {recipe.batch_size}; lower batch_size"
+            )
+        self.flip = data.source(recipe.dataset).flips
+        self.share = world.share(recipe.batch_size)
+        self.precision = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        self.position = Position()
+        self.optimizer = self._optimizer(recipe.phases[0])
+        self.started = time.monotonic()
+        self.saved = time.monotonic()
+
+    def run(self) -> None:
+        """Train to the end."""
+        writer = self._writer()
+        while self.position.epoch < self.recipe.epochs:
+            phase, epoch = self._phase()
+            if epoch == 0 and self.position.batch == 0:
+                self.optimizer = self._optimizer(phase)
+            self._epoch(phase, epoch)
+            self._finish_epoch(phase, epoch, writer)
+        if writer is not None:
+            writer.close()
+
+    def _phase(self) -> tuple[Phase, int]:
+        epoch = self.position.epoch
+        for phase in self.recipe.phases:
+            if epoch < phase.epochs:
+                return phase, epoch
+            epoch -= phase.epochs
+        raise AssertionError("the position lies behind the last phase")
+
+    def _optimizer(self, phase: Phase) -> torch.optim.SGD:
+        return torch.optim.SGD(
+            self.model.parameters(),
+            lr=phase.learning_rate,
+            momentum=phase.momentum,
+            nesterov=phase.nesterov,
+            weight_decay=phase.weight_decay,
+        )
+
+    def _epoch(self, phase: Phase, epoch: int) -> None:
+        self.model.train()
+        place, seed = self.position, self.recipe.seed
+        orders = [
+            torch.randperm(len(self.images), generator=tensor_generator(seed, "order", place.epoch, stream))
+            for stream in range(phase.objective.streams)
+        ]
+        label = f"epoch {place.epoch + 1}/{self.recipe.epochs} {method_name(phase.objective)}"
+        for batch in self._progress(range(place.batch, self.batches), label):
+            rate = learning_rate(phase, epoch + batch / self.batches)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            torch.manual_seed(seed_for(seed, "layers", place.step, self.world.rank))
+            step = Step(seed=seed, number=place.step, precision=self.precision, rank=self.world.rank)
+            self.optimizer.zero_grad(set_to_none=True)
+            measured = phase.objective.accumulate(self.model, self._batches(orders, batch), step)
+            self.world.average(self.model)
+            self.optimizer.step()
+            for name, value in measured.items():
+                place.sums[name] = place.sums.get(name, 0.0) + float(value)
+            if not math.isfinite(float(measured["loss"])):
+                raise CheckpointError(
+                    f"the loss became {float(measured['loss'])} at step {place.step}; the last good state is in "
+                    f"{self.run_dir / LAST}; lower the learning rate (--set phases.0.learning_rate=…)"
+                )
+            place.step += 1
+            place.batch = batch + 1
+            if time.monotonic() - self.saved > self.checkpoint_seconds:
+                self.checkpoint()
+
+    def _progress(self, batches: range, label: str) -> Iterator[int]:
+        shown = self.world.leads and sys.stderr.isatty()
+        total = self.batches
+        yield from tqdm(batches, desc=label, initial=batches.start, total=total, disable=not shown, leave=False)
+
+    def _batches(self, orders: list[Tensor], batch: int) -> list[Batch]:
+        size, place = self.recipe.batch_size, self.position
+        batches = []
+        for stream, order in enumerate(orders):
+            index = order[batch * size : (batch + 1) * size].to(self.device)
+            generator = tensor_generator(self.recipe.seed, "augment", place.step, stream)
+            pixels = data.augment(self.images.pixels[index], generator, flip=self.flip)[self.share]
+            images = data.as_float(pixels)
+            if self.recipe.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            batches.append(Batch(images, self.images.labels[index][self.share]))
+        return batches
+
+    def _finish_epoch(self, phase: Phase, epoch: int, writer: Any) -> None:
+        place = self.position
+        row: dict[str, float | int | str] = {
+            "epoch": place.epoch + 1,
+            "objective": method_name(phase.objective),
+            "steps": place.step,
+            "learning_rate": learning_rate(phase, epoch + 1 - 1 / self.batches),
+        }
+        row |= {name: round(total / self.batches, 6) for name, total in place.sums.items() if name in COLUMNS}
+        if (place.epoch + 1) % self.recipe.validate_every == 0 or place.epoch + 1 == self.recipe.epochs:
+            row |= self._validate()
+        place.seconds += time.monotonic() - self.started
+        self.started = time.monotonic()
+        row["seconds"] = round(place.seconds, 1)
+        place.rows.append(row)
+        place.epoch, place.batch, place.sums = place.epoch + 1, 0, {}
+        if self.world.leads:
+            score = cast(float, row.get(f"held_out_{self.recipe.selection}", -1.0))
+            if phase is self.recipe.phases[-1] and score > place.best:
+                place.best = score
+                self._save(BEST, weights_only=True)
+            write_text_atomic(self.run_dir / LOG, _table(place.rows))
+            if writer is not None:
+                for name, value in row.items():
+                    if isinstance(value, float):
+                        writer.add_scalar(name, value, place.epoch)
+            shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+            print("  ".join(f"{name} {value}" for name, value in shown.items()), file=sys.stderr, flush=True)
+        self.checkpoint()
+
+    def _validate(self) -> dict[str, float]:
+        """Measure on the held-out training images: mean over a few fixed paths, or the plain network."""
+        if not len(self.held_out):
+            return {}
+        self.model.eval()
+        if isinstance(self.model, RandomGatedNetwork):
+            rng = gate_generator(self.recipe.seed, "validation")
+            chosen = [paths.sample(self.model.num_gates, self.model.candidates, rng) for _ in range(VALIDATION_PATHS)]
+            members = [folded_copy(derive(self.model, path)) for path in chosen]
+        else:
+            members = [folded_copy(self.model)]
+        clean, robust = [], []
+        attacked = self.held_out[slice(0, VALIDATION_ATTACKED)]
+        for number, member in enumerate(members):
+            correct = [
+                (member(images).argmax(1) == labels).float()
+                for images, labels in self.held_out.batches(self.recipe.batch_size)
+            ]
+            clean.append(float(torch.cat(correct).mean()))
+            if number == 0:
+                images, labels = data.as_float(attacked.pixels), attacked.labels
+                budget = LinfBudget(eps=0.01, steps=10, random_start=False)
+                adversarial = pgd(member, images, labels, budget)
+                robust.append(float((member(adversarial).argmax(1) == labels).float().mean()))
+        self.model.train()
+        return {"held_out_clean": sum(clean) / len(clean), "held_out_robust": sum(robust) / len(robust)}
+
+    def checkpoint(self) -> None:
+        """Write the last checkpoint: one file, one rename."""
+        if self.world.leads:
+            self._save(LAST)
+        self.saved = time.monotonic()
+
+    def _save(self, name: str, *, weights_only: bool = False) -> None:
+        tensors = {f"model/{key}": tensor for key, tensor in network_state(self.model).items()}
+        header: dict[str, Any] = {"architecture": asdict(self.architecture), "position": asdict(self.position)}
+        if not weights_only:
+            for key, parameter in self.model.named_parameters():
+                momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+                if momentum is not None:
+                    tensors[f"momentum/{key}"] = momentum
+        save(self.run_dir / name, tensors, header)
+
+    def restore(self) -> None:
+        """Take up the last checkpoint."""
+        tensors, header = load(self.run_dir / LAST)
+        model = {key.removeprefix("model/"): t for key, t in tensors.items() if key.startswith("model/")}
+        load_network_state(self.model, model)
+        self.position = Position(**header["position"])
+        if self.position.epoch >= self.recipe.epochs:
+            return
+        self.optimizer = self._optimizer(self._phase()[0])
+        for key, parameter in self.model.named_parameters():
+            if f"momentum/{key}" in tensors:
+                buffer = torch.empty_like(parameter).copy_(tensors[f"momentum/{key}"])
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+
+    def _writer(self) -> Any:
+        if not self.world.leads:
+            return None
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        return SummaryWriter(str(self.run_dir / "events"), purge_step=self.position.epoch + 1)  # type: ignore[no-untyped-call]
+
+
+def learning_rate(phase: Phase, epoch: float) -> float:
+    """Return the learning rate `epoch` epochs into a phase (a fraction within an epoch)."""
+    if phase.schedule == "step":
+        passed = sum(int(epoch) >= milestone for milestone in phase.milestones)
+        return phase.learning_rate * 0.1**passed
+    warm_up = phase.epochs / 20
+    if epoch < warm_up:
+        return phase.learning_rate * (epoch + 1e-3) / (warm_up + 1e-3)
+    return phase.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / (phase.epochs - warm_up)))
+
+
+def _table(rows: list[dict[str, float | int | str]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

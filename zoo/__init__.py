@@ -1,0 +1,1 @@
+"""What a model is: networks, gates, paths, attacks, evaluation, export, bundles and the hub."""

@@ -1,0 +1,5 @@
+"""Attacks: pure functions from a model, images and labels to adversarial images, on pixels in [0, 1]."""
+
+from zoo.attacks.gradient import LinfBudget, fgsm, pgd
+
+__all__ = ["LinfBudget", "fgsm", "pgd"]

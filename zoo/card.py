@@ -1,0 +1,391 @@
+"""The card: everything that is known about a model, in one strict JSON document (`card.json`).
+
+A card is read as strictly as it is written: an unknown or missing key, a wrong type or a number out of range is refused
+with the key, the value and what was expected. The same card always gives the same bytes.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import zoo.paths
+from zoo.errors import BadPath, BundleError
+
+SCHEMA = 1
+VARIANTS = ("single", "ensemble", "gated")
+SHARINGS = ("independent", "shared_conv")
+RESIZES = ("nearest", "bilinear", "bicubic", "lanczos")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The network: a template by name, and the layers that have several candidates."""
+
+    name: str
+    options: Mapping[str, Any]
+    """Keyword arguments of the template, free-form JSON."""
+    gated_layers: tuple[str, ...]
+    """Names of the gated convolutions in the order of the gates; empty for a plain network."""
+    candidates: int
+    """n, how many candidates each gated layer has; 1 for a plain network."""
+    sharing: str | None
+    """`independent` (the paper), `shared_conv` (the authors' code), or None for a plain network."""
+    parameters: int
+    """Of all candidates together."""
+    single_path_parameters: int
+
+    def __post_init__(self) -> None:
+        _expect(self.name != "", "architecture.name", self.name, "a name")
+        _expect(self.candidates >= 1, "architecture.candidates", self.candidates, "at least 1")
+        _expect_unique("architecture.gated_layers", self.gated_layers)
+        _expect(
+            self.sharing is None or self.sharing in SHARINGS,
+            "architecture.sharing",
+            self.sharing,
+            f"null or one of {', '.join(SHARINGS)}",
+        )
+        plain = not self.gated_layers
+        _expect(
+            plain == (self.sharing is None),
+            "architecture.sharing",
+            self.sharing,
+            "null exactly when gated_layers is empty",
+        )
+        _expect(
+            not plain or self.candidates == 1, "architecture.candidates", self.candidates, "1 where no layer is gated"
+        )
+        for key in ("parameters", "single_path_parameters"):
+            _expect(getattr(self, key) > 0, f"architecture.{key}", getattr(self, key), "a positive count")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputFormat:
+    """What an image must look like; mean and std are inside the graphs and stand here for the reader."""
+
+    channels: int
+    height: int
+    width: int
+    range: tuple[float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: str
+    """The filter that brings an image file to height x width."""
+
+    def __post_init__(self) -> None:
+        for key in ("channels", "height", "width"):
+            _expect(1 <= getattr(self, key) <= 65_536, f"input.{key}", getattr(self, key), "between 1 and 65536")
+        _expect(self.range[0] < self.range[1], "input.range", self.range, "[low, high] with low < high")
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            _expect(len(values) == self.channels, f"input.{key}", values, f"{self.channels} values, one per channel")
+        _expect(all(value > 0 for value in self.std), "input.std", self.std, "positive values")
+        _expect(self.resize in RESIZES, "input.resize", self.resize, f"one of {', '.join(RESIZES)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Paths:
+    """The derived paths, written as `zoo.paths` does: one digit per gate ("0110…")."""
+
+    single: str | None
+    ensemble: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Where the weights come from."""
+
+    recipe: Mapping[str, Any]
+    """The resolved recipe, free-form JSON."""
+    seed: int
+    commit: str
+    versions: Mapping[str, str]
+    date: str
+    summary: str
+
+    def __post_init__(self) -> None:
+        _expect_date("training.date", self.date)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """One sanity check of an evaluation, and whether it held."""
+
+    name: str
+    held: bool
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """One measured accuracy, with everything needed to measure it again."""
+
+    protocol: str
+    variant: str
+    attack: str
+    """`none` for clean accuracy."""
+    eps: float
+    """In pixel units for l_inf: 1.0 is black to white."""
+    eps_fraction: str
+    """The same number exactly: "1/100", "8/255", "0"."""
+    steps: int
+    step_size: float
+    restarts: int
+    images: int
+    seed: int
+    accuracy: float
+    """Between 0 and 1."""
+    interval: tuple[float, float]
+    """95 % confidence interval of `accuracy`."""
+    note: str
+    checks: tuple[Check, ...]
+    date: str
+    command: str
+
+    def __post_init__(self) -> None:
+        for key in ("protocol", "variant", "attack"):
+            _expect(getattr(self, key) != "", f"results.{key}", getattr(self, key), "a name")
+        for key in ("steps", "restarts"):
+            _expect(getattr(self, key) >= 0, f"results.{key}", getattr(self, key), "0 or more")
+        for key in ("eps", "step_size"):
+            _expect(getattr(self, key) >= 0, f"results.{key}", getattr(self, key), "0 or more")
+        _expect(self.images >= 1, "results.images", self.images, "at least 1")
+        try:
+            exact = float(Fraction(self.eps_fraction))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            exact = math.nan
+        _expect(
+            math.isclose(exact, self.eps, rel_tol=1e-6, abs_tol=1e-12),
+            "results.eps_fraction",
+            self.eps_fraction,
+            f'the fraction that eps {self.eps} is, like "8/255"',
+        )
+        low, high = self.interval
+        _expect(0 <= self.accuracy <= 1, "results.accuracy", self.accuracy, "a share between 0 and 1, not per cent")
+        _expect(
+            0 <= low <= self.accuracy + 1e-6 and self.accuracy - 1e-6 <= high <= 1,
+            "results.interval",
+            self.interval,
+            f"[low, high] within [0, 1] around the accuracy {self.accuracy}",
+        )
+        _expect_date("results.date", self.date)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """What a file must be: its digest and its size in bytes."""
+
+    sha256: str
+    size: int
+
+    def __post_init__(self) -> None:
+        _expect(_SHA256.fullmatch(self.sha256) is not None, "files.sha256", self.sha256, "64 hexadecimal digits")
+        _expect(self.size >= 0, "files.size", self.size, "0 or more bytes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+    """One model, as `card.json` holds it; the fields are in the order of the keys."""
+
+    schema: int = SCHEMA
+    name: str
+    description: str
+    method: str
+    license: str
+    """An SPDX identifier in the hub's lower-case spelling."""
+    dataset: str
+    architecture: Architecture
+    input: InputFormat
+    classes: tuple[str, ...]
+    paths: Paths
+    variants: tuple[str, ...]
+    """Which graphs there are: variant V is the file V.onnx."""
+    training: Training
+    results: tuple[Result, ...]
+    files: Mapping[str, FileEntry]
+
+    def __post_init__(self) -> None:
+        _expect(self.schema == SCHEMA, "schema", self.schema, f"{SCHEMA}")
+        _expect(
+            _NAME.fullmatch(self.name) is not None and ".." not in self.name,
+            "name",
+            self.name,
+            "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit",
+        )
+        for key in ("method", "license", "dataset"):
+            _expect(getattr(self, key) != "", key, getattr(self, key), "a name")
+        _expect(len(self.classes) >= 2, "classes", self.classes, "at least two class names")
+        _expect_unique("classes", self.classes)
+        for variant in self.variants:
+            _expect(variant in VARIANTS, "variants", variant, f"one of {', '.join(VARIANTS)}")
+        _expect_unique("variants", self.variants)
+        self._check_paths()
+        for file_name in self.files:
+            check_file_name(file_name)
+
+    def _check_paths(self) -> None:
+        """Every path fits the gates, and a variant has the paths it is made of."""
+        gates, candidates = len(self.architecture.gated_layers), self.architecture.candidates
+        listed = [("paths.single", self.paths.single)] if self.paths.single is not None else []
+        listed += [("paths.ensemble", path) for path in self.paths.ensemble]
+        for key, path in listed:
+            try:
+                zoo.paths.parse(path, gates, candidates)
+            except BadPath as error:
+                raise BundleError(f"card.json: {key}: {error}; correct the card or export again") from error
+        if "gated" in self.variants:
+            _expect(gates > 0, "variants", "gated", "a network with gated layers")
+        if gates and "single" in self.variants:
+            _expect(self.paths.single is not None, "paths.single", None, "the path of the variant 'single'")
+        if gates and "ensemble" in self.variants:
+            _expect(bool(self.paths.ensemble), "paths.ensemble", [], "the paths of the variant 'ensemble'")
+
+    @classmethod
+    def from_json(cls, text: str) -> "Card":
+        """Read a card.
+
+        Raises:
+            BundleError: if it is not JSON, a key is missing, unknown or twice there, a value has the wrong type or
+                makes no sense, or the schema is newer than this version reads.
+        """
+        try:
+            document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise BundleError(f"card.json is not JSON ({error}); fetch or export the bundle again") from error
+        if isinstance(document, dict):
+            schema = document.get("schema")
+            if isinstance(schema, int) and schema > SCHEMA:
+                raise BundleError(
+                    f"card.json has schema {schema}, this version reads up to {SCHEMA}; upgrade with "
+                    "`pip install --upgrade manygates`"
+                )
+        card: Card = _decode(cls, document, "")
+        return card
+
+    def to_json(self) -> str:
+        """Return the card as indented JSON that ends in a newline; the same card gives the same text."""
+        return json.dumps(_encode(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def check_file_name(name: str) -> None:
+    """Refuse a file name that leaves the bundle's folder or that would be unpickled.
+
+    Raises:
+        BundleError: for separators, "..", odd characters, a name the bundle itself uses, and for pickles.
+    """
+    _expect(
+        _NAME.fullmatch(name) is not None and ".." not in name,
+        "files",
+        name,
+        "a plain file name of letters, digits, '.', '_' and '-', without folders",
+    )
+    if name.lower().endswith(_PICKLES):
+        raise BundleError(
+            f"the bundle lists {name!r}, which is a pickle and can run code when loaded; weights are safetensors, so "
+            "export the model again"
+        )
+    _expect(name not in ("card.json", "README.md"), "files", name, "a file other than the card and its README")
+
+
+def _expect(held: bool, key: str, value: object, expectation: str) -> None:
+    if not held:
+        raise BundleError(f"card.json: {key} is {value!r}, expected {expectation}; correct the card or export again")
+
+
+def _expect_unique(key: str, values: tuple[str, ...]) -> None:
+    _expect(len(set(values)) == len(values), key, list(values), "no name twice")
+
+
+def _expect_date(key: str, value: str) -> None:
+    _expect(_DATE.fullmatch(value) is not None, key, value, 'a date like "2026-11-21"')
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BundleError(f"card.json has the key {twice!r} twice, expected once; delete one")
+    return document
+
+
+def _no_constant(constant: str) -> Any:
+    raise BundleError(f"card.json holds {constant}, expected finite numbers only; measure that number again")
+
+
+def _encode(value: Any) -> Any:
+    """Turn a dataclass into JSON's types, in the order of its fields."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _encode(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_encode(entry) for entry in value]
+    return value
+
+
+def _decode(expected: Any, value: Any, key: str) -> Any:
+    """Turn JSON into `expected` (dataclass, scalar, tuple[…], Mapping[str, …], X | None), or say what is wrong."""
+    if expected is Any:
+        return value
+    if dataclasses.is_dataclass(expected):
+        return _decode_dataclass(typing.cast("type[Any]", expected), value, key)
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (types.UnionType, typing.Union):
+        present = next(argument for argument in arguments if argument is not types.NoneType)
+        return None if value is None else _decode(present, value, key)
+    if origin is tuple:
+        _expect(isinstance(value, list), key, value, "an array")
+        if arguments[-1] is not Ellipsis:
+            _expect(len(value) == len(arguments), key, value, f"{len(arguments)} values")
+        return tuple(_decode(arguments[0], entry, f"{key}[{index}]") for index, entry in enumerate(value))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        _expect(isinstance(value, dict), key, value, "an object")
+        return {name: _decode(arguments[1], entry, f"{key}.{name}") for name, entry in value.items()}
+    return _decode_scalar(expected, value, key)
+
+
+def _decode_dataclass(expected: type[Any], value: Any, key: str) -> Any:
+    _expect(isinstance(value, dict), key or "the document", value, "an object")
+    hints = typing.get_type_hints(expected)
+    names = [field.name for field in dataclasses.fields(expected)]
+    prefix = f"{key}." if key else ""
+    for name in names:
+        if name not in value:
+            raise BundleError(f"card.json lacks the key {prefix + name!r}, expected {_kind(hints[name])}; add it")
+    for name in value:
+        if name not in names:
+            raise BundleError(
+                f"card.json has the unknown key {prefix + name!r} = {value[name]!r}, expected only {', '.join(names)}; "
+                "remove it, or upgrade manygates if the card is newer"
+            )
+    return expected(**{name: _decode(hints[name], value[name], prefix + name) for name in names})
+
+
+def _decode_scalar(expected: Any, value: Any, key: str) -> Any:
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    right = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
+    _expect(right, key, value, _kind(expected))
+    return value
+
+
+def _kind(expected: Any) -> str:
+    """Name a type the way someone who edits JSON would."""
+    scalars = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    if expected in scalars:
+        return scalars[expected]
+    origin = typing.get_origin(expected)
+    if origin in (types.UnionType, typing.Union):
+        return f"{_kind(typing.get_args(expected)[0])} or null"
+    return "an array" if origin is tuple else "an object"

@@ -1,0 +1,153 @@
+"""Weights on disk: one safetensors file whose header says what network they belong to. Pickle is never read.
+
+The tensors of a random gated network are stored under the template's names; those of gated layers have a leading
+dimension of n candidates. So `conv1.weight` is (16, 3, 3, 3) in a plain ResNet-20 and (2, 16, 3, 3, 3) in a gated one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from zoo import networks
+from zoo.data import source
+from zoo.errors import BadInput, CheckpointError
+from zoo.files import write_bytes_atomic
+from zoo.rgn import RandomGatedNetwork, Sharing, randomly_gate
+
+FORMAT = "manygates-weights-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What has to be built before weights can be loaded."""
+
+    network: str
+    options: dict[str, Any] = field(default_factory=dict)
+    dataset: str = "cifar10"
+    candidates: int = 1
+    sharing: Sharing | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether this is a random gated network rather than a plain one."""
+        return self.sharing is not None
+
+    def build(self) -> nn.Module:
+        """Build the network, freshly initialised from torch's global generator."""
+        dataset = source(self.dataset)
+        template = networks.build(self.network, images=dataset.format, classes=len(dataset.classes), **self.options)
+        if self.sharing is None:
+            return template
+        return randomly_gate(template, candidates=self.candidates, sharing=self.sharing)
+
+
+def network_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a network under the template's names, candidates stacked; see the module's docstring."""
+    if not isinstance(network, RandomGatedNetwork):
+        return dict(network.state_dict())
+    state = dict(network.template.state_dict())
+    choices = [network.select([gate] * network.num_gates) for gate in range(network.candidates)]
+    for name in choices[0]:
+        state[name] = torch.stack([choice[name].detach() for choice in choices])
+    return state
+
+
+def load_network_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy what `network_state` returned into a network of the same architecture.
+
+    Raises:
+        CheckpointError: names or shapes differ; the message says which.
+    """
+    expected = network_state(network)
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & state.keys())
+        if state[name].shape != expected[name].shape
+    ]
+    if missing or unknown or shapes:
+        raise CheckpointError(
+            "these weights belong to another network: "
+            f"missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}, shapes {shapes[:3] or 'equal'} "
+            f"({len(missing)}, {len(unknown)} and {len(shapes)} in all); check the network's name and options"
+        )
+    with torch.no_grad():
+        if not isinstance(network, RandomGatedNetwork):
+            network.load_state_dict(dict(state))
+            return
+        own = network.template.state_dict()
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        for gate in range(network.candidates):
+            for name, tensor in network.select([gate] * network.num_gates).items():
+                tensor.copy_(state[name][gate])
+
+
+def save(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header as one safetensors file, in one rename."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, "header": json.dumps(header, sort_keys=True)}
+    write_bytes_atomic(file, safetensors.torch.save(contiguous, metadata))
+
+
+def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save` wrote.
+
+    Raises:
+        CheckpointError: not there, not a safetensors file (a pickle, say), truncated, or not one of ours.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not a file; expected weights as safetensors")
+    try:
+        with safetensors.safe_open(str(file), framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file ({error}); pickled weights (.pt, .pth, .bin) are refused because "
+            "loading one can run code"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{file} says format {metadata.get('format')!r}, expected {FORMAT!r}; it was not written by manygates"
+        )
+    return tensors, cast(dict[str, Any], json.loads(metadata["header"]))
+
+
+def save_network(file: Path, network: nn.Module, architecture: Architecture) -> None:
+    """Write a network's weights and architecture."""
+    save(file, network_state(network), {"architecture": asdict(architecture)})
+
+
+def load_network(file: Path) -> tuple[nn.Module, Architecture]:
+    """Build the network that a file describes and load its weights; in evaluation mode.
+
+    Raises:
+        CheckpointError: see `load` and `load_network_state`.
+    """
+    tensors, header = load(file)
+    architecture = read_architecture(header, file)
+    network = architecture.build()
+    load_network_state(network, tensors)
+    return network.eval(), architecture
+
+
+def read_architecture(header: Mapping[str, Any], file: Path) -> Architecture:
+    """Return the architecture in the header of `file`.
+
+    Raises:
+        CheckpointError: it is missing or of a version that this one does not know.
+    """
+    try:
+        return Architecture(**header["architecture"])
+    except (KeyError, TypeError, BadInput) as error:
+        raise CheckpointError(f"{file} does not say which network its weights belong to ({error})") from error

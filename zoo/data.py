@@ -1,0 +1,208 @@
+"""Data sets: read from parquet files in the layout of the Hugging Face hub, kept as bytes in memory, augmented in batches.
+
+A data set is looked for in the folder named by `MANYGATES_DATA`, then in `../shared/data` beside the working folder, then
+on the hub (through huggingface_hub's cache, so `HF_HUB_OFFLINE=1` works once it has been fetched).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from zoo.errors import BadInput, DataMissing, UnknownName
+from zoo.networks import CIFAR_FORMAT, MNIST_FORMAT, ImageFormat
+
+DATA_VARIABLE = "MANYGATES_DATA"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSource:
+    """Where a data set lives on the hub and what its images are."""
+
+    repository: str
+    folder: str
+    image_column: str
+    label_column: str
+    format: ImageFormat
+    classes: tuple[str, ...]
+    sizes: dict[str, int]
+    flips: bool  # a mirrored image is still of its class
+
+
+DATASETS = {
+    "cifar10": DatasetSource(
+        repository="uoft-cs/cifar10",
+        folder="plain_text",
+        image_column="img",
+        label_column="label",
+        format=CIFAR_FORMAT,
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        sizes={"train": 50_000, "test": 10_000},
+        flips=True,
+    ),
+    "mnist": DatasetSource(
+        repository="ylecun/mnist",
+        folder="mnist",
+        image_column="image",
+        label_column="label",
+        format=MNIST_FORMAT,
+        classes=("0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
+        sizes={"train": 60_000, "test": 10_000},
+        flips=False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images: `pixels` uint8 (n, channel, height, width), `labels` int64 (n,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> Images:
+        return Images(self.pixels[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> Images:
+        """Return the images on `device`."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images in [0, 1], labels) in order, the last batch perhaps smaller."""
+        for start in range(0, len(self), size):
+            yield as_float(self.pixels[start : start + size]), self.labels[start : start + size]
+
+
+def source(name: str) -> DatasetSource:
+    """Return what is known of a data set.
+
+    Raises:
+        UnknownName: the message lists the known data sets.
+    """
+    if name not in DATASETS:
+        raise UnknownName(name, DATASETS, kind="data set")
+    return DATASETS[name]
+
+
+def load(name: str, split: str) -> Images:
+    """Read one split of a data set.
+
+    Raises:
+        UnknownName: no such data set.
+        BadInput: no such split.
+        DataMissing: it is neither on this machine nor on a reachable hub.
+    """
+    dataset = source(name)
+    if split not in dataset.sizes:
+        raise BadInput(f"data set {name} has the splits {', '.join(dataset.sizes)}, got {split!r}")
+    images = _read(_files(dataset, split), dataset)
+    if len(images) != dataset.sizes[split]:
+        raise DataMissing(
+            f"{name} {split} has {len(images)} images, expected {dataset.sizes[split]}: a file is missing or truncated; "
+            f"fetch {dataset.repository} again"
+        )
+    return images
+
+
+def _files(dataset: DatasetSource, split: str) -> list[Path]:
+    pattern = f"{dataset.folder}/{split}-*.parquet"
+    named = os.environ.get(DATA_VARIABLE)
+    folders = [Path(named)] if named else [Path("../shared/data")]
+    for folder in folders:
+        if files := sorted((folder / dataset.repository).glob(pattern)):
+            return files
+    if named:
+        raise DataMissing(
+            f"{DATA_VARIABLE}={named} holds no {dataset.repository}/{pattern}; point it at a folder with the hub's layout, "
+            "or unset it to fetch from the hub"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        snapshot = snapshot_download(dataset.repository, repo_type="dataset", allow_patterns=[pattern])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DataMissing(
+            f"{dataset.repository} is not on this machine and cannot be fetched ({type(error).__name__}); "
+            f"set {DATA_VARIABLE} to a folder that holds {dataset.repository}/{pattern}"
+        ) from error
+    files = sorted(Path(snapshot).glob(pattern))
+    if not files:
+        raise DataMissing(f"{dataset.repository} holds no {pattern}; the data set's layout has changed")
+    return files
+
+
+def _read(files: list[Path], dataset: DatasetSource) -> Images:
+    from pyarrow import ArrowInvalid, parquet
+
+    shape = (dataset.format.height, dataset.format.width)
+    pixels, labels = [], []
+    for file in files:
+        try:
+            table = parquet.read_table(file, columns=[dataset.image_column, dataset.label_column])
+        except (ArrowInvalid, OSError) as error:
+            raise DataMissing(
+                f"{file} is not a readable parquet file ({error}); fetch {dataset.repository} again"
+            ) from error
+        for cell in table.column(dataset.image_column).to_pylist():
+            array = np.asarray(Image.open(io.BytesIO(cell["bytes"])))
+            pixels.append(array.reshape(*shape, dataset.format.channels))
+        labels.append(table.column(dataset.label_column).to_numpy())
+    stacked = np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
+    return Images(torch.from_numpy(stacked), torch.from_numpy(np.concatenate(labels).astype(np.int64)))
+
+
+def as_float(pixels: Tensor) -> Tensor:
+    """Return uint8 pixels as float32 in [0, 1]."""
+    return pixels.float() / 255
+
+
+def augment(pixels: Tensor, generator: torch.Generator, *, flip: bool = True, padding: int = 4) -> Tensor:
+    """Crop each image at random from its zero-padded self and, if `flip`, mirror it with probability 1/2.
+
+    Args:
+        pixels: (batch, channel, height, width), any type and device.
+        generator: on the CPU, so that the draws are the same on every device.
+    """
+    batch, _, height, width = pixels.shape
+    offsets = torch.randint(0, 2 * padding + 1, (2, batch), generator=generator)
+    mirrored = torch.rand(batch, generator=generator) < 0.5 if flip else torch.zeros(batch, dtype=torch.bool)
+    rows = offsets[0, :, None] + torch.arange(height)
+    columns = torch.arange(width).expand(batch, width)
+    columns = offsets[1, :, None] + torch.where(mirrored[:, None], columns.flip(1), columns)
+    padded = torch.nn.functional.pad(pixels, (padding,) * 4)
+    index = (torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :])
+    cropped = padded.permute(0, 2, 3, 1)[tuple(part.to(pixels.device) for part in index)]
+    return cropped.permute(0, 3, 1, 2)
+
+
+def hold_out(images: Images, number: int, seed: int) -> tuple[Images, Images]:
+    """Split off `number` images, drawn at random, for choices that must not touch the test set: (the rest, held out)."""
+    if not 0 <= number < len(images):
+        raise BadInput(f"cannot hold out {number} of {len(images)} images; expected 0 to {len(images) - 1}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images[order[number:]], images[order[:number]]
+
+
+def evaluation_subset(images: Images, number: int, seed: int = 0) -> Images:
+    """Return the fixed subset of a test set that robustness is measured on: the first `number` of a seeded permutation.
+
+    Raises:
+        BadInput: more images than there are, or fewer than one.
+    """
+    if not 1 <= number <= len(images):
+        raise BadInput(f"cannot measure {number} images, expected 1 to {len(images)}")
+    if number == len(images):
+        return images
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:number]]

@@ -1,0 +1,111 @@
+"""What is deployed: plain networks derived from a random gated one, alone or as an ensemble."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from zoo import graphs
+from zoo.errors import BadInput
+from zoo.rgn import RandomGatedNetwork, fold
+
+
+def derive(rgn: RandomGatedNetwork, path: Sequence[int]) -> nn.Module:
+    """Return the plain network of `path`, in evaluation mode, with copies of its tensors.
+
+    It has the template's class, parameter names and parameter count, and equals `rgn(images, path)` bit for bit.
+
+    Raises:
+        BadPath: the path does not fit the network.
+    """
+    network = copy.deepcopy(rgn.template)
+    for name, tensor in rgn.select(path).items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = network.get_submodule(owner_name)
+        value = tensor.detach().clone()
+        if leaf in owner._parameters:
+            owner.register_parameter(leaf, nn.Parameter(value))
+        else:
+            owner._buffers[leaf] = value
+    return network.eval()
+
+
+class Ensemble(nn.Module):
+    """Networks that answer together: logits are the log of the mean of the members' probabilities.
+
+    The mean is taken in log space, so it does not saturate. One member answers with its own logits.
+    """
+
+    def __init__(self, members: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        if not self.members:
+            raise BadInput("an ensemble needs at least one member, got none")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return log-probabilities (batch, class); for one member its logits."""
+        logits = [member(images) for member in self.members]
+        return logits[0] if len(logits) == 1 else mean_probability(torch.stack(logits))
+
+
+def mean_probability(logits: Tensor) -> Tensor:
+    """Return the log of the mean probability over the first dimension of logits (member, batch, class)."""
+    log_prob = logits.log_softmax(-1)
+    return log_prob.logsumexp(0) - torch.tensor(float(len(logits)), device=logits.device).log()
+
+
+def folded_copy(network: nn.Module) -> fx.GraphModule:
+    """Return `network` with its BatchNorms folded into its convolutions: the same function in evaluation mode, faster.
+
+    Raises:
+        BadInput: the network is in training mode, where BatchNorm is not affine.
+    """
+    if network.training:
+        raise BadInput(
+            f"{type(network).__name__} is in training mode; folding needs evaluation mode, call .eval() first"
+        )
+    network = copy.deepcopy(network)
+    graph = graphs.trace(network)
+    layers = [layer for layer in graphs.convolutions(graph) if layer.norm is not None]
+    tensors = fold(network, layers, {})
+    folded = graphs.without_norms(graph, layers)
+    for layer in layers:
+        conv = cast(nn.Conv2d, folded.get_submodule(layer.conv))
+        conv.weight = nn.Parameter(tensors[f"{layer.conv}.weight"])
+        conv.bias = nn.Parameter(tensors[f"{layer.conv}.bias"])
+    return folded.eval()
+
+
+@torch.no_grad()
+def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Re-estimate the BatchNorm statistics of a derived network, in place: the plain mean over `batches`.
+
+    Use training images *with the training augmentation*: without its zero-padded crop the statistics belong to other
+    images, which costs several points of accuracy. The weights stay as they are.
+
+    Args:
+        network: a derived network; comes back in evaluation mode.
+        batches: images (batch, channel, height, width) in [0, 1].
+
+    Raises:
+        BadInput: no batch at all.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    num_batches = 0
+    for images in batches:
+        network(images)
+        num_batches += 1
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+    if num_batches == 0:
+        raise BadInput("re-calibration needs at least one batch of training images, got none")

@@ -1,0 +1,144 @@
+"""What a traced network looks like: its convolutions, which of them are projections, and its prefixes.
+
+Everything here works on the `torch.fx` graph of a plain network, so no network needs code of its own to become a random
+gated one. Names of layers are the module names of the network (`stages.0.1.conv2`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from zoo.errors import BadInput
+
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_ACTIVATION_MODULES = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.ELU)
+_ACTIVATION_FUNCTIONS = {torch.relu, nn.functional.relu, nn.functional.leaky_relu, nn.functional.relu6, "relu", "relu_"}
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of a network and the BatchNorm that alone reads it, if there is one."""
+
+    conv: str
+    norm: str | None
+    projection: bool  # stands on a shortcut, beside a longer main branch
+
+
+def trace(network: nn.Module) -> fx.GraphModule:
+    """Return the graph of `network`, sharing its layers.
+
+    Raises:
+        BadInput: the network's forward depends on its input's values, so it has no fixed graph.
+    """
+    try:
+        return fx.symbolic_trace(network)
+    except (fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise BadInput(
+            f"{type(network).__name__} cannot be traced with torch.fx ({error}); expected a forward without branches "
+            "that depend on the images"
+        ) from error
+
+
+def convolutions(graph_module: fx.GraphModule) -> list[Convolution]:
+    """Return the 2-d convolutions in the order in which a forward pass meets them.
+
+    Raises:
+        BadInput: one convolution is called more than once; a gate could not say which call it belongs to.
+    """
+    modules = dict(graph_module.named_modules())
+    conv_nodes = [node for node in graph_module.graph.nodes if _is(node, nn.Conv2d, modules)]
+    names = [str(node.target) for node in conv_nodes]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput(f"convolution {name!r} is used {names.count(name)} times in one forward; expected once each")
+    projections = _projections(graph_module, set(conv_nodes))
+    found = []
+    for node in conv_nodes:
+        users = list(node.users)
+        norm = str(users[0].target) if len(users) == 1 and _is(users[0], nn.BatchNorm2d, modules) else None
+        found.append(Convolution(str(node.target), norm, node in projections))
+    return found
+
+
+def _is(node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Module], ...], modules: Mapping[str, nn.Module]) -> bool:
+    return node.op == "call_module" and isinstance(modules[str(node.target)], kind)
+
+
+def _projections(graph_module: fx.GraphModule, conv_nodes: set[fx.Node]) -> set[fx.Node]:
+    """Convolutions on the shorter side of an addition, between the fork and the sum."""
+    ancestors: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        ancestors[node] = {node}.union(*(ancestors[source] for source in node.all_input_nodes))
+    projections: set[fx.Node] = set()
+    for node in graph_module.graph.nodes:
+        operands = node.all_input_nodes
+        if node.target not in _ADDITIONS or len(operands) != 2:
+            continue
+        left, right = (ancestors[operand] for operand in operands)
+        branches = [(left - right) & conv_nodes, (right - left) & conv_nodes]
+        shorter, longer = sorted(branches, key=len)
+        if len(shorter) < len(longer):
+            projections |= shorter
+    return projections
+
+
+def feature_nodes(graph_module: fx.GraphModule, layers: Sequence[Convolution], *, activated: bool) -> list[str]:
+    """Name the graph node that is the feature of each layer: what distillation compares (DVERGE, section 3.1).
+
+    The feature of a convolution is its BatchNorm's output, followed through the addition that ends a residual block and,
+    if `activated`, through the activation behind it. Layers whose output has several readers stop there.
+    """
+    modules = dict(graph_module.named_modules())
+    by_target = {str(node.target): node for node in graph_module.graph.nodes if node.op == "call_module"}
+    features = []
+    for layer in layers:
+        node = by_target[layer.norm or layer.conv]
+        if len(node.users) == 1 and (reader := next(iter(node.users))).target in _ADDITIONS:
+            node = reader
+        if activated and len(node.users) == 1:
+            reader = next(iter(node.users))
+            if _is(reader, _ACTIVATION_MODULES, modules) or reader.target in _ACTIVATION_FUNCTIONS:
+                node = reader
+        features.append(node.name)
+    return features
+
+
+def cut(graph_module: fx.GraphModule, node_name: str) -> fx.GraphModule:
+    """Return the part of the graph that computes the node called `node_name`, sharing the layers."""
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    if node_name not in nodes:
+        raise BadInput(f"the graph has no node {node_name!r}; known: {', '.join(nodes)}")
+    needed, waiting = set(), [nodes[node_name]]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += node.all_input_nodes
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph_module.graph.nodes:
+        if node in needed or node.op == "placeholder":
+            copies[node] = graph.node_copy(node, lambda source: copies[source])
+    graph.output(copies[nodes[node_name]])
+    return fx.GraphModule(graph_module, graph)
+
+
+def without_norms(graph_module: fx.GraphModule, layers: Sequence[Convolution]) -> fx.GraphModule:
+    """Return the graph with the BatchNorms of `layers` left out, for weights into which they have been folded."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    norms = {layer.norm for layer in layers}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and node.target in norms:
+            copies[node] = copies[node.all_input_nodes[0]]
+            continue
+        if node.op == "output":
+            graph.output(fx.map_arg(node.args[0], lambda source: copies[source]))
+            continue
+        copies[node] = graph.node_copy(node, lambda source: copies[source])
+    return fx.GraphModule(graph_module, graph)

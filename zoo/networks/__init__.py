@@ -1,0 +1,75 @@
+"""Plain networks, the templates that random gated networks are made of. Each normalises its own input.
+
+Every network takes float images (batch, channel, height, width) in [0, 1] and returns logits (batch, class).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from zoo.errors import BadInput, UnknownName
+from zoo.networks.lenet import LeNet
+from zoo.networks.preact_resnet import PreActResNet18
+from zoo.networks.resnet import CifarResNet
+from zoo.networks.vgg import VGG16
+from zoo.networks.wide_resnet import WideResNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFormat:
+    """What a network's input looks like. `mean` and `std` are per channel, in pixel units."""
+
+    channels: int = 3
+    height: int = 32
+    width: int = 32
+    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
+    std: tuple[float, ...] = (0.2023, 0.1994, 0.2010)
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise BadInput(f"need one mean and std per channel ({self.channels}), got mean={self.mean} std={self.std}")
+        if min(self.std) <= 0:
+            raise BadInput(f"std must be positive, got {self.std}")
+
+
+CIFAR_FORMAT = ImageFormat()
+MNIST_FORMAT = ImageFormat(channels=1, height=28, width=28, mean=(0.1307,), std=(0.3081,))
+
+
+def _resnet(depth: int) -> Callable[..., nn.Module]:
+    return lambda images, classes, **options: CifarResNet(depth, images.mean, images.std, classes, **options)
+
+
+def _wide(depth: int, widen: int) -> Callable[..., nn.Module]:
+    return lambda images, classes, **options: WideResNet(depth, widen, images.mean, images.std, classes, **options)
+
+
+# name -> builder(image format, classes, **options)
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    **{f"resnet{depth}": _resnet(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "vgg16": lambda images, classes, **options: VGG16(images.mean, images.std, classes, **options),
+    "preact_resnet18": lambda images, classes, **options: PreActResNet18(images.mean, images.std, classes, **options),
+    "wide_resnet16_4": _wide(16, 4),
+    "wide_resnet28_10": _wide(28, 10),
+    "wide_resnet34_10": _wide(34, 10),
+    "lenet": lambda images, classes, **options: LeNet(images, classes, **options),
+}
+
+
+def build(name: str, *, images: ImageFormat = CIFAR_FORMAT, classes: int = 10, **options: Any) -> nn.Module:
+    """Build a network by name, freshly initialised from torch's global generator.
+
+    Raises:
+        UnknownName: no such network; the message lists the known ones.
+        BadInput: an option that the network does not have.
+    """
+    if name not in NETWORKS:
+        raise UnknownName(name, NETWORKS, kind="network")
+    try:
+        return NETWORKS[name](images, classes, **options)
+    except TypeError as error:
+        raise BadInput(f"network {name} does not take these options: {options} ({error})") from error

@@ -1,0 +1,76 @@
+"""Wide residual networks (Zagoruyko and Komodakis 2016, arXiv:1605.07146): depth 6k + 4, pre-activation blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import BadInput
+from zoo.networks.normalise import Normalise
+from zoo.networks.resnet import initialise
+
+
+class WideBlock(nn.Module):
+    """BN-ReLU-conv-BN-ReLU-(dropout)-conv; where the shape changes, the shortcut is a 1x1 convolution."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels_in)
+        self.activation1 = nn.ReLU()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.activation2 = nn.ReLU()
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (batch, channels_in, h, w) to (batch, channels, h / stride, w / stride)."""
+        active = self.activation1(self.norm1(features))
+        carried = features if self.shortcut is None else self.shortcut(active)
+        hidden = self.dropout(self.activation2(self.norm2(self.conv1(active))))
+        return self.conv2(hidden) + carried  # type: ignore[no-any-return]
+
+
+class WideResNet(nn.Module):
+    """A wide residual network, for example depth 28 and widening factor 10."""
+
+    def __init__(
+        self,
+        depth: int,
+        widen: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        classes: int = 10,
+        *,
+        dropout: float = 0.0,
+    ) -> None:
+        if depth < 10 or (depth - 4) % 6 != 0:
+            raise BadInput(f"a wide ResNet has depth 6k + 4 (10, 16, 28, 34, …), got {depth}")
+        super().__init__()
+        self.normalise = Normalise(mean, std)
+        self.conv1 = nn.Conv2d(len(mean), 16, 3, padding=1, bias=False)
+        groups, channels_in = [], 16
+        for group, channels in enumerate((16 * widen, 32 * widen, 64 * widen)):
+            blocks = []
+            for block in range((depth - 4) // 6):
+                stride = 2 if group > 0 and block == 0 else 1
+                blocks.append(WideBlock(channels_in, channels, stride, dropout))
+                channels_in = channels
+            groups.append(nn.Sequential(*blocks))
+        self.groups = nn.Sequential(*groups)
+        self.norm = nn.BatchNorm2d(channels_in)
+        self.activation = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(channels_in, classes)
+        initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (batch, class) of images (batch, channel, height, width) in [0, 1]."""
+        features = self.groups(self.conv1(self.normalise(images)))
+        logits: Tensor = self.classifier(torch.flatten(self.pool(self.activation(self.norm(features))), 1))
+        return logits

@@ -1,0 +1,137 @@
+"""Image files to pixels and back, for files that nobody vouches for.
+
+Only PNG, JPEG and WEBP are decoded, and the size an image claims is checked before any of its pixels are unpacked.
+"""
+
+import io
+import struct
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from zoo.card import InputFormat
+from zoo.errors import BadImage, BadInput, MissingFile, UnsupportedImage
+from zoo.files import write_bytes_atomic
+
+MAX_PIXELS: Final = 4_000_000
+MAX_FILE_BYTES: Final = 64 * 2**20
+FORMATS: Final = ("PNG", "JPEG", "WEBP")
+
+_FILTERS: Final = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# what Pillow's decoders raise on damaged files; UnidentifiedImageError is an OSError
+_DAMAGE: Final = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error)
+
+
+def decode_image(content: bytes, wanted: InputFormat, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.float32]:
+    """Decode an image file's bytes into what a model takes.
+
+    The image is turned upright, converted to RGB (or grey, for one channel; transparency is dropped) and squeezed to
+    height x width with the filter of the model's card. Of an animation the first frame is taken.
+
+    Returns:
+        float32 (1, channel, height, width) in [0, 1].
+
+    Raises:
+        UnsupportedImage: if the bytes are not PNG, JPEG or WEBP.
+        BadImage: if the file is damaged or cut short, or has more than `max_pixels` pixels.
+    """
+    if _format(content) is None:
+        raise UnsupportedImage(
+            f"the {len(content)} bytes starting {content[:8]!r} are no PNG, JPEG or WEBP file; convert the image first"
+        )
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise _too_large(f"{width}x{height}", max_pixels)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            pixels = _resized(_converted(upright, wanted.channels), wanted)
+    except BadImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large("far more", max_pixels) from error
+    except _DAMAGE as error:
+        raise BadImage(
+            f"the image of {len(content)} bytes cannot be decoded ({error}); it is damaged or cut short"
+        ) from (error)
+    planes = pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return np.ascontiguousarray(planes[np.newaxis], dtype=np.float32) / np.float32(255)
+
+
+def read_image(file: Path | str, wanted: InputFormat, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.float32]:
+    """Read an image file; returns and raises what `decode_image` does, with the file's name in the message."""
+    file = Path(file)
+    if not file.is_file():
+        raise MissingFile(f"no image file {file}; check the name")
+    size = file.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise BadImage(f"{file} has {size} bytes, expected at most {MAX_FILE_BYTES}; scale the image down first")
+    try:
+        return decode_image(file.read_bytes(), wanted, max_pixels=max_pixels)
+    except BadImage as error:
+        raise type(error)(f"{file}: {error}") from error
+
+
+def encode_png(image: NDArray[np.floating]) -> bytes:
+    """Encode one image as PNG, each pixel rounded to the nearest of 256 levels.
+
+    Args:
+        image: (channel, height, width) or (1, channel, height, width) in [0, 1], with 1 or 3 channels.
+
+    Raises:
+        BadInput: for another shape, or a pixel that is outside [0, 1] or not a number.
+    """
+    planes = image[0] if image.ndim == 4 and len(image) == 1 else image
+    if planes.ndim != 3 or planes.shape[0] not in (1, 3):
+        raise BadInput(f"the image has shape {image.shape}, expected (1 or 3, height, width); pass one image at a time")
+    if not (planes.min() >= 0 and planes.max() <= 1):
+        raise BadInput(f"pixels reach from {planes.min()} to {planes.max()}, expected [0, 1]; divide by 255")
+    levels = np.rint(planes * 255).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0))).save(
+        stream, format="PNG"
+    )
+    return stream.getvalue()
+
+
+def save_png(file: Path | str, image: NDArray[np.floating]) -> None:
+    """Write one image as a PNG file in one step; takes and raises what `encode_png` does."""
+    write_bytes_atomic(Path(file), encode_png(image))
+
+
+def _format(content: bytes) -> str | None:
+    """Tell the format by its first bytes; None if it is not one that we decode."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if content.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "WEBP"
+    return None
+
+
+def _too_large(size: str, max_pixels: int) -> BadImage:
+    return BadImage(f"the image has {size} pixels, expected at most {max_pixels:,}; scale it down first")
+
+
+def _converted(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip, not scale
+        levels = np.asarray(image).astype(np.uint32) >> 8
+        image = Image.fromarray(levels.astype(np.uint8))
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _resized(image: Image.Image, wanted: InputFormat) -> NDArray[np.uint8]:
+    size = (wanted.width, wanted.height)
+    if image.size != size:
+        image = image.resize(size, _FILTERS[wanted.resize])
+    return np.asarray(image)
