@@ -24,6 +24,7 @@ GateSource = Callable[[int], NDArray[np.int64]]
 """Number of images -> their gates, int64 (image, gate)."""
 
 VARIANT_OF_MODE: dict[str, str] = {"single": "single", "ensemble": "ensemble", "random": "gated"}
+_runtime: Any = onnxruntime  # it re-exports its names without saying so, which strict typing refuses
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INPUT, _GATES, _OUTPUTS = "images", "gates", ["probabilities", "logits"]
 
@@ -111,21 +112,22 @@ class Engine:
         graph_name = graph_file(self.mode)
         graph = bundle.read(graph_name)
         options = _session_options(intra_op=intra_op, allow_spinning=allow_spinning)
-        self._sessions: SimpleQueue[Any] = SimpleQueue()
+        name = f"{self.card.name}/{graph_name}"
+        self._sessions: list[Any] = []
+        self._free: SimpleQueue[Any] = SimpleQueue()
         for _ in range(self.threads):
-            session = _open_session(graph, options, device, allow_cpu_fallback, f"{self.card.name}/{graph_name}")
-            _check_signature(session, self.card, self.mode, f"{self.card.name}/{graph_name}")
-            self._sessions.put(session)
+            session = _open_session(graph, options, device, allow_cpu_fallback, name)
+            _check_signature(session, self.card, self.mode, name)
+            self._sessions.append(session)
+            self._free.put(session)
 
     def predict(self, images: NDArray[np.float32]) -> Prediction:
         """Answer float32 (image, channel, height, width) in [0, 1]; in mode `random` each image gets its own path."""
-        session = self._sessions.get()
+        session = self._free.get()
         try:
-            if self.mode == "random":
-                return self._predict_randomly(session, images)
-            return Prediction(*session.run(_OUTPUTS, {_INPUT: images}))
+            return self._run(session, images)
         finally:
-            self._sessions.put(session)
+            self._free.put(session)
 
     def warm_up(self, max_batch: int) -> None:
         """Run every session at every batch size up to `max_batch` once, and check what comes back.
@@ -135,17 +137,16 @@ class Engine:
         """
         shape = (self.card.input.channels, self.card.input.height, self.card.input.width)
         sizes = [size for size in range(1, max_batch + 1) if size <= 8 or size == max_batch or size & (size - 1) == 0]
-        for _ in range(self.threads):  # the queue hands the sessions out in turn
-            session = self._sessions.get()
-            for size in sizes if self.mode != "random" else [1, 2]:
-                images = np.zeros((size, *shape), dtype=np.float32)
-                self._sessions.put(session)
-                answer = self.predict(images)
-                session = self._sessions.get()
-                self._check_answer(answer, size)
-            self._sessions.put(session)
+        for session in self._sessions:
+            for size in sizes:
+                self._check_answer(self._run(session, np.zeros((size, *shape), dtype=np.float32)), size)
 
-    def _predict_randomly(self, session: Any, images: NDArray[np.float32]) -> Prediction:
+    def _run(self, session: Any, images: NDArray[np.float32]) -> Prediction:
+        if self.mode == "random":
+            return self._run_randomly(session, images)
+        return Prediction(*session.run(_OUTPUTS, {_INPUT: images}))
+
+    def _run_randomly(self, session: Any, images: NDArray[np.float32]) -> Prediction:
         paths = self._draw_gates(len(images))
         rows = [session.run(_OUTPUTS, {_INPUT: images[row : row + 1], _GATES: path}) for row, path in enumerate(paths)]
         if len(rows) == 1:
@@ -190,8 +191,8 @@ def choose_mode(card: Card, mode: str | None) -> Mode:
         raise BadInput(f"{card.name} has no graph to serve (no variants); run `manygates export` on it first")
     if mode is not None and mode not in available:
         raise BadInput(
-            f"{card.name} cannot be served in mode {mode!r}: it has no variant {VARIANT_OF_MODE[mode]!r}; its modes are "
-            f"{', '.join(available)}"
+            f"{card.name} cannot be served in mode {mode!r}: it has no variant {VARIANT_OF_MODE[mode]!r}, "
+            f"only the modes {', '.join(available)}"
         )
     return mode or available[0]  # type: ignore[return-value]  # both are keys of VARIANT_OF_MODE
 
@@ -202,7 +203,7 @@ def graph_file(mode: Mode) -> str:
 
 
 def _session_options(*, intra_op: int, allow_spinning: bool) -> Any:
-    options = onnxruntime.SessionOptions()
+    options = _runtime.SessionOptions()
     options.intra_op_num_threads = intra_op
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -215,14 +216,14 @@ def _session_options(*, intra_op: int, allow_spinning: bool) -> Any:
 def _open_session(graph: bytes, options: Any, device: Device, allow_cpu_fallback: bool, name: str) -> Any:
     wanted = _PROVIDERS[device]
     providers = [wanted] if device == "cpu" else [wanted, _PROVIDERS["cpu"]]
-    available = onnxruntime.get_available_providers()
+    available = _runtime.get_available_providers()
     if wanted not in available:
         if not allow_cpu_fallback:
             raise BadInput(f"{wanted} is not in this ONNX Runtime (only {', '.join(available)}); {_FALLBACK_HINT}")
         providers = [_PROVIDERS["cpu"]]
     try:
-        session = onnxruntime.InferenceSession(graph, options, providers=providers)
-    except Exception as error:  # noqa: BLE001 -- ONNX Runtime's exceptions have no common base of their own
+        session = _runtime.InferenceSession(graph, options, providers=providers)
+    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         raise BundleError(f"{name} cannot be loaded by ONNX Runtime ({error}); export it again") from error
     if wanted not in session.get_providers() and not allow_cpu_fallback:
         raise BadInput(

@@ -104,6 +104,7 @@ def train(
     resume: bool = False,
     device: str | None = None,
     checkpoint_seconds: float = 60.0,
+    start: nn.Module | None = None,
 ) -> nn.Module:
     """Train what `recipe` says into `run_dir`, or go on where a stopped run was.
 
@@ -113,6 +114,7 @@ def train(
         resume: continue from its last checkpoint; without one the run starts from the beginning.
         device: "cpu", "cuda"; the first CUDA device if there is one, else the CPU, if None.
         checkpoint_seconds: at most this much work is lost when the process is killed.
+        start: a network of the recipe's architecture to start from (fine-tuning), instead of fresh weights.
 
     Returns:
         The trained network, in evaluation mode.
@@ -124,6 +126,7 @@ def train(
     world = World.join()
     place = torch.device(device or (f"cuda:{world.local_rank}" if torch.cuda.is_available() else "cpu"))
     _check_folder(recipe, run_dir, resume)
+    world.wait()  # no rank may meet the files of the leading one in its own check
     loop = _Loop(recipe, run_dir, world, place, checkpoint_seconds)
     if world.leads and not (run_dir / RECIPE).exists():
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -132,6 +135,8 @@ def train(
     world.wait()
     if resume and (run_dir / LAST).exists():
         loop.restore()
+    elif start is not None:
+        load_network_state(loop.model, network_state(start))
     loop.run()
     world.leave()
     return loop.model.eval()
@@ -413,7 +418,7 @@ class _Loop:
             return None
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        return SummaryWriter(str(self.run_dir / "events"), purge_step=self.position.epoch + 1)  # type: ignore[no-untyped-call]
+        return SummaryWriter(str(self.run_dir / "events"), purge_step=self.position.epoch + 1)
 
 
 def learning_rate(phase: Phase, epoch: float) -> float:

@@ -24,4 +24,4 @@ def tensor_generator(*parts: int | str) -> torch.Generator:
 
 def gate_generator(*parts: int | str) -> random.Random:
     """Return a generator for gates and layers."""
-    return random.Random(seed_for(*parts))
+    return random.Random(seed_for(*parts))  # noqa: S311 -- drawn to be repeated, not to be secret

@@ -178,7 +178,7 @@ def standard_resnet20_cifar10_cpu() -> Recipe:
 def smoke() -> Recipe:
     """The whole chain within a minute on two cores: a small random gated ResNet-8 on 4,096 images.
 
-    manygates train smoke --out RUN        2 cores, under a minute; around 40 % clean, its robustness means nothing
+    manygates train smoke --out RUN        2 cores, under a minute; about 25 % clean, its robustness means nothing
     """
     return Recipe(
         name="smoke",
@@ -222,7 +222,7 @@ def method_name(objective: Objective) -> str:
 
 
 def override(base: Recipe, settings: list[str]) -> Recipe:
-    """Return `base` with fields changed by texts such as `seed=1`, `phases.1.epochs=5` or `phases.1.objective.eps=0.03`.
+    """Return `base` with fields changed by texts: `seed=1`, `phases.1.epochs=5`, `phases.1.objective.eps=0.03`.
 
     Raises:
         BadInput: a text without `=`, a field that does not exist, or a value of the wrong type.
@@ -275,13 +275,18 @@ def _parse(text: str, kind: Any, name: str) -> Any:
             return float(value)
         if option in (int, bool) and type(value) is option:
             return value
-        if option is dict or origin is dict:
-            if isinstance(value, dict):
-                return value
-        if origin is tuple and isinstance(value, list):
+        if (option is dict or origin is dict) and isinstance(value, dict):
+            return value
+        if origin is tuple and isinstance(value, list) and all(type(entry) is get_args(option)[0] for entry in value):
             return tuple(value)
-    expected = " or ".join(str(getattr(option, "__name__", option)) for option in options)
+    expected = " or ".join(_described(option) for option in options)
     raise BadInput(f"--set {name}: {text!r} is not a value for it, expected {expected}")
+
+
+def _described(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(kind))
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def resolved(run: Recipe) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from zoo.card import Card, FileEntry, check_file_name
+from zoo.card import VARIANTS, Card, FileEntry, Result, check_file_name
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
 from zoo.files import replace_directory, sha256_of
 from zoo.model_card import model_card
@@ -163,6 +163,24 @@ def write_bundle(folder: Path | str, card: Card, files: Mapping[str, bytes | Pat
         (new_dir / README_FILE).write_text(model_card(card), encoding="utf-8", newline="\n")
         Bundle.open(new_dir)
     return Bundle.open(folder)
+
+
+def record_results(folder: Path, results: Sequence[Result]) -> Bundle:
+    """Put measured results into a bundle's card; a result measured before under the same terms is replaced.
+
+    Raises:
+        BundleError: as `Bundle.open`.
+    """
+    bundle = Bundle.open(folder)
+
+    def terms(result: Result) -> tuple[object, ...]:
+        return (result.protocol, result.variant, result.attack, result.eps_fraction, result.steps, result.restarts)
+
+    measured = {terms(result) for result in results}
+    kept = [result for result in bundle.card.results if terms(result) not in measured]
+    ordered = sorted([*kept, *results], key=lambda r: (VARIANTS.index(r.variant), r.protocol, r.eps))
+    card = replace(bundle.card, results=tuple(ordered))
+    return write_bundle(folder, card, {name: bundle.read(name) for name in card.files})
 
 
 def _refuse_strangers(folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""Data sets: read from parquet files in the layout of the Hugging Face hub, kept as bytes in memory, augmented in batches.
+"""Data sets: read from parquet files in the hub's layout, kept as bytes in memory, augmented in batches.
 
-A data set is looked for in the folder named by `MANYGATES_DATA`, then in `../shared/data` beside the working folder, then
-on the hub (through huggingface_hub's cache, so `HF_HUB_OFFLINE=1` works once it has been fetched).
+A data set is looked for in the folder named by `MANYGATES_DATA`; if that is not set, in `../shared/data` beside the
+working folder, then on the Hugging Face hub (through huggingface_hub's cache, so `HF_HUB_OFFLINE=1` works once it has
+been fetched).
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def load(name: str, split: str) -> Images:
     images = _read(_files(dataset, split), dataset)
     if len(images) != dataset.sizes[split]:
         raise DataMissing(
-            f"{name} {split} has {len(images)} images, expected {dataset.sizes[split]}: a file is missing or truncated; "
-            f"fetch {dataset.repository} again"
+            f"{name} {split} has {len(images)} images, expected {dataset.sizes[split]}: a file is missing or "
+            f"truncated; fetch {dataset.repository} again"
         )
     return images
 
@@ -124,8 +125,8 @@ def _files(dataset: DatasetSource, split: str) -> list[Path]:
             return files
     if named:
         raise DataMissing(
-            f"{DATA_VARIABLE}={named} holds no {dataset.repository}/{pattern}; point it at a folder with the hub's layout, "
-            "or unset it to fetch from the hub"
+            f"{DATA_VARIABLE}={named} holds no {dataset.repository}/{pattern}; point it at a folder with the hub's "
+            "layout, or unset it to fetch from the hub"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -144,13 +145,15 @@ def _files(dataset: DatasetSource, split: str) -> list[Path]:
 
 
 def _read(files: list[Path], dataset: DatasetSource) -> Images:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import parquet
+    from pyarrow.lib import ArrowInvalid
 
     shape = (dataset.format.height, dataset.format.width)
     pixels, labels = [], []
     for file in files:
         try:
-            table = parquet.read_table(file, columns=[dataset.image_column, dataset.label_column])
+            columns = [dataset.image_column, dataset.label_column]
+            table = parquet.read_table(file, columns=columns)  # type: ignore[no-untyped-call]
         except (ArrowInvalid, OSError) as error:
             raise DataMissing(
                 f"{file} is not a readable parquet file ({error}); fetch {dataset.repository} again"
@@ -188,7 +191,7 @@ def augment(pixels: Tensor, generator: torch.Generator, *, flip: bool = True, pa
 
 
 def hold_out(images: Images, number: int, seed: int) -> tuple[Images, Images]:
-    """Split off `number` images, drawn at random, for choices that must not touch the test set: (the rest, held out)."""
+    """Split off `number` images, drawn at random, for choices that must spare the test set: (the rest, held out)."""
     if not 0 <= number < len(images):
         raise BadInput(f"cannot hold out {number} of {len(images)} images; expected 0 to {len(images) - 1}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))

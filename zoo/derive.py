@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -92,20 +93,21 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
         batches: images (batch, channel, height, width) in [0, 1].
 
     Raises:
-        BadInput: no batch at all.
+        BadInput: no batch at all; the statistics stay as they were.
     """
+    remaining = iter(batches)
+    first = next(remaining, None)
+    if first is None:
+        raise BadInput("re-calibration needs at least one batch of training images, got none")
+    network.eval()
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
-    num_batches = 0
-    for images in batches:
+    for images in itertools.chain([first], remaining):
         network(images)
-        num_batches += 1
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
-    if num_batches == 0:
-        raise BadInput("re-calibration needs at least one batch of training images, got none")

@@ -7,6 +7,7 @@ gated one. Names of layers are the module names of the network (`stages.0.1.conv
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,10 +58,12 @@ def convolutions(graph_module: fx.GraphModule) -> list[Convolution]:
         if names.count(name) > 1:
             raise BadInput(f"convolution {name!r} is used {names.count(name)} times in one forward; expected once each")
     projections = _projections(graph_module, set(conv_nodes))
+    norm_calls = Counter(str(node.target) for node in graph_module.graph.nodes if _is(node, nn.BatchNorm2d, modules))
     found = []
     for node in conv_nodes:
         users = list(node.users)
-        norm = str(users[0].target) if len(users) == 1 and _is(users[0], nn.BatchNorm2d, modules) else None
+        private = len(users) == 1 and _is(users[0], nn.BatchNorm2d, modules) and norm_calls[str(users[0].target)] == 1
+        norm = str(users[0].target) if private else None
         found.append(Convolution(str(node.target), norm, node in projections))
     return found
 
@@ -90,8 +93,8 @@ def _projections(graph_module: fx.GraphModule, conv_nodes: set[fx.Node]) -> set[
 def feature_nodes(graph_module: fx.GraphModule, layers: Sequence[Convolution], *, activated: bool) -> list[str]:
     """Name the graph node that is the feature of each layer: what distillation compares (DVERGE, section 3.1).
 
-    The feature of a convolution is its BatchNorm's output, followed through the addition that ends a residual block and,
-    if `activated`, through the activation behind it. Layers whose output has several readers stop there.
+    The feature of a convolution is its BatchNorm's output, followed through the addition that ends a residual block
+    and, if `activated`, through the activation behind it. Layers whose output has several readers stop there.
     """
     modules = dict(graph_module.named_modules())
     by_target = {str(node.target): node for node in graph_module.graph.nodes if node.op == "call_module"}

@@ -1,7 +1,7 @@
 """Random gated networks: a template and a bank of candidates (Ensemble-in-One, AAAI 2023, section 3.1).
 
-The template is any plain network that `torch.fx` can trace. Each convolution of its main branch, with the BatchNorm that
-alone reads it, is a *gated layer*: the bank holds n candidates of it. Everything else (shortcut projections, the
+The template is any plain network that `torch.fx` can trace. Each convolution of its main branch, with the BatchNorm
+that alone reads it, is a *gated layer*: the bank holds n candidates of it. Everything else (shortcut projections, the
 classifier) is shared by all paths. A path picks one candidate per gated layer and is an argument of every call, never
 state of the network:
 
@@ -15,7 +15,7 @@ Candidates are separate leaf parameters, so that an optimiser skips those that a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, cast, get_args
 
 import torch
@@ -130,7 +130,7 @@ class RandomGatedNetwork(nn.Module):
         return fold(self.template, self.convolutions, self.select(path), dtype=dtype)
 
     def prefix(self, layer: int, *, activated: bool = False, folded: bool = False) -> fx.GraphModule:
-        """Return the network cut off at feature `layer`, sharing this network's layers; call it through `functional_call`.
+        """Return the network cut off at feature `layer`, sharing its layers; call it through `functional_call`.
 
         Args:
             layer: 1 to `num_features`; the last is the logits.
@@ -161,6 +161,10 @@ class RandomGatedNetwork(nn.Module):
         present = {name for name, _ in graph.named_modules()}
         needed = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in present}
         return cast(Tensor, functional_call(graph, needed, (images,)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomGatedNetwork:
+        self._prefixes.clear()  # they hold buffers, which a move to another device or type replaces
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Say how many gates and candidates there are."""
@@ -198,7 +202,9 @@ def randomly_gate(
         for alternatives in rgn.bank:
             for index, alternative in enumerate(cast(nn.ModuleList, alternatives)):
                 for role, module in cast(nn.ModuleDict, alternative).items():
-                    weight = cast(Tensor, module.weight)
+                    weight = cast(Tensor | None, module.weight)
+                    if weight is None:  # a BatchNorm without an affine map
+                        continue
                     draw = torch.empty_like(weight)
                     if start == "copy" and noise:
                         weight.mul_(1 + noise * draw.normal_(generator=generator))

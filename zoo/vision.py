@@ -26,7 +26,7 @@ def _declare_missing_operators() -> None:
         raise ImportError("torchvision is not installed; pip install 'manygates[train]'")
     for library in Path(spec.origin).parent.glob("_C*"):
         try:
-            torch.ops.load_library(library)
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
         except OSError:  # built for another torch: the schemas below stand in for its operators
             continue
     for name, schema in _SCHEMAS.items():
@@ -39,4 +39,4 @@ def torchvision() -> ModuleType:
     _declare_missing_operators()
     import torchvision.models
 
-    return torchvision  # type: ignore[no-any-return]
+    return torchvision

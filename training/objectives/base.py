@@ -36,6 +36,7 @@ class Step:
         return torch.autocast(device.type, dtype=self.precision)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
     """Adds the gradients of one step to the parameters' `.grad` and reports what it measured."""
 

@@ -23,6 +23,7 @@ from training.objectives.base import Batch, Objective, Step
 from training.randomness import gate_generator, tensor_generator
 from zoo import paths
 from zoo.errors import BadInput
+from zoo.paths import Path
 from zoo.rgn import RandomGatedNetwork
 
 
@@ -102,7 +103,7 @@ class EnsembleInOne(Objective):
     def distil(
         self,
         model: RandomGatedNetwork,
-        path: paths.Path,
+        path: Path,
         layer: int,
         source: Tensor,
         target: Tensor,
@@ -125,12 +126,11 @@ class EnsembleInOne(Objective):
         velocity = torch.zeros_like(source)
         training = model.training
         model.train(self.batch_norm == "train")
-        with torch.no_grad():
-            wanted = run(target)
+        wanted: Tensor | None = None
         for _ in range(self.distillation_steps):
-            if self.batch_norm == "train":
+            if wanted is None or self.batch_norm == "train":  # statistics move with every forward, as in DVERGE
                 with torch.no_grad():
-                    wanted = run(target)  # statistics move with every forward, as in DVERGE
+                    wanted = run(target)
             images = images.detach().requires_grad_(True)
             distance = (run(images).float() - wanted.float()).square().sum()
             (gradient,) = torch.autograd.grad(distance, images)
@@ -143,7 +143,7 @@ class EnsembleInOne(Objective):
         return images.detach()
 
     def _runner(
-        self, model: RandomGatedNetwork, path: paths.Path, layer: int, step: Step, device: torch.device
+        self, model: RandomGatedNetwork, path: Path, layer: int, step: Step, device: torch.device
     ) -> Callable[[Tensor], Tensor]:
         """Return the prefix as a function of images alone, its tensors bound and detached."""
         folded = self.batch_norm == "eval"

@@ -32,6 +32,6 @@ class Standard(Objective):
             else:
                 logits = model(batch.images)
         loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         accuracy = (logits.detach().argmax(1) == batch.labels).float().mean()
         return {"loss": loss.detach(), "accuracy": accuracy}

@@ -130,5 +130,5 @@ def _project(adversarial: Tensor, images: Tensor, eps: float) -> Tensor:
 
 def _check_images(images: Tensor) -> None:
     low, high = (float(bound) for bound in images.aminmax()) if images.numel() else (0.0, 0.0)
-    if not (0 <= low and high <= 1):
+    if not (low >= 0 and high <= 1):  # NaN fails too
         raise BadInput(f"pixels must be in [0, 1], got [{low:g}, {high:g}]; divide bytes by 255 and do not normalise")

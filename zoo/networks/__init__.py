@@ -63,6 +63,8 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 def build(name: str, *, images: ImageFormat = CIFAR_FORMAT, classes: int = 10, **options: Any) -> nn.Module:
     """Build a network by name, freshly initialised from torch's global generator.
 
+    Its attribute `image_shape` is (channel, height, width); the exporter reads it.
+
     Raises:
         UnknownName: no such network; the message lists the known ones.
         BadInput: an option that the network does not have.
@@ -70,6 +72,8 @@ def build(name: str, *, images: ImageFormat = CIFAR_FORMAT, classes: int = 10, *
     if name not in NETWORKS:
         raise UnknownName(name, NETWORKS, kind="network")
     try:
-        return NETWORKS[name](images, classes, **options)
+        network = NETWORKS[name](images, classes, **options)
     except TypeError as error:
         raise BadInput(f"network {name} does not take these options: {options} ({error})") from error
+    network.image_shape = (images.channels, images.height, images.width)  # type: ignore[assignment]
+    return network

@@ -1,0 +1,692 @@
+"""manygates: adversarially robust image classifiers, from training to serving.
+
+The command line (`manygates --help`) and the short public API:
+
+    network = manygates.load("eio-resnet20-cifar10")            # an nn.Module on images in [0, 1]
+    rgn = manygates.randomly_gate(network, candidates=2)        # any traceable CNN
+    single = manygates.derive(rgn, path)
+    adversarial = manygates.attacks.pgd(single, images, labels, manygates.attacks.LinfBudget(eps=8 / 255))
+
+Nothing heavy is imported before it is needed: `manygates serve` never loads torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from zoo.bundle import Bundle
+    from zoo.card import Card, Result, Training
+    from zoo.checkpoint import Architecture
+    from zoo.rgn import RandomGatedNetwork
+
+__version__ = "0.1.0"
+__all__ = ["attacks", "derive", "evaluate", "load", "main", "randomly_gate"]
+
+DONE, NOT_HELD, WRONG = 0, 1, 2
+VARIANTS = ("single", "ensemble", "gated")
+
+# name -> (module, attribute); resolved on first use
+_API = {
+    "attacks": ("zoo.attacks", None),
+    "derive": ("zoo.derive", "derive"),
+    "evaluate": ("zoo.evaluation", "evaluate"),
+    "randomly_gate": ("zoo.rgn", "randomly_gate"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _API:
+        raise AttributeError(f"module 'manygates' has no attribute {name!r}; it has {', '.join(__all__)}")
+    module, attribute = _API[name]
+    loaded = importlib.import_module(module)
+    return loaded if attribute is None else getattr(loaded, attribute)
+
+
+def load(model: str, variant: str = "single") -> nn.Module:
+    """Return what a variant of a model deploys, in evaluation mode, on images (batch, channel, height, width) in [0, 1].
+
+    Args:
+        model: a catalogue name, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME[@REVISION]`.
+        variant: "single" (one derived path), "ensemble" (k paths averaged) or "gated" (a fresh path per image).
+
+    Raises:
+        ManygatesError: no such model or variant, or a bundle that is not what its card says.
+    """
+    from zoo.catalogue import open_model
+    from zoo.models import load_variant, weights_file
+
+    card = open_model(model, only=()).card
+    return load_variant(open_model(model, only=(weights_file(card),)), variant)
+
+
+# --- commands: each takes the parsed arguments and returns an exit code ------------------------------------------------
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from zoo.catalogue import list_bundled
+
+    cards = list_bundled()
+    if arguments.json:
+        _print_json([_listed(card) for card in cards])
+        return DONE
+    rows = [("name", "method", "network", "variants", "clean", "eps 0.01", "eps 0.03")]
+    for card in cards:
+        numbers = [_number(card, "clean", 0.0), _number(card, "whitebox", 0.01), _number(card, "whitebox", 0.03)]
+        rows.append((card.name, card.method, card.architecture.name, ",".join(card.variants), *numbers))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(
+        "\nAccuracy of the variant 'single' in per cent; under white-box PGD where an eps is given. `manygates show NAME`"
+    )
+    return DONE
+
+
+def _listed(card: Card) -> dict[str, Any]:
+    document = json.loads(card.to_json())
+    return {
+        "name": card.name,
+        "description": card.description,
+        "method": card.method,
+        "architecture": card.architecture.name,
+        "dataset": card.dataset,
+        "variants": list(card.variants),
+        "results": document["results"],
+    }
+
+
+def _number(card: Card, protocol: str, eps: float, variant: str = "single") -> str:
+    for result in card.results:
+        if (result.protocol, result.variant) == (protocol, variant) and abs(result.eps - eps) < 1e-9:
+            return f"{100 * result.accuracy:.2f}" if protocol == "clean" else f"{100 * result.accuracy:.1f}"
+    return "-"
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from zoo.catalogue import open_model
+    from zoo.model_card import model_card
+
+    card = open_model(arguments.model, only=()).card
+    if arguments.json:
+        sys.stdout.write(card.to_json())
+    else:
+        text = model_card(card)
+        print(text.split("---\n", 2)[-1].strip() if text.startswith("---") else text)
+    return DONE
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    from zoo.bundle import write_bundle
+    from zoo.catalogue import open_model
+
+    bundle = open_model(arguments.model)
+    if arguments.to is None:
+        print(bundle.folder)
+        return DONE
+    write_bundle(arguments.to, bundle.card, {name: bundle.file(name) for name in bundle.card.files})
+    _say(f"{bundle.card.name} is in {arguments.to}")
+    return DONE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from zoo.card import Check
+    from zoo.catalogue import open_model
+    from zoo.errors import ChecksumMismatch
+
+    try:
+        bundle = open_model(arguments.model)
+    except ChecksumMismatch as error:
+        checks = [Check(name="checksums", held=False, detail=str(error))]
+    else:
+        from zoo.export import verify_graphs
+
+        checks = [Check(name="checksums", held=True, detail=f"{len(bundle.card.files)} files are what the card says")]
+        checks += verify_graphs(bundle)
+    held = all(check.held for check in checks)
+    if arguments.json:
+        rows = [{"name": check.name, "held": check.held, "detail": check.detail} for check in checks]
+        _print_json({"model": arguments.model, "held": held, "checks": rows})
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check.held else 'FAIL'}  {check.name}: {check.detail}")
+    return DONE if held else NOT_HELD
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from training.loop import train
+    from training.recipes import override, recipe
+
+    train(
+        override(recipe(arguments.recipe), arguments.set),
+        arguments.out,
+        resume=arguments.resume,
+        device=arguments.device,
+    )
+    _say(f"trained; next: manygates export {arguments.out} --out DIR")
+    return DONE
+
+
+def _derive(arguments: argparse.Namespace) -> int:
+    from zoo.derive import derive, recalibrate
+    from zoo.export import Description, export_members
+
+    rgn, architecture, training, name = _gated_source(arguments.source)
+    chosen = _chosen_paths(arguments, rgn)
+    steps = [f"derived along {', '.join(_path_text(path) for path in chosen)}"]
+    members: list[nn.Module] = []
+    for path in chosen:
+        member = derive(rgn, path)
+        if arguments.finetune:
+            from training.finetune import finetune
+
+            member = finetune(member, _plain(architecture), arguments.finetune, seed=arguments.seed)
+        if arguments.recalibrate:
+            recalibrate(member, _augmented_batches(architecture.dataset, arguments.seed))
+        members.append(member)
+    if arguments.finetune:
+        steps.append(f"{arguments.finetune} epochs of fine-tuning on clean images")
+    if arguments.recalibrate:
+        steps.append("BatchNorm re-calibrated on augmented training images")
+    summary = "; ".join([training.summary, *steps])
+    description = Description(
+        name=arguments.name or f"{name}-derived",
+        description=f"{'An ensemble of paths' if len(chosen) > 1 else 'One path'} of {name}",
+        method=_method(training),
+        training=_replace(training, summary=summary),
+    )
+    bundle = export_members(arguments.out, members, architecture, description)
+    _say(f"{bundle.card.name}: {summary}; in {arguments.out}")
+    return DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from zoo.export import Description, export_members, export_rgn
+    from zoo.rgn import RandomGatedNetwork
+
+    network, architecture, training, name, chosen, members = _export_source(arguments)
+    description = Description(
+        name=arguments.name or name,
+        description=arguments.description or training.recipe.get("description", f"{name}, exported"),
+        method=_method(training),
+        training=training,
+    )
+    if isinstance(network, RandomGatedNetwork):
+        bundle = export_rgn(arguments.out, network, architecture, description, single=chosen[0], ensemble=chosen[1:])
+    else:
+        bundle = export_members(arguments.out, members, architecture, description)
+    _say(f"{bundle.card.name}: {', '.join(bundle.card.variants)} in {arguments.out}, checked against the weights")
+    return DONE
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from zoo.catalogue import open_model
+    from zoo.evaluation import Request, evaluate, parse_eps
+    from zoo.models import weights_file
+
+    card = open_model(arguments.model, only=()).card
+    bundle = open_model(arguments.model, only=(weights_file(card),))
+    request = Request(
+        protocol=arguments.protocol,
+        variant=arguments.variant,
+        eps=tuple(parse_eps(text) for text in arguments.eps),
+        images=arguments.images,
+        steps=arguments.steps,
+        restarts=arguments.restarts,
+        seed=arguments.seed,
+        command=_command_of(arguments, card.name),
+    )
+    results = evaluate(bundle, request, device=arguments.device)
+    document = [_plain_json(result) for result in results]
+    if arguments.json:
+        _print_json(document if len(arguments.eps) > 1 and arguments.protocol != "clean" else document[0])
+    else:
+        for result in results:
+            _print_result(result)
+    failed = [check for result in results for check in result.checks if not check.held]
+    for check in failed:
+        _say(f"ALARM: {check.name} does not hold ({check.detail}); this number may flatter the model")
+    if arguments.record and not failed:
+        from zoo.bundle import record_results
+
+        record_results(bundle.folder, results)
+        _say(f"recorded in {bundle.folder / 'card.json'}")
+    return NOT_HELD if failed else DONE
+
+
+def _attack(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from zoo.attacks import LinfBudget, fgsm, pgd, to_grid
+    from zoo.catalogue import open_model
+    from zoo.evaluation import parse_eps
+    from zoo.files import replace_directory, write_json_atomic
+    from zoo.models import load_variant, weights_file
+    from zoo.pictures import read_image, save_png
+
+    card = open_model(arguments.model, only=()).card
+    bundle = open_model(arguments.model, only=(weights_file(card),))
+    if arguments.variant == "gated":
+        from zoo.errors import BadInput
+
+        raise BadInput("the attack command takes the variants single and ensemble; the demo attacks random gates")
+    network = load_variant(bundle, arguments.variant)
+    image = torch.from_numpy(read_image(arguments.image, card.input))
+    eps = parse_eps(arguments.eps)
+    budget = LinfBudget(eps=float(eps), steps=arguments.steps, restarts=arguments.restarts)
+    with torch.no_grad():
+        before = network(image).softmax(1)[0]
+    label = _label(arguments.label, card.classes, int(before.argmax()))
+    target = torch.tensor([label])
+    generator = torch.Generator().manual_seed(arguments.seed)
+    if not eps:
+        adversarial = image
+    elif arguments.attack == "fgsm":
+        adversarial = fgsm(network, image, target, budget)
+    else:
+        adversarial = pgd(network, image, target, budget, generator=generator)
+    adversarial = to_grid(adversarial, image, float(eps))
+    with torch.no_grad():
+        after = network(adversarial).softmax(1)[0]
+    difference = adversarial - image
+    report = {
+        "model": card.name,
+        "variant": arguments.variant,
+        "attack": arguments.attack,
+        "eps": float(eps),
+        "eps_fraction": str(eps),
+        "steps": 1 if arguments.attack == "fgsm" else arguments.steps,
+        "restarts": 1 if arguments.attack == "fgsm" else arguments.restarts,
+        "seed": arguments.seed,
+        "label": card.classes[label],
+        "linf": float(difference.abs().max()),
+        "succeeded": int(after.argmax()) != label,
+        "before": {name: float(share) for name, share in zip(card.classes, before, strict=True)},
+        "after": {name: float(share) for name, share in zip(card.classes, after, strict=True)},
+    }
+    with replace_directory(arguments.out) as folder:
+        save_png(folder / "clean.png", image.numpy())
+        save_png(folder / "adversarial.png", adversarial.numpy())
+        scale = 0.5 / max(float(difference.abs().max()), 1 / 255)
+        save_png(folder / "perturbation.png", (0.5 + scale * difference).numpy())
+        write_json_atomic(folder / "report.json", report)
+    if arguments.json:
+        _print_json(report)
+    else:
+        names = [card.classes[int(share.argmax())] for share in (before, after)]
+        outcome = "broken" if report["succeeded"] else "not broken"
+        print(
+            f"{names[0]} ({before.max():.1%}) -> {names[1]} ({after.max():.1%}): {outcome} at eps {eps}; {arguments.out}"
+        )
+    return DONE
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from serving.server import serve
+    from zoo.catalogue import list_bundled
+
+    models = arguments.models or [card.name for card in list_bundled()]
+    if arguments.demo:
+        _require("gradio", "demo")
+    serve(_some(models), mode=arguments.mode, host=arguments.host, port=arguments.port, demo=arguments.demo)
+    return DONE
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from zoo.catalogue import list_bundled
+
+    _require("gradio", "demo")
+    from serving import demo
+
+    demo.launch(_some(arguments.models or [card.name for card in list_bundled()]), arguments.host, arguments.port)
+    return DONE
+
+
+# --- what the commands share -------------------------------------------------------------------------------------------
+
+
+def _some(models: list[str]) -> list[str]:
+    from zoo.errors import BadInput
+
+    if not models:
+        raise BadInput("no model is bundled with this installation; name one, such as local-dir:FOLDER")
+    return models
+
+
+def _require(package: str, extra: str) -> None:
+    from zoo.errors import BadInput
+
+    if importlib.util.find_spec(package) is None:
+        raise BadInput(f"{package} is not installed; pip install 'manygates[{extra}]'")
+
+
+def _is_run(source: str) -> bool:
+    return (Path(source) / "recipe.json").is_file()
+
+
+def _run_source(source: str, which: str) -> tuple[nn.Module, Architecture, Training, str, int, int]:
+    """Load a training run: network, architecture, its training as the card tells it, name, ensemble size, seed."""
+    from training.loop import load_run
+    from training.recipes import resolved
+    from zoo.card import Training
+
+    run_dir = Path(source)
+    network, architecture, recipe = load_run(run_dir, which=which)
+    origin = json.loads((run_dir / "provenance.json").read_text())
+    phases = " + ".join(str(phase.epochs) for phase in recipe.phases)
+    training = Training(
+        recipe=resolved(recipe),
+        seed=origin["seed"],
+        commit=origin["commit"],
+        versions=origin["versions"],
+        date=origin["date"],
+        summary=f"{phases} epochs on {origin['hardware']} ({which} checkpoint)",
+    )
+    return network, architecture, training, recipe.name, recipe.ensemble_paths, recipe.seed
+
+
+def _gated_source(source: str) -> tuple[RandomGatedNetwork, Architecture, Training, str]:
+    """Load the random gated network of a run or a bundle."""
+    from zoo.catalogue import open_model
+    from zoo.checkpoint import load_network
+    from zoo.errors import BadInput
+    from zoo.models import RGN_WEIGHTS
+    from zoo.rgn import RandomGatedNetwork
+
+    if _is_run(source):
+        network, architecture, training, name, _, _ = _run_source(source, "last")
+    else:
+        card = open_model(source, only=()).card
+        if not card.architecture.gated_layers:
+            raise BadInput(f"{card.name} is a plain network without gates, so no path can be derived from it")
+        bundle = open_model(source, only=(RGN_WEIGHTS,))
+        network, architecture = load_network(bundle.file(RGN_WEIGHTS))
+        training, name = card.training, card.name
+    if not isinstance(network, RandomGatedNetwork):
+        raise BadInput(f"{source} holds a plain network without gates, so no path can be derived from it")
+    return network, architecture, training, name
+
+
+def _export_source(
+    arguments: argparse.Namespace,
+) -> tuple[nn.Module, Architecture, Training, str, list[tuple[int, ...]], list[nn.Module]]:
+    """Load what to export: network, architecture, training, name, paths (single first), plain members."""
+    from zoo import paths
+    from zoo.catalogue import open_model
+    from zoo.checkpoint import load_network
+    from zoo.models import load_members, weights_file
+    from zoo.rgn import RandomGatedNetwork
+
+    if _is_run(arguments.source):
+        network, architecture, training, name, number, seed = _run_source(arguments.source, arguments.checkpoint)
+        chosen: list[tuple[int, ...]] = []
+        if isinstance(network, RandomGatedNetwork):
+            rng = random.Random(seed)  # noqa: S311 - which paths are published is no secret
+            chosen = paths.sample_distinct(number, network.num_gates, network.candidates, rng)
+            chosen = [chosen[0], *chosen]
+        return network, architecture, training, name, chosen, [network]
+    card = open_model(arguments.source, only=()).card
+    bundle = open_model(arguments.source, only=(weights_file(card),))
+    file = bundle.file(weights_file(card))
+    if not card.architecture.gated_layers:
+        members, architecture = load_members(file)
+        return members[0], architecture, card.training, card.name, [], members
+    network, architecture = load_network(file)
+    assert isinstance(network, RandomGatedNetwork)
+    texts = [card.paths.single or card.paths.ensemble[0], *card.paths.ensemble]
+    chosen = [paths.parse(text, network.num_gates, network.candidates) for text in texts]
+    return network, architecture, card.training, card.name, chosen, []
+
+
+def _chosen_paths(arguments: argparse.Namespace, rgn: RandomGatedNetwork) -> list[tuple[int, ...]]:
+    from zoo import paths
+    from zoo.errors import BadInput
+
+    if arguments.path and arguments.paths:
+        raise BadInput("give --path (which ones) or --paths (how many), not both")
+    if arguments.path:
+        return [paths.parse(text, rgn.num_gates, rgn.candidates) for text in arguments.path]
+    number = arguments.paths or 1
+    if number < 1:
+        raise BadInput(f"--paths must be at least 1, got {number}")
+    rng = random.Random(arguments.seed)  # noqa: S311 - repeatable on purpose
+    return paths.sample_distinct(number, rgn.num_gates, rgn.candidates, rng)
+
+
+def _path_text(path: tuple[int, ...]) -> str:
+    from zoo.paths import format_path
+
+    return format_path(path)
+
+
+def _plain(architecture: Architecture) -> Architecture:
+    return _replace(architecture, candidates=1, sharing=None)
+
+
+def _replace(value: Any, **changes: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(value, **changes)
+
+
+def _method(training: Training) -> str:
+    phases = training.recipe.get("phases")
+    return phases[-1]["objective"]["method"] if phases else "unknown"
+
+
+def _augmented_batches(dataset: str, seed: int, batches: int = 32, size: int = 128) -> Any:
+    import torch
+
+    from zoo import data
+
+    images = data.load(dataset, "train")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator)
+    for number in range(batches):
+        pixels = images.pixels[order[number * size : (number + 1) * size]]
+        yield data.as_float(data.augment(pixels, generator, flip=data.source(dataset).flips))
+
+
+def _label(text: str | None, classes: Sequence[str], predicted: int) -> int:
+    from zoo.errors import UnknownName
+
+    if text is None:
+        return predicted
+    if text in classes:
+        return list(classes).index(text)
+    raise UnknownName(text, classes, kind="class")
+
+
+def _command_of(arguments: argparse.Namespace, name: str) -> str:
+    parts = ["manygates evaluate", name, "--protocol", arguments.protocol, "--variant", arguments.variant]
+    if arguments.protocol != "clean":
+        parts += ["--eps", *arguments.eps, "--steps", str(arguments.steps), "--restarts", str(arguments.restarts)]
+    if arguments.images is not None:
+        parts += ["--images", str(arguments.images)]
+    return " ".join([*parts, "--seed", str(arguments.seed)])
+
+
+def _plain_json(result: Result) -> dict[str, Any]:
+    import dataclasses
+
+    document: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(result)))
+    return document
+
+
+def _print_result(result: Result) -> None:
+    low, high = result.interval
+    attack = "clean" if result.attack == "none" else f"{result.attack}-{result.steps} x {result.restarts}"
+    print(
+        f"{result.protocol} {result.variant}: {result.accuracy:.2%} [{low:.2%}, {high:.2%}]  {attack}, "
+        f"eps {result.eps_fraction}, {result.images} images, seed {result.seed}{'; ' + result.note if result.note else ''}"
+    )
+    for check in result.checks:
+        print(f"  {'ok  ' if check.held else 'FAIL'}  {check.name}: {check.detail}")
+
+
+def _print_json(document: object) -> None:
+    print(json.dumps(document, indent=2))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- the parser --------------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    root = argparse.ArgumentParser(
+        prog="manygates",
+        description="Adversarially robust image classifiers built on random gated networks: train, measure, export, serve.",
+        epilog="MODEL is a catalogue name, local-dir:PATH or hf-hub:org/name[@revision]. RUN is a training run's folder.",
+    )
+    root.add_argument("--version", action="version", version=f"manygates {__version__}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary)
+        added.set_defaults(run=run)
+        return added
+
+    def json_flag(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+
+    added = command("list", _list, "Names of the bundled models with their measured numbers.")
+    json_flag(added)
+
+    added = command("show", _show, "One model's card.")
+    added.add_argument("model", metavar="MODEL")
+    json_flag(added)
+
+    added = command("pull", _pull, "Fetch a model, verify it and say where it is, or copy it to a folder.")
+    added.add_argument("model", metavar="MODEL")
+    added.add_argument("--to", type=Path, metavar="DIR", help="folder that will hold the bundle")
+
+    added = command("verify", _verify, "Checksums, and every graph against the weights.")
+    added.add_argument("model", metavar="MODEL")
+    json_flag(added)
+
+    added = command("train", _train, "Train a recipe.")
+    added.add_argument("recipe", metavar="RECIPE")
+    added.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
+    added.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field, e.g. phases.0.epochs=3"
+    )
+    added.add_argument("--resume", action="store_true", help="go on where the run in RUN was stopped")
+    added.add_argument("--device", metavar="DEVICE", help="cpu or cuda; a GPU if there is one by default")
+
+    added = command("derive", _derive, "Derive plain networks from a random gated one: one path or an ensemble.")
+    added.add_argument("source", metavar="RUN|MODEL")
+    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that will hold the bundle")
+    added.add_argument("--paths", type=int, metavar="K", help="draw K distinct paths")
+    added.add_argument("--path", action="append", metavar="0110…", help="take this path; repeat it for an ensemble")
+    added.add_argument("--seed", type=int, default=0, metavar="S")
+    added.add_argument("--recalibrate", action="store_true", help="re-estimate BatchNorm statistics per path")
+    added.add_argument("--finetune", type=int, default=0, metavar="EPOCHS", help="epochs on clean images")
+    added.add_argument("--name", metavar="NAME", help="the derived model's name")
+
+    added = command("export", _export, "Write the bundle of a run or a model, its graphs checked against the weights.")
+    added.add_argument("source", metavar="RUN|MODEL")
+    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that will hold the bundle")
+    added.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which of a run's checkpoints")
+    added.add_argument("--name", metavar="NAME", help="the model's name; the recipe's by default")
+    added.add_argument("--description", metavar="TEXT", help="one sentence for the card")
+
+    added = command("evaluate", _evaluate, "Measure a model by a protocol.")
+    added.add_argument("model", metavar="MODEL")
+    added.add_argument("--protocol", required=True, metavar="P", help="clean or whitebox")
+    added.add_argument("--variant", choices=VARIANTS, default="single")
+    added.add_argument("--eps", nargs="+", default=["0.01", "0.03"], metavar="EPS", help="radii such as 8/255 or 0.03")
+    added.add_argument(
+        "--images", type=int, metavar="N", help="test images; 10,000 clean and 1,000 attacked by default"
+    )
+    added.add_argument("--steps", type=int, default=50, metavar="N")
+    added.add_argument("--restarts", type=int, default=5, metavar="N")
+    added.add_argument("--seed", type=int, default=0, metavar="S")
+    added.add_argument("--device", default="cpu", metavar="DEVICE")
+    added.add_argument("--record", action="store_true", help="write the results into the card of a local bundle")
+    json_flag(added)
+
+    added = command("attack", _attack, "Attack a model on one picture and keep what came out.")
+    added.add_argument("model", metavar="MODEL")
+    added.add_argument("--image", type=Path, required=True, metavar="FILE")
+    added.add_argument("--attack", choices=("fgsm", "pgd"), default="pgd")
+    added.add_argument("--variant", choices=VARIANTS, default="single")
+    added.add_argument("--label", metavar="CLASS", help="the true class; what the model says by default")
+    added.add_argument("--eps", default="8/255", metavar="EPS")
+    added.add_argument("--steps", type=int, default=20, metavar="N")
+    added.add_argument("--restarts", type=int, default=1, metavar="N")
+    added.add_argument("--seed", type=int, default=0, metavar="S")
+    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and report.json")
+    json_flag(added)
+
+    added = command("serve", _serve, "Serve models over HTTP (Open Inference Protocol and POST /classify).")
+    added.add_argument("models", nargs="*", metavar="MODEL", help="all bundled models by default")
+    added.add_argument("--mode", choices=("single", "ensemble", "random"))
+    added.add_argument("--host", default="127.0.0.1", metavar="H")
+    added.add_argument("--port", type=int, default=8000, metavar="P")
+    added.add_argument("--demo", action="store_true", help="also serve the attack page under /demo")
+
+    added = command("demo", _demo, "The page on which one attacks models.")
+    added.add_argument("models", nargs="*", metavar="MODEL", help="all bundled models by default")
+    added.add_argument("--host", default="127.0.0.1", metavar="H")
+    added.add_argument("--port", type=int, default=7860, metavar="P")
+    return root
+
+
+def _foreign_package() -> str | None:
+    """Say so in one sentence if a package of ours is not ours: another `training` in the way, say."""
+    here = Path(__file__).resolve().parent
+    for name in ("zoo", "training", "serving"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None or Path(spec.origin).resolve().parent != here / name:
+            found = "nothing" if spec is None else spec.origin
+            return (
+                f"manygates needs its own package {name!r} beside {__file__}, but Python finds {found}; "
+                "run it from another folder, or reinstall manygates in a virtual environment of its own"
+            )
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 a check did not hold, 2 wrong usage or bad input."""
+    arguments = parser().parse_args(argv)
+    if (problem := _foreign_package()) is not None:
+        _say(f"manygates: {problem}")
+        return WRONG
+    from zoo.errors import ManygatesError
+
+    try:
+        return int(arguments.run(arguments))
+    except ManygatesError as error:
+        _say(f"manygates: {error}")
+        return WRONG
+    except ModuleNotFoundError as error:
+        extras = {"torch": "train", "onnx": "train", "safetensors": "train", "pyarrow": "train", "tqdm": "train"}
+        extra = extras.get(error.name or "", "serve")
+        if (error.name or "").split(".")[0] in ("zoo", "training", "serving"):
+            raise
+        _say(f"manygates: {error.name} is not installed; pip install 'manygates[{extra}]'")
+        return WRONG
+    except BrokenPipeError:  # the reader of our output went away: `manygates list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

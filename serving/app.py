@@ -1,0 +1,485 @@
+"""The ASGI application: the Open Inference Protocol's calls, `/classify`, `/metrics`, and an index.
+
+Inference is dispatched by hand, before any router: at a few hundred microseconds of computing per image a router would
+be a tenth of the cost. Everything else is Starlette's.
+"""
+
+import asyncio
+import importlib.metadata
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.batcher import Batcher, Draining, PredictionFailed, QueueFull, WaitedTooLong
+from serving.engine import Mode, Prediction, Predictor, modes_of, usable_cores
+from serving.metrics import CONTENT_TYPE, Metrics, ModelMetrics
+from serving.protocol import HEADER_LENGTH, VERSION, Codec, RequestError, bad_request, json_headers
+from serving.settings import Settings
+from zoo.card import Card
+from zoo.errors import BadImage, BadInput, UnknownName, UnsupportedImage
+from zoo.pictures import decode_image
+
+logger = logging.getLogger("manygates.serving")
+
+_DECODERS = 2
+_MAX_DECODING = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is to be served: a card, the mode, and what answers."""
+
+    card: Card
+    mode: Mode
+    predictor: Predictor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Served:
+    """A model with its queue."""
+
+    model: Model
+    codec: Codec
+    batcher: Batcher
+    metrics: ModelMetrics
+
+    @property
+    def name(self) -> str:
+        return self.model.card.name
+
+
+class _ClientGone(Exception):  # noqa: N818 -- says what happened
+    """The client hung up before its request was complete."""
+
+
+class Application:
+    """The ASGI application that serves some models.
+
+    It takes requests between its start and its stop, which the lifespan protocol triggers (`running` does so in tests).
+    """
+
+    def __init__(self, models: Sequence[Model], settings: Settings | None = None) -> None:
+        """Prepare to serve `models`; the first is the one that `/classify` uses by default.
+
+        Raises:
+            BadInput: if there is none, or two have the same name.
+        """
+        self.settings = settings or Settings()
+        self.metrics = Metrics()
+        self._served: dict[str, _Served] = {}
+        for model in models:
+            if model.card.name in self._served:
+                raise BadInput(f"{model.card.name!r} is to be served twice; name each model once")
+            self._served[model.card.name] = self._serve(model)
+        if not self._served:
+            raise BadInput("no model to serve; name at least one")
+        self._infer_paths = {
+            path: served
+            for name, served in self._served.items()
+            for path in (f"/v2/models/{name}/infer", f"/v2/models/{name}/versions/{VERSION}/infer")
+        }
+        self._draining = False
+        self._decoders: ThreadPoolExecutor | None = None
+        self._decoding = 0
+        self.starlette = self._routes()
+        self.rest: ASGIApp = self.starlette
+        """Answers everything but inference; a demo may wrap or replace it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one ASGI connection."""
+        if scope["type"] == "http":
+            served = self._infer_paths.get(scope["path"])
+            if served is not None and scope["method"] == "POST":
+                await self._infer(served, scope, receive, send)
+                return
+        await self.rest(scope, receive, send)
+
+    @property
+    def draining(self) -> bool:
+        """Whether we are about to stop."""
+        return self._draining
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model takes requests, and will for a while."""
+        return not self._draining and all(served.batcher.accepting for served in self._served.values())
+
+    def begin_drain(self) -> None:
+        """Say that we are not ready any more, so that no new clients are sent here; requests are still answered."""
+        self._draining = True
+
+    @asynccontextmanager
+    async def running(self, _: object = None) -> AsyncIterator[None]:
+        """Take requests inside the block; on leaving it finish those in flight."""
+        decoders = self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+        for served in self._served.values():
+            served.batcher.start()
+        try:
+            yield
+        finally:
+            self._draining = True
+            await asyncio.gather(
+                *(served.batcher.stop(self.settings.drain_timeout) for served in self._served.values())
+            )
+            self._decoders = None
+            decoders.shutdown(wait=False, cancel_futures=True)
+
+    def _serve(self, model: Model) -> _Served:
+        settings = self.settings
+        # the queue reports to the metrics and the metrics ask the queue, so one of them must come first
+        metrics = self.metrics.of_model(
+            model.card.name,
+            random=model.mode == "random",
+            waiting=lambda: batcher.waiting,
+            ready=lambda: self.ready and batcher.accepting,
+        )
+        batcher = Batcher(
+            model.predictor,
+            workers=settings.threads or usable_cores(),
+            max_batch=settings.max_batch,
+            max_queue=settings.max_queue,
+            queue_timeout=settings.queue_timeout,
+            observer=metrics,
+        )
+        return _Served(
+            model=model, codec=Codec(model.card, max_rows=settings.max_queue), batcher=batcher, metrics=metrics
+        )
+
+    def _routes(self) -> Starlette:
+        routes = [
+            Route("/", self._index),
+            Route("/metrics", self._metrics),
+            Route("/classify", self._classify, methods=["POST"]),
+            Route("/v2", self._server_metadata),
+            Route("/v2/health/live", self._live),
+            Route("/v2/health/ready", self._server_ready),
+        ]
+        for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            routes += [
+                Route(prefix, self._model_metadata),
+                Route(f"{prefix}/ready", self._model_ready),
+                Route(f"{prefix}/infer", self._unknown_infer, methods=["POST"]),
+            ]
+        handlers: dict[Any, Any] = {
+            RequestError: self._answer_error,
+            HTTPException: _answer_http_exception,
+            Exception: _answer_defect,
+        }
+        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self.running)
+
+    async def _infer(self, served: _Served, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer an inference request; the path that has to be fast."""
+        try:
+            sizes = _Sizes(scope)
+            body = await self._body(sizes, receive)
+            started = time.perf_counter()
+            request = served.codec.decode(body, sizes.header_length)
+            answer = await self._predict(served, request.images)
+            headers, content = served.codec.encode(request, answer)
+            status = 200
+            served.metrics.infer_requests.inc()
+            served.metrics.request_seconds.observe(time.perf_counter() - started)
+        except RequestError as error:
+            self.metrics.failed(served.name, error.reason)
+            status, content = error.status, _error_body(str(error))
+            headers = json_headers(len(content)) + error.headers
+        except _ClientGone:
+            return
+        except Exception:
+            logger.exception("an inference request failed for a reason of ours")
+            self.metrics.failed(served.name, "defect")
+            status, content = 500, _error_body("internal error; the server's log says more")
+            headers = json_headers(len(content))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    async def _predict(self, served: _Served, images: NDArray[np.float32]) -> Prediction:
+        try:
+            return await served.batcher.submit(images)
+        except QueueFull as error:
+            limit = served.batcher.max_queue
+            raise _busy(429, "queue_full", f"the queue is full ({limit} images); try again in a second") from error
+        except WaitedTooLong as error:
+            seconds = self.settings.queue_timeout
+            raise _busy(503, "queue_timeout", f"no turn within {seconds:g} seconds; try again later") from error
+        except Draining as error:
+            raise _busy(503, "not_ready", "the server is starting or stopping; try again, it may be another") from error
+        except PredictionFailed as error:
+            raise RequestError(
+                500, "model_failed", "the model failed on this batch; the server's log says more"
+            ) from error
+
+    async def _body(self, sizes: "_Sizes", receive: Receive) -> bytes:
+        """Read a body within the limits of size and time."""
+        limit = self.settings.max_body_bytes
+        if sizes.content_encoding is not None:
+            raise RequestError(
+                415, "content_encoding", f"Content-Encoding is {sizes.content_encoding!r}, expected none; send it plain"
+            )
+        if sizes.content_length is not None and sizes.content_length > limit:
+            raise _too_large(sizes.content_length, limit)
+        message = await self._receive(receive)
+        body: bytes = message.get("body", b"")
+        if message.get("more_body", False):
+            body = await self._rest_of_body(body, receive, limit)
+        if len(body) > limit:
+            raise _too_large(len(body), limit)
+        return body
+
+    async def _rest_of_body(self, start: bytes, receive: Receive, limit: int) -> bytes:
+        pieces, length, more = [start], len(start), True
+        try:
+            async with asyncio.timeout(self.settings.body_timeout):
+                while more:
+                    message = await self._receive(receive)
+                    piece = message.get("body", b"")
+                    pieces.append(piece)
+                    length += len(piece)
+                    if length > limit:
+                        raise _too_large(length, limit)
+                    more = message.get("more_body", False)
+        except TimeoutError as error:
+            raise RequestError(
+                408,
+                "body_timeout",
+                f"only {length} bytes came within {self.settings.body_timeout:g} seconds; send faster",
+                [(b"connection", b"close")],
+            ) from error
+        return b"".join(pieces)
+
+    @staticmethod
+    async def _receive(receive: Receive) -> Any:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientGone
+        return message
+
+    async def _classify(self, request: Request) -> Response:
+        served = self._model_named(request, request.query_params.get("model"))
+        top = _top(request.query_params.get("top"), len(served.model.card.classes))
+        try:
+            body = await self._body(_Sizes(request.scope), request.receive)
+        except _ClientGone:
+            return Response(status_code=499)
+        started = time.perf_counter()
+        images = await self._decode_image(served, await _image_file(request.headers, body))
+        answer = await self._predict(served, images)
+        classes = served.model.card.classes
+        probabilities = answer.probabilities[0].tolist()
+        ranked = sorted(zip(classes, probabilities, strict=True), key=lambda entry: -entry[1])
+        served.metrics.classify_requests.inc()
+        served.metrics.request_seconds.observe(time.perf_counter() - started)
+        return JSONResponse(
+            {
+                "model": served.name,
+                "mode": served.model.mode,
+                "label": ranked[0][0],
+                "probabilities": dict(ranked[:top]),
+            }
+        )
+
+    async def _decode_image(self, served: _Served, content: bytes) -> NDArray[np.float32]:
+        """Decode on one of a few threads: a large JPEG takes longer than many predictions."""
+        if self._decoders is None:
+            raise _busy(503, "not_ready", "the server is starting or stopping; try again, it may be another")
+        if self._decoding >= _MAX_DECODING:
+            raise _busy(429, "queue_full", f"{_MAX_DECODING} images are being decoded; try again in a second")
+        loop = asyncio.get_running_loop()
+        self._decoding += 1
+        try:
+            return await loop.run_in_executor(self._decoders, decode_image, content, served.model.card.input)
+        except UnsupportedImage as error:
+            raise RequestError(415, "unsupported_image", str(error)) from error
+        except BadImage as error:
+            raise RequestError(400, "bad_image", str(error)) from error
+        finally:
+            self._decoding -= 1
+
+    async def _index(self, request: Request) -> Response:
+        models = [
+            {
+                "name": name,
+                "mode": served.model.mode,
+                "modes": modes_of(served.model.card),
+                "description": served.model.card.description,
+                "classes": list(served.model.card.classes),
+                "infer": f"/v2/models/{name}/infer",
+            }
+            for name, served in self._served.items()
+        ]
+        endpoints = ["POST /classify", "GET /v2", "GET /v2/health/live", "GET /v2/health/ready", "GET /metrics"]
+        return JSONResponse({"name": "manygates", "version": _version(), "models": models, "endpoints": endpoints})
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    async def _server_metadata(self, request: Request) -> Response:
+        return JSONResponse({"name": "manygates", "version": _version(), "extensions": ["binary_tensor_data"]})
+
+    async def _live(self, request: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def _server_ready(self, request: Request) -> Response:
+        return _readiness({"ready": self.ready}, self.ready)
+
+    async def _model_metadata(self, request: Request) -> Response:
+        return JSONResponse(self._model_of(request).codec.metadata())
+
+    async def _model_ready(self, request: Request) -> Response:
+        served = self._model_of(request)
+        ready = self.ready and served.batcher.accepting
+        return _readiness({"name": served.name, "ready": ready}, ready)
+
+    async def _unknown_infer(self, request: Request) -> Response:
+        self._model_of(request)  # known models never get here, so this says what is wrong with the name
+        raise RequestError(404, "not_found", f"no such path {request.url.path!r}; see /")
+
+    def _model_of(self, request: Request) -> _Served:
+        served = self._model_named(request, request.path_params["model"])
+        version = request.path_params.get("version", VERSION)
+        if version != VERSION:
+            raise RequestError(
+                404, "unknown_version", f"{served.name} has no version {version[:40]!r}, only {VERSION!r}"
+            )
+        return served
+
+    def _model_named(self, request: Request, name: str | None) -> _Served:
+        served = next(iter(self._served.values())) if name is None else self._served.get(name)
+        if served is None:
+            assert name is not None
+            raise RequestError(404, "unknown_model", str(UnknownName(name[:128], self._served, kind="model")))
+        request.state.model = served.name  # an error from here on is counted as this model's
+        return served
+
+    async def _answer_error(self, request: Request, error: RequestError) -> Response:
+        self.metrics.failed(getattr(request.state, "model", ""), error.reason)
+        headers = {name.decode(): value.decode() for name, value in error.headers}
+        return JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
+
+
+class _Sizes:
+    """The request headers that say how to read the body."""
+
+    __slots__ = ("content_encoding", "content_length", "header_length")
+
+    def __init__(self, scope: Scope) -> None:
+        self.content_length: int | None = None
+        self.header_length: bytes | None = None
+        self.content_encoding: str | None = None
+        for name, value in scope["headers"]:
+            if name == b"content-length":
+                # the HTTP parser has already refused what is not a number
+                self.content_length = int(value) if value.isdigit() and len(value) < 19 else 2**63
+            elif name == HEADER_LENGTH:
+                self.header_length = value
+            elif name == b"content-encoding" and value.lower() != b"identity":
+                self.content_encoding = value.decode("latin-1")
+
+
+class _InMemoryParser(MultiPartParser):
+    """Starlette's parser, which would write files above a megabyte to the disk; the body is bounded already."""
+
+    spool_max_size = 2**40
+
+
+async def _image_file(headers: Headers, body: bytes) -> bytes:
+    """Take the image file out of a body: the field `image` of a form, or the whole body."""
+    if not body:
+        raise bad_request("the body is empty; send an image file, or a form with the field 'image'")
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "multipart/form-data":
+        return await _image_field(headers, body)
+    if content_type.startswith("image/") or content_type in ("", "application/octet-stream"):
+        return body
+    raise RequestError(
+        415,
+        "unsupported_media_type",
+        f"Content-Type is {content_type[:80]!r}, expected multipart/form-data with the field 'image', or image/png, "
+        "image/jpeg or image/webp",
+    )
+
+
+async def _image_field(headers: Headers, body: bytes) -> bytes:
+    async def stream() -> Any:
+        yield body
+
+    try:
+        form = await _InMemoryParser(headers, stream(), max_files=8, max_fields=8).parse()
+    except MultiPartException as error:
+        raise bad_request(
+            f"the form cannot be read ({error.message}); send multipart/form-data with 'image'"
+        ) from error
+    try:
+        field = form.get("image")
+        if not isinstance(field, UploadFile):
+            found = ", ".join(repr(name[:40]) for name in form) or "none"
+            raise bad_request(f"the form has the fields {found}, expected a file in the field 'image'")
+        return await field.read()
+    finally:
+        await form.close()
+
+
+def _top(text: str | None, num_classes: int) -> int:
+    if text is None:
+        return num_classes
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
+        raise bad_request(f"top is {text[:40]!r}, expected a whole number from 1 to {num_classes}")
+    return min(int(text), num_classes)
+
+
+def _busy(status: int, reason: str, message: str) -> RequestError:
+    return RequestError(status, reason, message, [(b"retry-after", b"1")])
+
+
+def _too_large(length: int, limit: int) -> RequestError:
+    return RequestError(
+        413,
+        "body_too_large",
+        f"the body has at least {length} bytes, expected at most {limit}; send fewer images at a time",
+        [(b"connection", b"close")],
+    )
+
+
+def _error_body(message: str) -> bytes:
+    return json.dumps({"error": message}).encode()
+
+
+def _readiness(body: dict[str, Any], ready: bool) -> Response:
+    return JSONResponse(body, status_code=200) if ready else JSONResponse(body, 503, headers={"retry-after": "1"})
+
+
+async def _answer_http_exception(request: Request, error: HTTPException) -> Response:
+    path = request.url.path[:128]
+    messages = {
+        404: f"no such path {path!r}; see /",
+        405: f"{request.method} is not offered on {path!r}; the header Allow names what is",
+    }
+    message = messages.get(error.status_code, error.detail)
+    return JSONResponse({"error": message}, status_code=error.status_code, headers=error.headers)
+
+
+async def _answer_defect(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "internal error; the server's log says more"}, status_code=500)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("manygates")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "0"

@@ -1,0 +1,414 @@
+"""The Open Inference Protocol (KServe V2) over REST, for models from `images` to `probabilities` and `logits`.
+
+A request is JSON, or JSON followed by raw little-endian tensors (the binary tensor extension), or nothing but one raw
+tensor (`Inference-Header-Content-Length: 0`). Everything is checked here, before a request may join a batch: a request
+that gets through cannot fail in the model.
+
+https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
+"""
+
+import json
+import math
+import reprlib
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.engine import Prediction
+from zoo.card import Card
+
+HEADER_LENGTH: Final = b"inference-header-content-length"
+VERSION: Final = "1"
+INPUT: Final = "images"
+OUTPUTS: Final = ("probabilities", "logits")
+
+_ITEM_BYTES: Final = {"FP32": 4, "UINT8": 1}
+_MAX_ID: Final = 256
+_MAX_REMEMBERED: Final = 256
+_MAX_REMEMBERED_BYTES: Final = 1024
+_UNSUPPORTED: Final = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size", "classification")
+
+Headers = list[tuple[bytes, bytes]]
+Parameters = dict[str, Any]
+
+
+class RequestError(Exception):
+    """A request that is answered with an error.
+
+    Attributes:
+        status: the HTTP status.
+        reason: one word or two for the metrics.
+        headers: to be sent along.
+    """
+
+    def __init__(self, status: int, reason: str, message: str, headers: Headers | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+        self.headers = headers or []
+
+
+def bad_request(message: str) -> RequestError:
+    """Return a 400 that says `message`."""
+    return RequestError(400, "bad_request", message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """All of a request but its pixels, and what its answer will look like.
+
+    A client repeats the same JSON with each binary request, so forms are remembered by their bytes.
+    """
+
+    rows: int
+    datatype: str
+    size: int | None
+    """Bytes of the binary tensor; None where the pixels are in the JSON."""
+    outputs: tuple[tuple[str, bool], ...]
+    """Name, and whether it is wanted in binary."""
+    heading: Parameters
+    """The answer's fields before `outputs`."""
+    binary_head: bytes | None
+    """The answer's whole JSON, where every output is binary."""
+    binary_headers: Headers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferRequest:
+    """A request that passed every check."""
+
+    images: NDArray[np.float32]
+    """(image, channel, height, width) in [0, 1]."""
+    form: _Form
+
+
+class Codec:
+    """Reads requests for one model and writes its answers."""
+
+    def __init__(self, card: Card, *, max_rows: int) -> None:
+        """Prepare for a model; `max_rows` is how many images one request may hold."""
+        self._name = card.name
+        self._image_shape = (card.input.channels, card.input.height, card.input.width)
+        self._image_items = math.prod(self._image_shape)
+        self._classes = len(card.classes)
+        self._max_rows = max_rows
+        self._forms: dict[bytes, _Form] = {}
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the answer to `GET /v2/models/NAME`; -1 is the batch."""
+        outputs = [{"name": name, "datatype": "FP32", "shape": [-1, self._classes]} for name in OUTPUTS]
+        return {
+            "name": self._name,
+            "versions": [VERSION],
+            "platform": "onnxruntime_onnx",
+            "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *self._image_shape]}],
+            "outputs": outputs,
+        }
+
+    def decode(self, body: bytes, header_length: bytes | None) -> InferRequest:
+        """Read and check a request.
+
+        Args:
+            body: the whole body.
+            header_length: the value of `Inference-Header-Content-Length`, if it was sent.
+
+        Raises:
+            RequestError: 400 with what is wrong, 413 for too many images.
+        """
+        if header_length is None:
+            return self._decode_json(body)
+        length = _header_length(header_length, len(body))
+        if length == 0:
+            return self._decode_raw(body)
+        if length == len(body):
+            return self._decode_json(body)
+        head = body[:length]
+        form = self._forms.get(head)
+        if form is None:
+            form, _ = self._parse(head)
+            if length <= _MAX_REMEMBERED_BYTES:
+                if len(self._forms) >= _MAX_REMEMBERED:
+                    self._forms.clear()
+                self._forms[head] = form
+        if form.size is None:
+            raise bad_request(
+                f"{len(body) - length} bytes follow the JSON, but the input {INPUT!r} has no 'binary_data_size'; "
+                "set it in the input's parameters, or send the pixels as 'data'"
+            )
+        if len(body) - length != form.size:
+            raise bad_request(
+                f"{len(body) - length} bytes follow the JSON of {length} bytes, expected {form.size} (binary_data_size "
+                f"of {INPUT!r}); the tensor is cut short or Inference-Header-Content-Length is wrong"
+            )
+        return InferRequest(images=self._pixels(body, length, form), form=form)
+
+    def encode(self, request: InferRequest, answer: Prediction) -> tuple[Headers, bytes]:
+        """Return the HTTP headers and the body of the answer to `request`."""
+        form = request.form
+        if form.binary_head is not None:
+            tensors = [_of(answer, name).astype("<f4", copy=False).tobytes() for name, _ in form.outputs]
+            return form.binary_headers, b"".join((form.binary_head, *tensors))
+        outputs = []
+        tensors = []
+        for name, binary in form.outputs:
+            values = _of(answer, name)
+            output = _output_form(name, values.shape, binary)
+            if binary:
+                tensors.append(values.astype("<f4", copy=False).tobytes())
+            else:
+                output["data"] = values.ravel().tolist()
+            outputs.append(output)
+        head = _to_json({**form.heading, "outputs": outputs})
+        body = b"".join((head, *tensors))
+        return (_binary_headers(len(head), len(body)) if tensors else json_headers(len(body))), body
+
+    def _decode_json(self, body: bytes) -> InferRequest:
+        form, data = self._parse(body)
+        if form.size is not None:
+            raise bad_request(
+                f"the input {INPUT!r} has a 'binary_data_size' of {form.size}, but no bytes follow the JSON; send "
+                "Inference-Header-Content-Length with the length of the JSON, and the tensor after it"
+            )
+        shape = (form.rows, *self._image_shape)
+        return InferRequest(images=_pixels_of_json(data, shape, form.datatype), form=form)
+
+    def _decode_raw(self, body: bytes) -> InferRequest:
+        image_bytes = self._image_items * 4
+        rows, rest = divmod(len(body), image_bytes)
+        if rest or not rows:
+            raise bad_request(
+                f"the raw tensor has {len(body)} bytes, expected a multiple of {image_bytes} (FP32 "
+                f"{list(self._image_shape)} per image); for UINT8 send the JSON header as well"
+            )
+        self._check_rows(rows)
+        outputs = tuple((name, True) for name in OUTPUTS)
+        form = self._form(None, rows, "FP32", len(body), outputs)
+        return InferRequest(images=self._pixels(body, 0, form), form=form)
+
+    def _parse(self, text: bytes) -> tuple[_Form, Any]:
+        """Read the JSON of a request; returns its form and the pixels that are in it."""
+        document = _load(text)
+        request_id = document.get("id")
+        if request_id is not None and not (isinstance(request_id, str) and len(request_id) <= _MAX_ID):
+            raise bad_request(f"'id' must be a string of at most {_MAX_ID} characters, got {_short(request_id)}")
+        parameters = _parameters(document, "the request")
+        tensor = self._only_input(document)
+        datatype = tensor.get("datatype")
+        if not isinstance(datatype, str) or datatype not in _ITEM_BYTES:
+            raise bad_request(
+                f"the input {INPUT!r} has datatype {_short(datatype)}, expected FP32 (pixels in [0, 1]) or UINT8 (0 "
+                "to 255)"
+            )
+        rows = self._rows(tensor.get("shape"))
+        size = _parameters(tensor, f"the input {INPUT!r}").get("binary_data_size")
+        if size is not None:
+            self._check_size(size, rows, datatype)
+            if "data" in tensor:
+                raise bad_request(f"the input {INPUT!r} has 'data' and 'binary_data_size'; send one of them")
+        elif "data" not in tensor:
+            raise bad_request(f"the input {INPUT!r} has neither 'data' nor 'binary_data_size'; send one of them")
+        binary = parameters.get("binary_data_output", False)
+        outputs = self._outputs(document.get("outputs"), _boolean(binary, "binary_data_output"))
+        return self._form(request_id, rows, datatype, size, outputs), tensor.get("data")
+
+    def _only_input(self, document: dict[str, Any]) -> dict[str, Any]:
+        inputs = document.get("inputs")
+        if not isinstance(inputs, list) or not all(isinstance(tensor, dict) for tensor in inputs):
+            raise bad_request(f"'inputs' must be an array of objects, got {_short(inputs)}")
+        for tensor in inputs:
+            if tensor.get("name") != INPUT:
+                raise bad_request(f"unknown input {_short(tensor.get('name'))}; {self._name} takes only {INPUT!r}")
+        if len(inputs) != 1:
+            raise bad_request(f"got {len(inputs)} inputs, expected exactly one, {INPUT!r}")
+        tensor = inputs[0]
+        assert isinstance(tensor, dict)
+        return tensor
+
+    def _rows(self, shape: Any) -> int:
+        """Return how many images a declared shape means."""
+        whole = isinstance(shape, list) and all(type(size) is int for size in shape)
+        if not whole or tuple(shape[1:]) != self._image_shape or shape[0] < 1:
+            expected = f"[images, {', '.join(map(str, self._image_shape))}]"
+            hint = "; add the leading batch dimension" if whole and tuple(shape) == self._image_shape else ""
+            raise bad_request(f"the input {INPUT!r} has shape {_short(shape)}, expected {expected}{hint}")
+        rows = shape[0]
+        assert isinstance(rows, int)
+        self._check_rows(rows)
+        return rows
+
+    def _check_rows(self, rows: int) -> None:
+        if rows > self._max_rows:
+            raise RequestError(
+                413,
+                "too_many_images",
+                f"{_short(rows)} images in one request, expected at most {self._max_rows}; split it",
+            )
+
+    def _check_size(self, size: Any, rows: int, datatype: str) -> None:
+        # Python's integers do not overflow, and `rows` is bounded
+        expected = rows * self._image_items * _ITEM_BYTES[datatype]
+        if type(size) is not int or size != expected:
+            raise bad_request(
+                f"the input {INPUT!r} has a 'binary_data_size' of {_short(size)}, expected {expected} for {datatype} "
+                f"{[rows, *self._image_shape]}"
+            )
+
+    def _outputs(self, wanted: Any, binary_default: bool) -> tuple[tuple[str, bool], ...]:
+        if wanted is None or wanted == []:
+            return tuple((name, binary_default) for name in OUTPUTS)
+        if not isinstance(wanted, list) or not all(isinstance(output, dict) for output in wanted):
+            raise bad_request(f"'outputs' must be an array of objects, got {_short(wanted)}")
+        outputs: dict[str, bool] = {}
+        for output in wanted:
+            name = output.get("name")
+            if not isinstance(name, str) or name not in OUTPUTS:
+                raise bad_request(f"unknown output {_short(name)}; {self._name} has {', '.join(OUTPUTS)}")
+            if name in outputs:
+                raise bad_request(f"the output {name!r} is asked for twice; name it once")
+            binary = _parameters(output, f"the output {name!r}").get("binary_data", binary_default)
+            outputs[name] = _boolean(binary, "binary_data")
+        return tuple(outputs.items())
+
+    def _form(
+        self, request_id: str | None, rows: int, datatype: str, size: int | None, outputs: tuple[tuple[str, bool], ...]
+    ) -> _Form:
+        heading = {"model_name": self._name, "model_version": VERSION}
+        if request_id is not None:
+            heading["id"] = request_id
+        binary_head, binary_headers = None, []
+        if all(binary for _, binary in outputs):
+            shape = (rows, self._classes)
+            binary_head = _to_json({**heading, "outputs": [_output_form(name, shape, True) for name, _ in outputs]})
+            total = len(binary_head) + len(outputs) * rows * self._classes * 4
+            binary_headers = _binary_headers(len(binary_head), total)
+        return _Form(
+            rows=rows,
+            datatype=datatype,
+            size=size,
+            outputs=outputs,
+            heading=heading,
+            binary_head=binary_head,
+            binary_headers=binary_headers,
+        )
+
+    def _pixels(self, body: bytes, offset: int, form: _Form) -> NDArray[np.float32]:
+        shape = (form.rows, *self._image_shape)
+        if form.datatype == "UINT8":
+            levels = np.frombuffer(body, dtype=np.uint8, offset=offset).reshape(shape)
+            return _scaled(levels)
+        images = np.frombuffer(body, dtype="<f4", offset=offset).reshape(shape)
+        # the tensor starts wherever the JSON ends, and unaligned arrays are slow and unsafe further down
+        return _checked(images.astype(np.float32, copy=not images.flags.aligned))
+
+
+def json_headers(length: int) -> Headers:
+    """Return the HTTP headers of a JSON body of `length` bytes."""
+    return [(b"content-type", b"application/json"), (b"content-length", str(length).encode())]
+
+
+def _binary_headers(head_length: int, length: int) -> Headers:
+    return [
+        (b"content-type", b"application/octet-stream"),
+        (HEADER_LENGTH, str(head_length).encode()),
+        (b"content-length", str(length).encode()),
+    ]
+
+
+def _header_length(value: bytes, body_length: int) -> int:
+    if not (value.isdigit() and len(value) <= 18 and int(value) <= body_length):
+        raise bad_request(
+            f"Inference-Header-Content-Length is {_short(value.decode('latin-1'))}, expected a number of bytes up to "
+            f"the body's {body_length}"
+        )
+    return int(value)
+
+
+def _load(text: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise bad_request(
+            f"the request is not JSON ({error}); a binary tensor needs Inference-Header-Content-Length"
+        ) from error
+    if not isinstance(document, dict):
+        raise bad_request(f"the request is {_short(document)}, expected a JSON object with 'inputs'")
+    return document
+
+
+def _parameters(holder: dict[str, Any], where: str) -> Parameters:
+    parameters = holder.get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise bad_request(f"the 'parameters' of {where} must be an object, got {_short(parameters)}")
+    for name in _UNSUPPORTED:
+        if name in parameters:
+            raise bad_request(f"{where} has the parameter {name!r}, which this server does not offer; remove it")
+    return parameters
+
+
+def _boolean(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise bad_request(f"{name!r} must be true or false, got {_short(value)}")
+    return value
+
+
+def _pixels_of_json(data: Any, shape: tuple[int, ...], datatype: str) -> NDArray[np.float32]:
+    """Turn flat or nested numbers into checked pixels."""
+    try:
+        values = np.asarray(data)
+    except (ValueError, OverflowError) as error:
+        raise bad_request(
+            f"the 'data' of {INPUT!r} is not a regular array of numbers; send it flat or as {shape}"
+        ) from error
+    if values.dtype.kind not in "iuf":
+        raise bad_request(f"the 'data' of {INPUT!r} must hold numbers only, got {_short(data)}")
+    if values.size != math.prod(shape) or (values.ndim > 1 and values.shape != shape):
+        raise bad_request(
+            f"the 'data' of {INPUT!r} has {values.size} numbers as {list(values.shape)}, expected {math.prod(shape)}, "
+            f"flat or as {list(shape)}"
+        )
+    values = values.reshape(shape)
+    if datatype == "FP32":
+        with np.errstate(over="ignore"):  # too large becomes infinite, which is refused like any other pixel
+            return _checked(values.astype(np.float32))
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 255:
+        raise bad_request(f"the 'data' of {INPUT!r} must be integers from 0 to 255 for UINT8; send FP32 for [0, 1]")
+    return _scaled(values.astype(np.uint8))
+
+
+def _scaled(levels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return np.divide(levels, np.float32(255), dtype=np.float32)
+
+
+def _checked(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    low, high = images.min(), images.max()
+    if not (low >= 0 and high <= 1):  # written so that NaN fails
+        raise bad_request(
+            f"the pixels of {INPUT!r} reach from {low:g} to {high:g}; pixels are in [0, 1]: divide by 255, or send "
+            "them as UINT8"
+        )
+    return images
+
+
+def _of(answer: Prediction, name: str) -> NDArray[np.float32]:
+    return answer.probabilities if name == "probabilities" else answer.logits
+
+
+def _output_form(name: str, shape: tuple[int, ...], binary: bool) -> dict[str, Any]:
+    output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(shape)}
+    if binary:
+        output["parameters"] = {"binary_data_size": math.prod(shape) * 4}
+    return output
+
+
+def _to_json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _short(value: Any) -> str:
+    """Show a value from a request, however large it is."""
+    return reprlib.repr(value)

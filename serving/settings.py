@@ -1,0 +1,90 @@
+"""The server's settings, with defaults that need no thought."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, Self
+
+from serving.engine import Device
+from zoo.errors import BadInput
+
+_PREFIX = "MANYGATES_SERVE_"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a server runs; each field is also the environment variable MANYGATES_SERVE_<FIELD>, in upper case."""
+
+    threads: int = 0
+    """Batches that run at a time, per model; 0 is one per usable core."""
+    intra_op: int = 1
+    """Cores that one batch uses."""
+    max_batch: int = 8
+    """Images in a batch. On a processor larger batches gain nothing; on a GPU raise it."""
+    max_queue: int = 1024
+    """Images waiting, per model; more are answered with 429. Also the most images in one request."""
+    max_body_bytes: int = 16 * 2**20
+    """Larger requests are answered with 413."""
+    max_connections: int = 2048
+    """More are answered with 503."""
+    queue_timeout: float = 30.0
+    """Seconds a request may wait for its turn before it is answered with 503."""
+    body_timeout: float = 30.0
+    """Seconds a client may take to send a body before it is answered with 408."""
+    keep_alive_timeout: float = 30.0
+    """Seconds an idle connection stays open."""
+    drain_delay: float = 0.0
+    """Seconds after SIGTERM in which requests are still taken, while readiness already says no."""
+    drain_timeout: float = 30.0
+    """Seconds that requests in flight then have to finish."""
+    device: Device = "cpu"
+    allow_cpu_fallback: bool = False
+    """With device `cuda`: run on the processor where the GPU cannot be used, rather than stop."""
+    allow_spinning: bool = False
+    """Let ONNX Runtime's idle threads spin: less latency, and cores that are never idle."""
+
+    def __post_init__(self) -> None:
+        for name in ("intra_op", "max_batch", "max_queue", "max_body_bytes", "max_connections"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)}, expected at least 1; leave it out for the default")
+        for name in ("threads", "drain_delay", "drain_timeout"):
+            if getattr(self, name) < 0:
+                raise BadInput(f"{name} is {getattr(self, name)}, expected 0 or more; leave it out for the default")
+        for name in ("queue_timeout", "body_timeout", "keep_alive_timeout"):
+            if not getattr(self, name) > 0:
+                raise BadInput(
+                    f"{name} is {getattr(self, name)}, expected seconds above 0; leave it out for the default"
+                )
+        if self.device not in ("cpu", "cuda"):
+            raise BadInput(f"device is {self.device!r}, expected cpu or cuda")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """Return the defaults with what the environment sets.
+
+        Raises:
+            BadInput: if a variable with our prefix is no setting, or its value is not of the setting's type.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        values = {}
+        for variable, text in environment.items():
+            if not variable.startswith(_PREFIX):
+                continue
+            name = variable.removeprefix(_PREFIX).lower()
+            if name not in fields:
+                known = ", ".join(_PREFIX + field.upper() for field in fields)
+                raise BadInput(f"{variable} is no setting; known: {known}")
+            values[name] = _read(variable, text, fields[name].default)
+        return cls(**values)
+
+
+def _read(variable: str, text: str, default: Any) -> Any:
+    """Read a value of the type that `default` has."""
+    if isinstance(default, bool):
+        if text.lower() not in ("0", "1", "false", "true"):
+            raise BadInput(f"{variable} is {text!r}, expected true or false")
+        return text.lower() in ("1", "true")
+    try:
+        return type(default)(text)
+    except ValueError as error:
+        raise BadInput(f"{variable} is {text!r}, expected a number like {default}") from error

@@ -1,0 +1,166 @@
+"""Small models with known answers, and servers for them."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from serving.app import Application, Model
+from serving.server import Server, bind, load, url_of
+from serving.settings import Settings
+from zoo.bundle import write_bundle
+from zoo.card import Architecture, Card, InputFormat, Paths, Training
+
+SHAPE = (3, 4, 4)
+CLASSES = ("cat", "dog", "frog")
+GATE_BIASES = np.array([[[0, 0, 0], [2, 0, -1]], [[0, 0, 0], [-1, 3, 0]]], dtype=np.float32)
+
+
+def tiny_card(name: str = "tiny", variants: tuple[str, ...] = ("single", "ensemble", "gated")) -> Card:
+    return Card(
+        name=name,
+        description="A linear model with two gates.",
+        method="standard",
+        license="apache-2.0",
+        dataset="cifar10",
+        architecture=Architecture(
+            name="linear",
+            options={},
+            gated_layers=("bias1", "bias2"),
+            candidates=2,
+            sharing="independent",
+            parameters=156,
+            single_path_parameters=150,
+        ),
+        input=InputFormat(
+            channels=3, height=4, width=4, range=(0.0, 1.0), mean=(0.0,) * 3, std=(1.0,) * 3, resize="nearest"
+        ),
+        classes=CLASSES,
+        paths=Paths(single="01", ensemble=("01", "10")),
+        variants=variants,
+        training=Training(recipe={}, seed=0, commit="abc", versions={}, date="2026-11-21", summary="Not trained"),
+        results=(),
+        files={},
+    )
+
+
+def tiny_graph(*, gated: bool, scale: float = 1.0) -> bytes:
+    """softmax(flatten(images) @ weights [+ one bias per gate]); the weights follow from a fixed seed."""
+    weights = (scale * np.random.default_rng(0).normal(size=(48, 3))).astype(np.float32)
+    constants = [numpy_helper.from_array(weights, "weights")]
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["scores"]),
+    ]
+    inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", *SHAPE])]
+    scores = "scores"
+    if gated:
+        inputs.append(helper.make_tensor_value_info("gates", TensorProto.INT64, [2]))
+        for gate in range(2):
+            constants.append(numpy_helper.from_array(np.int64(gate), f"index{gate}"))
+            constants.append(numpy_helper.from_array(GATE_BIASES[gate], f"biases{gate}"))
+            nodes += [
+                helper.make_node("Gather", ["gates", f"index{gate}"], [f"gate{gate}"]),
+                helper.make_node("Gather", [f"biases{gate}", f"gate{gate}"], [f"bias{gate}"]),
+                helper.make_node("Add", [scores, f"bias{gate}"], [f"sum{gate}"]),
+            ]
+            scores = f"sum{gate}"
+    nodes += [
+        helper.make_node("Identity", [scores], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+    ]
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in ("logits", "probabilities")
+    ]
+    graph = helper.make_graph(nodes, "tiny", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return model.SerializeToString()
+
+
+def write_tiny_bundle(folder: Path, card: Card | None = None) -> Path:
+    card = card or tiny_card()
+    graphs = {f"{variant}.onnx": tiny_graph(gated=variant == "gated") for variant in card.variants}
+    write_bundle(folder, card, graphs)
+    return folder
+
+
+@contextmanager
+def server_in_a_thread(application: Application) -> Iterator[str]:
+    """Serve on a free port; yields the URL."""
+    listener = bind("127.0.0.1", 0)
+    server = Server(application)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    url = url_of(listener)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 10
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert server.started
+        yield url
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+        listener.close()
+
+
+@pytest.fixture
+def card() -> Card:
+    return tiny_card()
+
+
+@pytest.fixture
+def make_card() -> Callable[..., Card]:
+    return tiny_card
+
+
+@pytest.fixture
+def make_graph() -> Callable[..., bytes]:
+    return tiny_graph
+
+
+@pytest.fixture
+def gate_biases() -> np.ndarray:
+    return GATE_BIASES
+
+
+@pytest.fixture
+def bundle_dir(tmp_path: Path) -> Path:
+    return write_tiny_bundle(tmp_path / "tiny")
+
+
+@pytest.fixture
+def write_bundle_dir() -> Callable[..., Path]:
+    return write_tiny_bundle
+
+
+@pytest.fixture
+def serve_in_a_thread() -> Callable[[Application], object]:
+    return server_in_a_thread
+
+
+@pytest.fixture
+def tiny_application(bundle_dir: Path) -> Callable[..., Application]:
+    """Return a function from modes and settings to an application that serves the tiny model in them."""
+
+    def build(mode: str | None = None, **settings: object) -> Application:
+        chosen = Settings(**{"threads": 2, **settings})  # type: ignore[arg-type]
+        return Application([load(f"local-dir:{bundle_dir}", mode, chosen)], chosen)
+
+    return build
+
+
+@pytest.fixture
+def application_of(card: Card) -> Callable[..., Application]:
+    """Return a function from a predictor to an application that serves it under the tiny model's card."""
+
+    def build(predictor: object, **settings: object) -> Application:
+        chosen = Settings(**{"threads": 2, **settings})  # type: ignore[arg-type]
+        return Application([Model(card=card, mode="single", predictor=predictor)], chosen)  # type: ignore[arg-type]
+
+    return build

@@ -1,0 +1,427 @@
+import asyncio
+import io
+import json
+import logging
+import struct
+import threading
+import zlib
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from serving.app import Application, Model
+from serving.engine import Prediction
+from zoo.errors import BadInput
+
+
+class Fixed:
+    """Answers every image alike."""
+
+    def predict(self, images: np.ndarray) -> Prediction:
+        row = np.array([[0.125, 0.625, 0.25]], dtype=np.float32)
+        return Prediction(np.repeat(row, len(images), axis=0), np.log(np.repeat(row, len(images), axis=0)))
+
+
+class Broken:
+    def predict(self, images: np.ndarray) -> Prediction:
+        raise RuntimeError("secret detail")
+
+
+class Gate(Fixed):
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+
+    def predict(self, images: np.ndarray) -> Prediction:
+        assert self.opened.wait(10)
+        return super().predict(images)
+
+
+def ask(application: Application, body: Callable[[httpx.AsyncClient], Awaitable[None]], *, start: bool = True) -> None:
+    async def main() -> None:
+        transport = httpx.ASGITransport(application)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            if not start:
+                return await body(client)
+            async with application.running():
+                await body(client)
+
+    asyncio.run(main())
+
+
+def infer_document(value: float = 0.5, rows: int = 1, **fields: Any) -> dict[str, Any]:
+    shape = [rows, 3, 4, 4]
+    return {"inputs": [{"name": "images", "shape": shape, "datatype": "FP32", "data": [value] * 48 * rows}], **fields}
+
+
+def png(size: tuple[int, int] = (4, 4), colour: tuple[int, int, int] = (10, 200, 30), kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, format=kind)
+    return stream.getvalue()
+
+
+def test_the_calls_of_the_protocol_answer_in_its_form(application_of) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        assert (await client.get("/v2/health/live")).json() == {"live": True}
+        assert (await client.get("/v2/health/ready")).json() == {"ready": True}
+        server = (await client.get("/v2")).json()
+        assert server["name"] == "manygates"
+        assert "binary_tensor_data" in server["extensions"]
+        for path in ("/v2/models/tiny", "/v2/models/tiny/versions/1"):
+            assert (await client.get(path)).json() == {
+                "name": "tiny",
+                "versions": ["1"],
+                "platform": "onnxruntime_onnx",
+                "inputs": [{"name": "images", "datatype": "FP32", "shape": [-1, 3, 4, 4]}],
+                "outputs": [
+                    {"name": "probabilities", "datatype": "FP32", "shape": [-1, 3]},
+                    {"name": "logits", "datatype": "FP32", "shape": [-1, 3]},
+                ],
+            }
+            assert (await client.get(f"{path}/ready")).json() == {"name": "tiny", "ready": True}
+            answer = (await client.post(f"{path}/infer", json=infer_document(id="7"))).json()
+            assert answer["id"] == "7"
+            assert answer["outputs"][0]["data"] == [0.125, 0.625, 0.25]
+        index = (await client.get("/")).json()
+        assert index["models"][0]["name"] == "tiny"
+        assert index["models"][0]["modes"] == ["single", "ensemble", "random"]
+
+    ask(application_of(Fixed()), body)
+
+
+def test_an_image_file_is_classified_as_a_form_field_or_a_raw_body(application_of) -> None:
+    expected = {
+        "model": "tiny",
+        "mode": "single",
+        "label": "dog",
+        "probabilities": {"dog": 0.625, "frog": 0.25, "cat": 0.125},
+    }
+
+    async def body(client: httpx.AsyncClient) -> None:
+        form = await client.post("/classify", files={"image": ("cat.png", png(), "image/png")})
+        assert form.json() == expected
+        assert list(form.json()["probabilities"]) == ["dog", "frog", "cat"]
+        for kind in ("PNG", "JPEG", "WEBP"):
+            raw = await client.post(
+                "/classify", content=png((40, 30), kind=kind), headers={"content-type": "image/png"}
+            )
+            assert raw.json() == expected
+        bare = await client.post("/classify?model=tiny&top=1", content=png())
+        assert bare.json() == {**expected, "probabilities": {"dog": 0.625}}
+
+    ask(application_of(Fixed()), body)
+
+
+def test_classify_gives_the_model_exactly_the_pixels_of_the_file(tiny_application) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, size=(4, 4, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    data = (pixels.transpose(2, 0, 1).astype(np.float32) / 255).ravel().tolist()
+
+    async def body(client: httpx.AsyncClient) -> None:
+        classified = (await client.post("/classify", content=stream.getvalue())).json()["probabilities"]
+        document = infer_document()
+        document["inputs"][0]["data"] = data
+        inferred = (await client.post("/v2/models/tiny/infer", json=document)).json()["outputs"][0]["data"]
+        assert [classified[label] for label in ("cat", "dog", "frog")] == pytest.approx(inferred, abs=1e-6)
+
+    ask(tiny_application("single"), body)
+
+
+@pytest.mark.parametrize(
+    ("send", "status", "said"),
+    [
+        ({"content": b""}, 400, "the body is empty"),
+        ({"content": b"GIF89a-and-more"}, 415, "no PNG, JPEG or WEBP"),
+        (
+            {"content": b"%PDF-1.7", "headers": {"content-type": "application/pdf"}},
+            415,
+            "Content-Type is 'application/pdf'",
+        ),
+        ({"content": png()[:40]}, 400, "damaged or cut short"),
+        ({"content": png((64, 64), kind="JPEG")[:-200]}, 400, "damaged or cut short"),
+        ({"files": {"picture": ("a.png", png())}}, 400, "fields 'picture', expected a file in the field 'image'"),
+        ({"data": {"image": "text"}, "files": {"b": ("b.png", b"x")}}, 400, "expected a file in the field 'image'"),
+        ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, 400, "form cannot be read"),
+        ({"content": b"zzz", "headers": {"content-type": "multipart/form-data; boundary=x"}}, 400, "form"),
+        ({"content": png(), "params": {"top": "0"}}, 400, "top is '0'"),
+        ({"content": png(), "params": {"top": "many"}}, 400, "top is 'many'"),
+        ({"content": png(), "params": {"model": "tin"}}, 404, "did you mean 'tiny'"),
+        ({"content": png(), "headers": {"content-encoding": "gzip"}}, 415, "Content-Encoding"),
+    ],
+)
+def test_a_bad_image_request_is_refused_with_its_reason(application_of, send: dict, status: int, said: str) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/classify", **send)
+        assert answer.status_code == status
+        assert said in answer.json()["error"]
+
+    ask(application_of(Fixed()), body)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(application_of) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)  # 900 million pixels, one bit each
+    bomb = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+    async def body(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/classify", content=bomb)
+        assert answer.status_code == 400
+        assert "expected at most 4,000,000" in answer.json()["error"]
+
+    ask(application_of(Fixed()), body)
+
+
+def test_an_oversized_body_is_refused_whether_announced_or_not(application_of) -> None:
+    async def chunks() -> Any:
+        for _ in range(20):
+            yield b"x" * 100
+
+    async def body(client: httpx.AsyncClient) -> None:
+        for path in ("/v2/models/tiny/infer", "/classify"):
+            for content in (b"x" * 1001, chunks()):
+                answer = await client.post(path, content=content)
+                assert answer.status_code == 413
+                assert "expected at most 1000" in answer.json()["error"]
+
+    ask(application_of(Fixed(), max_body_bytes=1000), body)
+
+
+def test_a_body_that_never_ends_is_given_up(application_of) -> None:
+    async def main() -> None:
+        application = application_of(Fixed(), body_timeout=0.05)
+        sent: list[dict] = []
+        started = False
+
+        async def receive() -> dict:
+            nonlocal started
+            if started:
+                await asyncio.Event().wait()
+            started = True
+            return {"type": "http.request", "body": b"{", "more_body": True}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v2/models/tiny/infer", "headers": []}
+        async with application.running():
+            await application(scope, receive, send)
+        assert sent[0]["status"] == 408
+        assert b"only 1 bytes came" in sent[1]["body"]
+
+    asyncio.run(main())
+
+
+def test_a_client_that_hangs_up_early_is_not_answered(application_of) -> None:
+    async def main() -> None:
+        application = application_of(Fixed())
+        messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+        async def receive() -> dict:
+            return next(messages)
+
+        async def send(message: Any) -> None:
+            raise AssertionError("nobody is there")
+
+        scope = {"type": "http", "method": "POST", "path": "/v2/models/tiny/infer", "headers": []}
+        async with application.running():
+            await application(scope, receive, send)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "said"),
+    [
+        ("POST", "/v2/models/tinny/infer", 404, "unknown model 'tinny'; did you mean 'tiny'? (known: tiny)"),
+        ("GET", "/v2/models/other", 404, "known: tiny"),
+        ("GET", "/v2/models/other/ready", 404, "known: tiny"),
+        ("GET", "/v2/models/..%2f..%2fetc%2fpasswd", 404, "no such path"),
+        ("GET", "/v2/models/tiny/versions/2", 404, "no version '2', only '1'"),
+        ("POST", "/v2/models/tiny/versions/2/infer", 404, "no version '2', only '1'"),
+        ("GET", "/nowhere", 404, "no such path '/nowhere'"),
+        ("GET", "/v2/models/tiny/infer", 405, "GET is not offered"),
+        ("GET", "/classify", 405, "GET is not offered"),
+    ],
+)
+def test_a_wrong_address_is_answered_with_the_known_ones(application_of, method, path, status, said) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        answer = await client.request(method, path)
+        assert answer.status_code == status
+        assert said in answer.json()["error"]
+
+    ask(application_of(Fixed()), body)
+
+
+def test_a_full_queue_answers_429_and_says_when_to_try_again(application_of) -> None:
+    gate = Gate()
+
+    async def body(client: httpx.AsyncClient) -> None:
+        first = asyncio.create_task(client.post("/v2/models/tiny/infer", json=infer_document()))
+        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(client.post("/v2/models/tiny/infer", json=infer_document(rows=2)))
+        await asyncio.sleep(0.05)
+        refused = await client.post("/v2/models/tiny/infer", json=infer_document())
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        assert "the queue is full (2 images)" in refused.json()["error"]
+        gate.opened.set()
+        assert (await first).status_code == 200
+        assert (await waiting).status_code == 200
+
+    ask(application_of(gate, threads=1, max_queue=2), body)
+
+
+def test_a_failing_model_answers_500_without_its_details(application_of, caplog: pytest.LogCaptureFixture) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        for send in (
+            {"url": "/v2/models/tiny/infer", "json": infer_document()},
+            {"url": "/classify", "content": png()},
+        ):
+            answer = await client.post(**send)
+            assert answer.status_code == 500
+            assert "secret" not in answer.text
+        failures = (await client.get("/metrics")).text
+        assert 'manygates_request_failures_total{model="tiny",reason="model_failed"} 2.0' in failures
+
+    with caplog.at_level(logging.ERROR, logger="manygates.serving"):
+        ask(application_of(Broken()), body)
+    assert "secret detail" in caplog.text
+
+
+def test_before_its_start_and_while_draining_the_server_says_503(application_of) -> None:
+    async def unready(client: httpx.AsyncClient) -> None:
+        for answer in (
+            await client.post("/v2/models/tiny/infer", json=infer_document()),
+            await client.post("/classify", content=png()),
+            await client.get("/v2/health/ready"),
+            await client.get("/v2/models/tiny/ready"),
+        ):
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "1"
+        assert (await client.get("/v2/health/live")).status_code == 200
+
+    ask(application_of(Fixed()), unready, start=False)
+
+    application = application_of(Fixed())
+
+    async def draining(client: httpx.AsyncClient) -> None:
+        application.begin_drain()
+        assert (await client.get("/v2/health/ready")).status_code == 503
+        # requests that are still sent here are answered until the server really stops
+        assert (await client.post("/v2/models/tiny/infer", json=infer_document())).status_code == 200
+
+    ask(application, draining)
+    ask(application, unready, start=False)
+
+
+def test_the_metrics_count_requests_images_batches_failures_and_draws(tiny_application) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        for rows in (1, 3):
+            await client.post("/v2/models/tiny/infer", json=infer_document(rows=rows))
+        await client.post("/v2/models/tiny/infer", json=infer_document(2.0))
+        await client.post("/classify", content=png())
+        await client.get("/v2/models/none")
+        answer = await client.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain")
+        for line in (
+            'manygates_requests_total{endpoint="infer",model="tiny"} 2.0',
+            'manygates_requests_total{endpoint="classify",model="tiny"} 1.0',
+            'manygates_request_failures_total{model="tiny",reason="bad_request"} 1.0',
+            'manygates_request_failures_total{model="",reason="unknown_model"} 1.0',
+            'manygates_images_total{model="tiny"} 5.0',
+            'manygates_path_draws_total{model="tiny"} 5.0',
+            'manygates_queue_images{model="tiny"} 0.0',
+            'manygates_model_ready{model="tiny"} 1.0',
+            'manygates_request_seconds_count{model="tiny"} 3.0',
+            'manygates_queue_seconds_count{model="tiny"} 3.0',
+            'manygates_batch_images_sum{model="tiny"} 5.0',
+        ):
+            assert line in answer.text
+        assert "process_resident_memory_bytes" in answer.text
+
+    ask(tiny_application("random"), body)
+
+
+def test_random_answers_differ_between_identical_requests_and_never_show_their_gates(tiny_application) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        answers = [await client.post("/v2/models/tiny/infer", json=infer_document()) for _ in range(40)]
+        assert len({answer.text for answer in answers}) > 1
+        for answer in answers:
+            assert answer.json().keys() == {"model_name", "model_version", "outputs"}
+            assert {output["name"] for output in answer.json()["outputs"]} == {"probabilities", "logits"}
+            assert "gate" not in answer.text
+            assert not any("gate" in name for name in answer.headers)
+        classified = (await client.post("/classify", content=png())).json()
+        assert classified.keys() == {"model", "mode", "label", "probabilities"}
+        chosen = infer_document(parameters={"gates": [0, 0], "gate_seed": 1})
+        assert len({(await client.post("/v2/models/tiny/infer", json=chosen)).text for _ in range(40)}) > 1
+
+    ask(tiny_application("random"), body)
+
+
+def test_random_requests_leave_no_gates_in_the_log(tiny_application, caplog: pytest.LogCaptureFixture) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        await client.post("/v2/models/tiny/infer", json=infer_document())
+
+    with caplog.at_level(logging.DEBUG, logger="manygates"):
+        ask(tiny_application("random"), body)
+    assert caplog.text == ""
+
+
+def test_several_models_are_served_side_by_side(card) -> None:
+    class Other(Fixed):
+        def predict(self, images: np.ndarray) -> Prediction:
+            answer = super().predict(images)
+            return Prediction(answer.probabilities[:, ::-1].copy(), answer.logits)
+
+    other = replace(card, name="other", classes=("x", "y", "z"))
+    application = Application(
+        [Model(card=card, mode="single", predictor=Fixed()), Model(card=other, mode="ensemble", predictor=Other())]
+    )
+
+    async def body(client: httpx.AsyncClient) -> None:
+        assert (await client.post("/classify", content=png())).json()["model"] == "tiny"
+        answer = (await client.post("/classify?model=other", content=png())).json()
+        assert (answer["mode"], answer["label"]) == ("ensemble", "y")
+        for name, first in (("tiny", 0.125), ("other", 0.25)):
+            document = (await client.post(f"/v2/models/{name}/infer", json=infer_document())).json()
+            assert (document["model_name"], document["outputs"][0]["data"][0]) == (name, first)
+
+    ask(application, body)
+
+
+def test_no_model_or_the_same_twice_is_refused(card) -> None:
+    model = Model(card=card, mode="single", predictor=Fixed())
+    with pytest.raises(BadInput, match="'tiny' is to be served twice"):
+        Application([model, model])
+    with pytest.raises(BadInput, match="no model to serve"):
+        Application([])
+
+
+def test_concurrent_http_requests_each_get_their_own_answer(tiny_application) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.random((60, 3, 4, 4), dtype=np.float32)
+
+    async def body(client: httpx.AsyncClient) -> None:
+        whole = json.loads((await client.post("/v2/models/tiny/infer", content=document(images))).text)
+        expected = np.array(whole["outputs"][0]["data"]).reshape(60, 3)
+        answers = await asyncio.gather(
+            *(client.post("/v2/models/tiny/infer", content=document(images[row : row + 1])) for row in range(60))
+        )
+        for row, answer in enumerate(answers):
+            assert answer.json()["outputs"][0]["data"] == pytest.approx(expected[row], abs=1e-5)
+
+    def document(rows: np.ndarray) -> bytes:
+        tensor = {"name": "images", "shape": list(rows.shape), "datatype": "FP32", "data": rows.ravel().tolist()}
+        return json.dumps({"inputs": [tensor]}).encode()
+
+    ask(tiny_application("single"), body)

@@ -1,0 +1,261 @@
+import contextlib
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving.engine import Prediction
+from serving.protocol import Codec, RequestError
+
+PIXELS = 48
+
+
+@pytest.fixture
+def codec(card) -> Codec:
+    return Codec(card, max_rows=16)
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).random((2, 3, 4, 4), dtype=np.float32)
+
+
+def tensor(**changes: Any) -> dict[str, Any]:
+    fields = {"name": "images", "shape": [1, 3, 4, 4], "datatype": "FP32", "data": [0.5] * PIXELS, **changes}
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def request(*inputs: dict[str, Any], **fields: Any) -> bytes:
+    return json.dumps({"inputs": list(inputs), **fields}).encode()
+
+
+def binary(
+    raw: bytes, *, size: Any = None, datatype: str = "FP32", rows: int = 1, **fields: Any
+) -> tuple[bytes, bytes]:
+    """Return a body and the value of its Inference-Header-Content-Length."""
+    parameters = {"binary_data_size": len(raw) if size is None else size}
+    head = request(tensor(data=None, datatype=datatype, shape=[rows, 3, 4, 4], parameters=parameters), **fields)
+    return head + raw, str(len(head)).encode()
+
+
+def answer(rows: int) -> Prediction:
+    probabilities = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3) / 7
+    return Prediction(probabilities, -probabilities)
+
+
+def refused(codec: Codec, body: bytes, header_length: bytes | None = None) -> str:
+    with pytest.raises(RequestError) as refusal:
+        codec.decode(body, header_length)
+    assert refusal.value.status == 400
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_json_pixels_are_read_flat_or_nested(codec: Codec, images: np.ndarray, nested: bool) -> None:
+    data = images.tolist() if nested else images.ravel().tolist()
+    read = codec.decode(request(tensor(shape=[2, 3, 4, 4], data=data)), None).images
+    assert read.dtype == np.float32
+    assert np.array_equal(read, images)
+
+
+@pytest.mark.parametrize("padding", range(4))
+def test_binary_pixels_are_read_wherever_the_json_ends(codec: Codec, images: np.ndarray, padding: int) -> None:
+    body, length = binary(images.tobytes(), rows=2, id="x" * padding)
+    read = codec.decode(body, length).images
+    assert np.array_equal(read, images)
+    assert read.flags.aligned
+
+
+def test_a_raw_tensor_alone_is_read_as_fp32(codec: Codec, images: np.ndarray) -> None:
+    decoded = codec.decode(images.tobytes(), b"0")
+    assert np.array_equal(decoded.images, images)
+    headers, _ = codec.encode(decoded, answer(2))
+    assert (b"content-type", b"application/octet-stream") in headers
+
+
+@pytest.mark.parametrize("binary_body", [False, True])
+def test_uint8_pixels_are_divided_by_255(codec: Codec, binary_body: bool) -> None:
+    levels = np.arange(PIXELS, dtype=np.uint8) * 5
+    if binary_body:
+        body, length = binary(levels.tobytes(), datatype="UINT8")
+        read = codec.decode(body, length).images
+    else:
+        read = codec.decode(request(tensor(datatype="UINT8", data=levels.tolist())), None).images
+    assert np.array_equal(read.ravel(), levels.astype(np.float32) / np.float32(255))
+
+
+def test_a_json_answer_echoes_the_id_and_holds_both_outputs(codec: Codec) -> None:
+    headers, body = codec.encode(codec.decode(request(tensor(), id="q1"), None), answer(1))
+    assert (b"content-type", b"application/json") in headers
+    assert (b"content-length", str(len(body)).encode()) in headers
+    document = json.loads(body)
+    assert document["model_name"] == "tiny"
+    assert document["model_version"] == "1"
+    assert document["id"] == "q1"
+    assert [(output["name"], output["datatype"], output["shape"]) for output in document["outputs"]] == [
+        ("probabilities", "FP32", [1, 3]),
+        ("logits", "FP32", [1, 3]),
+    ]
+    assert document["outputs"][0]["data"] == answer(1).probabilities.ravel().tolist()
+    assert "id" not in json.loads(codec.encode(codec.decode(request(tensor()), None), answer(1))[1])
+
+
+def test_a_binary_answer_holds_its_tensors_after_the_json(codec: Codec) -> None:
+    body, length = binary(np.zeros((2, 3, 4, 4), np.float32).tobytes(), rows=2, parameters={"binary_data_output": True})
+    headers, content = codec.encode(codec.decode(body, length), answer(2))
+    head_length = int(dict(headers)[b"inference-header-content-length"])
+    document = json.loads(content[:head_length])
+    assert [output["parameters"]["binary_data_size"] for output in document["outputs"]] == [24, 24]
+    tensors = np.frombuffer(content[head_length:], dtype="<f4").reshape(2, 2, 3)
+    assert np.array_equal(tensors[0], answer(2).probabilities)
+    assert np.array_equal(tensors[1], answer(2).logits)
+    assert int(dict(headers)[b"content-length"]) == len(content)
+
+
+def test_the_wanted_outputs_alone_are_sent_in_their_order_and_form(codec: Codec) -> None:
+    outputs = [{"name": "logits", "parameters": {"binary_data": True}}, {"name": "probabilities"}]
+    headers, content = codec.encode(codec.decode(request(tensor(), outputs=outputs), None), answer(1))
+    head_length = int(dict(headers)[b"inference-header-content-length"])
+    document = json.loads(content[:head_length])
+    assert [output["name"] for output in document["outputs"]] == ["logits", "probabilities"]
+    assert "data" not in document["outputs"][0]
+    assert document["outputs"][1]["data"] == answer(1).probabilities.ravel().tolist()
+    assert np.array_equal(np.frombuffer(content[head_length:], "<f4"), answer(1).logits.ravel())
+
+    only = codec.encode(codec.decode(request(tensor(), outputs=[{"name": "logits"}]), None), answer(1))[1]
+    assert [output["name"] for output in json.loads(only)["outputs"]] == ["logits"]
+
+
+def test_an_output_overrules_what_the_request_says_about_binary(codec: Codec) -> None:
+    outputs = [{"name": "logits", "parameters": {"binary_data": False}}]
+    decoded = codec.decode(request(tensor(), outputs=outputs, parameters={"binary_data_output": True}), None)
+    assert "data" in json.loads(codec.encode(decoded, answer(1))[1])["outputs"][0]
+
+
+def test_a_remembered_header_does_not_remember_pixels_or_another_id(codec: Codec, images: np.ndarray) -> None:
+    for image, name in ((images[:1], "a"), (images[1:], "b"), (images[:1], "b")):
+        body, length = binary(image.tobytes(), id=name)
+        decoded = codec.decode(body, length)
+        assert np.array_equal(decoded.images, image)
+        assert json.loads(codec.encode(decoded, answer(1))[1])["id"] == name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.01, 1.01, 255.0, 1e300])
+@pytest.mark.parametrize("form", ["json", "binary", "raw"])
+def test_pixels_outside_0_to_1_are_refused_with_the_likely_fix(codec: Codec, value: float, form: str) -> None:
+    data = [0.5] * (PIXELS - 1) + [value]
+    if form == "json":
+        message = refused(codec, request(tensor(data=data)))
+    else:
+        with np.errstate(over="ignore"):
+            raw = np.array(data).astype("<f4").tobytes()
+        message = refused(codec, *(binary(raw) if form == "binary" else (raw, b"0")))
+    assert "pixels are in [0, 1]: divide by 255" in message
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"inputs": [{"shape": [' + b"9" * 5000 + b"]}]}", "not JSON"),
+        (b"[1]", "expected a JSON object"),
+        (b"{}", "'inputs' must be an array"),
+        (b'{"inputs": [7]}', "'inputs' must be an array of objects"),
+        (request(), "got 0 inputs, expected exactly one"),
+        (request(tensor(), tensor()), "got 2 inputs"),
+        (request(tensor(name="image")), "unknown input 'image'; tiny takes only 'images'"),
+        (request(tensor(), tensor(name="gates", shape=[2], data=[0, 1])), "unknown input 'gates'"),
+        (request(tensor(datatype="FP64")), "datatype 'FP64', expected FP32"),
+        (request(tensor(datatype=None)), "datatype None, expected FP32"),
+        (request(tensor(datatype=["FP32"])), "expected FP32"),
+        (request(tensor(shape=[1, 4, 4, 3])), "shape [1, 4, 4, 3], expected [images, 3, 4, 4]"),
+        (request(tensor(shape=[3, 4, 4])), "add the leading batch dimension"),
+        (request(tensor(shape=[0, 3, 4, 4])), "shape [0, 3, 4, 4]"),
+        (request(tensor(shape=[-1, 3, 4, 4])), "shape [-1, 3, 4, 4]"),
+        (request(tensor(shape=[True, 3, 4, 4])), "shape [True, 3, 4, 4]"),
+        (request(tensor(shape=[1.0, 3, 4, 4])), "shape [1.0, 3, 4, 4]"),
+        (request(tensor(shape="all")), "shape 'all'"),
+        (request(tensor(data=[0.5] * 47)), "47 numbers as [47], expected 48"),
+        (request(tensor(data=[[0.5] * 48])), "48 numbers as [1, 48], expected 48, flat or as [1, 3, 4, 4]"),
+        (request(tensor(data=[[0.5], [0.5, 0.5]])), "not a regular array"),
+        (request(tensor(data=["0.5"] * 48)), "must hold numbers only"),
+        (request(tensor(data=[True] * 48)), "must hold numbers only"),
+        (request(tensor(data=[10**30] * 48)), "must hold numbers only"),
+        (request(tensor(data={})), "must hold numbers only"),
+        (request(tensor(data=None)), "neither 'data' nor 'binary_data_size'"),
+        (request(tensor(datatype="UINT8")), "integers from 0 to 255"),
+        (request(tensor(datatype="UINT8", data=[256] * 48)), "integers from 0 to 255"),
+        (request(tensor(datatype="UINT8", data=[-1] * 48)), "integers from 0 to 255"),
+        (request(tensor(), id=7), "'id' must be a string"),
+        (request(tensor(), id="x" * 257), "'id' must be a string"),
+        (request(tensor(), parameters=[]), "'parameters' of the request must be an object"),
+        (request(tensor(), parameters={"binary_data_output": 1}), "must be true or false"),
+        (request(tensor(), outputs={}), "'outputs' must be an array"),
+        (request(tensor(), outputs=[{"name": "gates"}]), "unknown output 'gates'; tiny has probabilities, logits"),
+        (request(tensor(), outputs=[{"name": "logits"}] * 2), "asked for twice"),
+        (request(tensor(), outputs=[{"name": "logits", "parameters": {"classification": 2}}]), "'classification'"),
+        (request(tensor(parameters={"shared_memory_region": "r"})), "'shared_memory_region'"),
+        (request(tensor(data=None, parameters={"binary_data_size": 192})), "no bytes follow the JSON"),
+    ],
+)
+def test_a_bad_json_request_is_refused_with_what_was_expected(codec: Codec, body: bytes, said: str) -> None:
+    message = refused(codec, body)
+    assert said in message
+    assert len(message) < 600
+
+
+def test_a_truncated_tensor_is_refused_with_its_expected_size(codec: Codec) -> None:
+    body, length = binary(b"\0" * 192)
+    assert "191 bytes follow the JSON" in refused(codec, body[:-1], length)
+    assert "expected 192" in refused(codec, body[:-1], length)
+    assert "expected a multiple of 192" in refused(codec, b"\0" * 191, b"0")
+    assert "expected a multiple of 192" in refused(codec, b"", b"0")
+
+
+@pytest.mark.parametrize("size", [191, 0, -192, 2**64 + 192, "192", 192.0, True])
+def test_a_declared_size_that_is_not_the_shapes_is_refused(codec: Codec, size: object) -> None:
+    assert "expected 192 for FP32 [1, 3, 4, 4]" in refused(codec, *binary(b"\0" * 192, size=size))
+
+
+@pytest.mark.parametrize("rows", [17, 2**62, 2**64, 10**100])
+def test_too_many_images_are_refused_before_any_size_is_computed(codec: Codec, rows: int) -> None:
+    body, length = binary(b"\0" * 192, rows=rows)
+    with pytest.raises(RequestError, match="expected at most 16; split it") as refusal:
+        codec.decode(body, length)
+    assert refusal.value.status == 413
+
+
+@pytest.mark.parametrize("length", [b"-1", b"1e3", b"", b"99999", b"9" * 30, b"\xb2"])
+def test_a_header_length_that_is_no_length_is_refused(codec: Codec, length: bytes) -> None:
+    body, _ = binary(b"\0" * 192)
+    assert "Inference-Header-Content-Length is" in refused(codec, body, length)
+
+
+def test_bytes_that_no_tensor_claims_are_refused(codec: Codec) -> None:
+    head = request(tensor())
+    assert "no 'binary_data_size'" in refused(codec, head + b"\0" * 192, str(len(head)).encode())
+    with_both, length = binary(b"\0" * 192)
+    head = json.loads(with_both[: int(length)])
+    head["inputs"][0]["data"] = [0.0] * PIXELS
+    both = json.dumps(head).encode()
+    assert "send one of them" in refused(codec, both + b"\0" * 192, str(len(both)).encode())
+
+
+def test_json_with_its_own_length_announced_is_json(codec: Codec) -> None:
+    body = request(tensor())
+    assert codec.decode(body, str(len(body)).encode()).images.shape == (1, 3, 4, 4)
+
+
+def test_random_bytes_are_always_refused_as_the_clients_mistake(codec: Codec) -> None:
+    rng = np.random.default_rng(0)
+    valid, length = binary(b"\0" * 192)
+    for _ in range(300):
+        damaged = bytearray(valid)
+        for position in rng.integers(0, int(length), size=3):
+            damaged[position] = rng.integers(0, 256)
+        with contextlib.suppress(RequestError):  # any other exception would be answered with a 500
+            codec.decode(bytes(damaged), length)

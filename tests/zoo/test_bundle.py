@@ -1,0 +1,157 @@
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from zoo.bundle import Bundle, write_bundle
+from zoo.card import Card, FileEntry
+from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
+
+FILES = {"rgn.safetensors": b"weights", "single.onnx": b"one", "ensemble.onnx": b"many", "gated.onnx": b"all"}
+
+
+@pytest.fixture
+def card() -> Card:
+    return Card.from_json((Path(__file__).parent / "golden_card.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, card: Card) -> Path:
+    write_bundle(tmp_path / "bundle", card, FILES)
+    return tmp_path / "bundle"
+
+
+def test_a_written_bundle_lists_each_file_with_its_digest_and_size(folder: Path, card: Card) -> None:
+    bundle = Bundle.open(folder)
+    assert bundle.card == replace(
+        card,
+        files={
+            name: FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+            for name, content in FILES.items()
+        },
+    )
+    for name, content in FILES.items():
+        assert bundle.file(name).read_bytes() == content
+        assert bundle.read(name) == content
+    assert sorted(entry.name for entry in folder.iterdir()) == sorted([*FILES, "README.md", "card.json"])
+    assert bundle.has_variant("gated")
+    assert not bundle.has_variant("double")
+
+
+def test_files_are_copied_from_where_they_are(tmp_path: Path, card: Card) -> None:
+    graph = tmp_path / "elsewhere.onnx"
+    graph.write_bytes(b"graph")
+    bundle = write_bundle(tmp_path / "bundle", replace(card, variants=("single",)), {"single.onnx": graph})
+    assert bundle.read("single.onnx") == b"graph"
+    assert graph.exists()
+
+
+def test_the_same_bundle_gives_the_same_bytes(tmp_path: Path, card: Card, folder: Path) -> None:
+    write_bundle(tmp_path / "again", card, FILES)
+    for entry in folder.iterdir():
+        assert (tmp_path / "again" / entry.name).read_bytes() == entry.read_bytes()
+
+
+def test_a_bundle_replaces_the_one_that_was_there(folder: Path, card: Card) -> None:
+    write_bundle(folder, replace(card, variants=("single",)), {"single.onnx": b"new"})
+    assert Bundle.open(folder).read("single.onnx") == b"new"
+    assert not (folder / "gated.onnx").exists()
+
+
+@pytest.mark.parametrize("stranger", [".git", "notes.txt"])
+def test_a_folder_with_anything_else_in_it_is_not_replaced(folder: Path, card: Card, stranger: str) -> None:
+    (folder / stranger).mkdir() if stranger == ".git" else (folder / stranger).touch()
+    with pytest.raises(BadInput, match=f"holds '{stranger}', which is no part of a bundle"):
+        write_bundle(folder, card, FILES)
+    assert (folder / stranger).exists()
+
+
+def test_a_bundle_that_cannot_be_written_leaves_the_old_one(folder: Path, card: Card) -> None:
+    with pytest.raises(MissingFile, match=r"'ensemble' but lists no ensemble\.onnx"):
+        write_bundle(folder, card, {"single.onnx": b"new"})
+    with pytest.raises(BundleError, match="is a pickle"):
+        write_bundle(folder, card, {**FILES, "model.pt": b""})
+    with pytest.raises(FileNotFoundError):
+        write_bundle(folder, card, {**FILES, "gated.onnx": folder / "nowhere"})
+    assert Bundle.open(folder).read("single.onnx") == b"one"
+    assert [entry.name for entry in folder.parent.iterdir()] == ["bundle"]
+
+
+def test_a_tampered_file_is_refused_even_at_the_same_size(folder: Path) -> None:
+    (folder / "gated.onnx").write_bytes(b"ill")
+    with pytest.raises(ChecksumMismatch, match=r"gated\.onnx has sha256 [0-9a-f]{64}, its card says sha256"):
+        Bundle.open(folder)
+    bundle = Bundle.open(folder, only=("single.onnx",))
+    for access in (bundle.file, bundle.read):
+        with pytest.raises(ChecksumMismatch):
+            access("gated.onnx")
+
+
+def test_a_file_cut_short_is_refused_even_unverified(folder: Path) -> None:
+    (folder / "gated.onnx").write_bytes(b"al")
+    with pytest.raises(ChecksumMismatch, match="has 2 bytes, its card says 3 bytes"):
+        Bundle.open(folder, verify=False)
+
+
+def test_a_file_changed_after_the_bundle_was_opened_is_not_read(folder: Path) -> None:
+    bundle = Bundle.open(folder)
+    (folder / "single.onnx").write_bytes(b"ONE")
+    with pytest.raises(ChecksumMismatch):
+        bundle.read("single.onnx")
+
+
+def test_without_verification_only_presence_and_size_count(folder: Path) -> None:
+    (folder / "gated.onnx").write_bytes(b"ill")
+    assert Bundle.open(folder, verify=False).read("gated.onnx") == b"ill"
+
+
+def test_only_the_files_asked_for_need_to_be_there(folder: Path) -> None:
+    (folder / "rgn.safetensors").unlink()
+    bundle = Bundle.open(folder, only=("single.onnx",))
+    with pytest.raises(MissingFile, match=r"rgn\.safetensors is listed in the card and not there"):
+        bundle.file("rgn.safetensors")
+    with pytest.raises(MissingFile, match=r"rgn\.safetensors"):
+        Bundle.open(folder)
+
+
+def test_a_file_that_the_card_does_not_list_is_not_part_of_the_bundle(folder: Path) -> None:
+    (folder / "extra.onnx").touch()
+    with pytest.raises(MissingFile, match=r"lists no 'extra\.onnx', only rgn\.safetensors"):
+        Bundle.open(folder).file("extra.onnx")
+
+
+def test_what_is_no_bundle_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(MissingFile, match="no folder"):
+        Bundle.open(tmp_path / "nowhere")
+    with pytest.raises(MissingFile, match=r"holds no card\.json"):
+        Bundle.open(tmp_path)
+    (tmp_path / "card.json").write_bytes(b"\xff")
+    with pytest.raises(BundleError, match="not UTF-8"):
+        Bundle.open(tmp_path)
+    (tmp_path / "card.json").write_text("{}")
+    with pytest.raises(BundleError, match=f"{tmp_path}.*lacks the key 'schema'"):
+        Bundle.open(tmp_path)
+
+
+def test_the_readme_is_a_model_card_that_the_hub_understands(folder: Path, card: Card) -> None:
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    data = ModelCard(text, ignore_metadata_errors=False).data
+    assert data.license == "apache-2.0"
+    assert data.datasets == ["uoft-cs/cifar10"]
+    assert data.pipeline_tag == "image-classification"
+    assert [result.metric_value for result in data.eval_results] == [0.8, 0.42]
+    assert yaml.safe_load(text.split("---")[1])["model-index"][0]["name"] == card.name
+    for result in card.results:
+        assert f"    {result.command}\n" in text
+    assert "42.00% (39.00% to 45.00%)" in text
+    assert "Check that did not hold:** a large eps reaches zero" in text
+    assert f"manygates serve {card.name}" in text
+
+
+def test_a_hostile_description_stays_text(card: Card, tmp_path: Path) -> None:
+    strange = replace(card, description="a\n---\nb: [", dataset='x": y\n- z', results=())
+    text = (write_bundle(tmp_path / "bundle", strange, FILES).folder / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(text.split("\n---\n")[0].removeprefix("---"))["datasets"] == ['x": y\n- z']

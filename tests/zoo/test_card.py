@@ -1,0 +1,171 @@
+import json
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zoo.card import Card, check_file_name
+from zoo.errors import BundleError
+
+GOLDEN = (Path(__file__).parent / "golden_card.json").read_text(encoding="utf-8")
+
+
+def changed(path: str, value: Any) -> str:
+    """Return the golden card with the entry at a dotted path set, or removed if the value is Ellipsis."""
+    document = json.loads(GOLDEN)
+    *folders, name = path.split(".")
+    holder = document
+    for folder in folders:
+        holder = holder[int(folder)] if folder.isdigit() else holder[folder]
+    if value is ...:
+        del holder[name]
+    elif isinstance(holder, list):
+        holder[int(name)] = value
+    else:
+        holder[name] = value
+    return json.dumps(document)
+
+
+def test_a_card_is_written_back_byte_for_byte() -> None:
+    assert Card.from_json(GOLDEN).to_json() == GOLDEN
+
+
+def test_a_card_that_was_read_equals_the_one_that_was_written() -> None:
+    card = Card.from_json(GOLDEN)
+    assert Card.from_json(card.to_json()) == card
+    assert card.architecture.gated_layers == ("conv1", "layer1.0.conv1", "layer1.0.conv2")
+    assert card.results[1].checks[1].held is False
+    assert card.input.range == (0.0, 1.0)
+
+
+def test_whole_numbers_are_accepted_where_fractions_are_meant_and_written_alike() -> None:
+    assert Card.from_json(changed("results.0.eps", 0)).to_json() == GOLDEN
+
+
+def test_a_plain_network_has_no_gates_and_no_paths() -> None:
+    document = json.loads(GOLDEN)
+    document["architecture"].update(gated_layers=[], candidates=1, sharing=None)
+    document.update(paths={"single": None, "ensemble": []}, variants=["single"])
+    card = Card.from_json(json.dumps(document))
+    assert card.paths.single is None
+    assert card.architecture.sharing is None
+
+
+def test_a_card_cannot_be_changed_in_place() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Card.from_json(GOLDEN).name = "other"  # type: ignore[misc]
+
+
+def test_a_newer_schema_says_to_upgrade() -> None:
+    with pytest.raises(BundleError, match="schema 2, this version reads up to 1; upgrade"):
+        Card.from_json('{"schema": 2, "whatever": "the future brings"}')
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("schema", 0, "schema is 0, expected 1"),
+        ("schema", "1", "schema is '1', expected an integer"),
+        ("name", ..., "lacks the key 'name', expected a string"),
+        ("training.seed", ..., "lacks the key 'training.seed', expected an integer"),
+        ("results.1.checks.0.held", ..., "lacks the key 'results[1].checks[0].held', expected true or false"),
+        ("extra", 1, "unknown key 'extra' = 1, expected only schema, name"),
+        ("architecture.depth", 20, "unknown key 'architecture.depth' = 20"),
+        ("name", 7, "name is 7, expected a string"),
+        ("training.seed", True, "training.seed is True, expected an integer"),
+        ("training.seed", 0.5, "training.seed is 0.5, expected an integer"),
+        ("results.0.accuracy", "80%", "results[0].accuracy is '80%', expected a number"),
+        ("results.1.checks.0.held", 1, "held is 1, expected true or false"),
+        ("results.0.accuracy", False, "accuracy is False, expected a number"),
+        ("classes", "cat", "classes is 'cat', expected an array"),
+        ("input", [], "input is [], expected an object"),
+        ("training.versions", [], "training.versions is [], expected an object"),
+        ("training.versions.torch", 2, "training.versions.torch is 2, expected a string"),
+        ("architecture.sharing", 3, "architecture.sharing is 3, expected a string"),
+        ("input.range", [0.0], "input.range is [0.0], expected 2 values"),
+        ("name", "../evil", "name is '../evil'"),
+        ("name", "a..b", "name is 'a..b'"),
+        ("name", "", "name is ''"),
+        ("name", "n" * 129, "at most 128"),
+        ("method", "", "method is ''"),
+        ("classes", ["cat"], "at least two class names"),
+        ("classes", ["cat", "cat"], "no name twice"),
+        ("architecture.candidates", 0, "architecture.candidates is 0, expected at least 1"),
+        ("architecture.sharing", None, "null exactly when gated_layers is empty"),
+        ("architecture.sharing", "some", "one of independent, shared_conv"),
+        ("architecture.gated_layers", ["a", "a", "b"], "no name twice"),
+        ("architecture.parameters", 0, "a positive count"),
+        ("input.height", 0, "input.height is 0"),
+        ("input.range", [1.0, 0.0], "low < high"),
+        ("input.mean", [0.5], "3 values, one per channel"),
+        ("input.std", [0.2, 0.0, 0.2], "positive values"),
+        ("input.resize", "magic", "one of nearest, bilinear, bicubic, lanczos"),
+        ("paths.single", "0110", "paths.single: path '0110' has 4 gates, expected 3"),
+        ("paths.single", "012", "paths.single: gate 2 at position 2"),
+        ("paths.single", "0x1", "paths.single: path '0x1' is not a row of gates"),
+        ("paths.single", None, "paths.single is None, expected the path of the variant 'single'"),
+        ("paths.ensemble", [], "paths.ensemble is [], expected the paths of the variant 'ensemble'"),
+        ("paths.ensemble.1", "11", "paths.ensemble: path '11' has 2 gates"),
+        ("variants", ["double"], "variants is 'double', expected one of single, ensemble, gated"),
+        ("variants", ["single", "single"], "no name twice"),
+        ("training.date", "21.11.2026", "training.date is '21.11.2026'"),
+        ("results.0.accuracy", 80.0, "a share between 0 and 1, not per cent"),
+        ("results.0.interval", [0.81, 0.82], "around the accuracy 0.8"),
+        ("results.0.images", 0, "results.images is 0"),
+        ("results.0.steps", -1, "results.steps is -1"),
+        ("results.1.eps", 8.0, "results.eps_fraction is '8/255', expected the fraction that eps 8.0 is"),
+        ("results.1.eps_fraction", "1/0", "results.eps_fraction is '1/0'"),
+        ("results.1.eps_fraction", "eight", "results.eps_fraction is 'eight'"),
+        ("results.1.eps", -0.1, "results.eps is -0.1"),
+        ("files", {"single.onnx": {"sha256": "AB", "size": 1}}, "64 hexadecimal digits"),
+        ("files", {"single.onnx": {"sha256": "0" * 64, "size": -1}}, "0 or more bytes"),
+    ],
+)
+def test_a_wrong_entry_is_refused_with_its_key_value_and_expectation(path: str, value: Any, said: str) -> None:
+    with pytest.raises(BundleError) as refusal:
+        Card.from_json(changed(path, value))
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "the document is [], expected an object"),
+        ('{"schema": 1, "schema": 1}', "the key 'schema' twice"),
+        (GOLDEN.replace("0.42", "NaN"), "holds NaN, expected finite numbers"),
+        (GOLDEN.replace("0.42", "Infinity"), "holds Infinity"),
+    ],
+)
+def test_what_is_no_proper_json_is_refused(text: str, said: str) -> None:
+    with pytest.raises(BundleError) as refusal:
+        Card.from_json(text)
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a.onnx", "a/b.onnx", "a\\b.onnx", "/etc/passwd", "a..onnx", ".hidden", "a b", "a\n"]
+)
+def test_a_file_name_that_is_not_plain_is_refused(name: str) -> None:
+    with pytest.raises(BundleError, match="a plain file name"):
+        check_file_name(name)
+
+
+@pytest.mark.parametrize("name", ["card.json", "README.md"])
+def test_the_bundles_own_names_are_not_free(name: str) -> None:
+    with pytest.raises(BundleError, match="other than the card"):
+        check_file_name(name)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "pytorch_model.bin", "w.pkl", "w.PICKLE", "last.ckpt"])
+def test_a_pickle_listed_as_a_weight_is_refused(name: str) -> None:
+    entry = {"sha256": "0" * 64, "size": 1}
+    with pytest.raises(BundleError, match=r"is a pickle.*weights are safetensors, so export the model again"):
+        Card.from_json(changed("files", {name: entry}))
+
+
+def test_a_card_made_in_python_is_checked_like_one_that_is_read() -> None:
+    with pytest.raises(BundleError, match="name is 'a/b'"):
+        replace(Card.from_json(GOLDEN), name="a/b")

@@ -1,0 +1,161 @@
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zoo.card import Card, InputFormat
+from zoo.errors import BadImage, BadInput, MissingFile, UnsupportedImage
+from zoo.pictures import decode_image, encode_png, read_image, save_png
+
+
+@pytest.fixture
+def wanted() -> InputFormat:
+    return Card.from_json((Path(__file__).parent / "golden_card.json").read_text(encoding="utf-8")).input
+
+
+def encoded(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+    stream = io.BytesIO()
+    image.save(stream, format=kind, **options)
+    return stream.getvalue()
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_a_file_of_the_right_size_is_its_pixels_over_255(wanted: InputFormat, kind: str, options: dict) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    images = decode_image(encoded(pixels, kind, **options), wanted)
+    assert images.shape == (1, 3, 32, 32)
+    assert images.dtype == np.float32
+    assert np.array_equal(images[0], pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255))
+
+
+def test_a_jpeg_is_near_its_pixels(wanted: InputFormat) -> None:
+    pixels = np.full((32, 32, 3), (10, 120, 250), dtype=np.uint8)
+    images = decode_image(encoded(pixels, "JPEG", quality=95), wanted)
+    assert np.abs(images[0, :, 5, 5] * 255 - [10, 120, 250]).max() < 4
+
+
+@pytest.mark.parametrize("resize", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_another_size_is_brought_to_the_models_by_the_cards_filter(wanted: InputFormat, resize: str) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (100, 60, 3), dtype=np.uint8)
+    images = decode_image(encoded(pixels), replace(wanted, resize=resize))
+    filters = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
+    expected = np.asarray(Image.fromarray(pixels).resize((32, 32), filters[resize]))
+    assert np.array_equal(images[0], expected.transpose(2, 0, 1).astype(np.float32) / np.float32(255))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_every_kind_of_pixel_becomes_rgb_within_0_and_1(wanted: InputFormat, mode: str) -> None:
+    image = Image.new(mode, (32, 32), 40_000) if mode == "I;16" else Image.new("RGB", (32, 32), "white").convert(mode)
+    images = decode_image(encoded(image, "JPEG" if mode == "CMYK" else "PNG"), wanted)
+    assert images.shape == (1, 3, 32, 32)
+    expected = (40_000 >> 8) / 255 if mode == "I;16" else 1.0
+    assert images == pytest.approx(np.full_like(images, expected))
+
+
+def test_a_model_of_one_channel_gets_grey(wanted: InputFormat) -> None:
+    grey = replace(wanted, channels=1, mean=(0.1,), std=(0.3,))
+    images = decode_image(encoded(np.full((32, 32, 3), 51, dtype=np.uint8)), grey)
+    assert images.shape == (1, 1, 32, 32)
+    assert images == pytest.approx(np.full_like(images, 0.2))
+
+
+def test_a_photograph_is_turned_upright(wanted: InputFormat) -> None:
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    images = decode_image(encoded(pixels, "PNG", exif=exif), wanted)
+    assert images[0, :, :16].max() == 0
+    assert images[0, :, 16:].min() == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"GIF89a" + bytes(50), b"BM" + bytes(50), b"<svg/>", b"%PDF-1.4", b"II*\0" + bytes(50)]
+)
+def test_other_formats_are_not_even_tried(wanted: InputFormat, content: bytes) -> None:
+    with pytest.raises(UnsupportedImage, match="no PNG, JPEG or WEBP"):
+        decode_image(content, wanted)
+
+
+@pytest.mark.parametrize(("width", "height"), [(2001, 2000), (10_000, 9_500), (60_000, 60_000)])
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_image_that_claims_too_many_pixels_is_refused(wanted, width: int, height: int, strict: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if strict else "ignore")
+        with pytest.raises(BadImage, match="expected at most 4,000,000"):
+            decode_image(png_that_claims(width, height), wanted)
+
+
+def test_the_pixel_cap_is_inclusive(wanted: InputFormat) -> None:
+    pixels = np.zeros((40, 50, 3), dtype=np.uint8)
+    assert decode_image(encoded(pixels), wanted, max_pixels=2000).shape == (1, 3, 32, 32)
+    with pytest.raises(BadImage, match="50x40 pixels, expected at most 1,999"):
+        decode_image(encoded(pixels), wanted, max_pixels=1999)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_file_cut_short_or_damaged_is_refused_or_decoded_but_never_crashes(wanted: InputFormat, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    whole = encoded(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), kind)
+    for share in (0.1, 0.5, 0.9):
+        with pytest.raises(BadImage, match="cut short"):
+            decode_image(whole[: int(len(whole) * share)], wanted)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for position in rng.integers(12, min(len(whole), 600), size=4):
+            damaged[position] = rng.integers(0, 256)
+        try:
+            images = decode_image(bytes(damaged), wanted)
+        except BadImage:
+            continue
+        assert images.shape == (1, 3, 32, 32)
+
+
+def test_a_file_is_named_in_its_error(wanted: InputFormat, tmp_path: Path) -> None:
+    with pytest.raises(MissingFile, match=r"no image file .*cat\.png"):
+        read_image(tmp_path / "cat.png", wanted)
+    (tmp_path / "cat.png").write_bytes(b"meow")
+    with pytest.raises(UnsupportedImage, match=r"cat\.png: the 4 bytes"):
+        read_image(tmp_path / "cat.png", wanted)
+
+
+def test_saving_and_reading_gives_the_nearest_of_256_levels(wanted: InputFormat, tmp_path: Path) -> None:
+    image = np.random.default_rng(0).random((1, 3, 32, 32), dtype=np.float32)
+    save_png(tmp_path / "image.png", image)
+    again = read_image(tmp_path / "image.png", wanted)
+    assert np.abs(again - image).max() <= 0.5 / 255 + 1e-6
+    assert encode_png(again) == (tmp_path / "image.png").read_bytes()
+    assert Image.open(io.BytesIO(encode_png(image[0, :1]))).mode == "L"
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (np.zeros((2, 3, 4, 4)), "pass one image at a time"),
+        (np.zeros((4, 4)), "expected .1 or 3, height, width"),
+        (np.zeros((4, 4, 3)), "expected .1 or 3, height, width"),
+        (np.full((3, 4, 4), 255.0), "divide by 255"),
+        (np.full((3, 4, 4), np.nan), "expected"),
+    ],
+)
+def test_what_is_no_image_is_not_saved(image: np.ndarray, said: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=said):
+        save_png(tmp_path / "image.png", image)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,36 @@
+"""Fine-tuning of a derived network on clean images (Ensemble-in-One, section 3.4): it trades robustness for accuracy.
+
+Always state the number of epochs beside the result.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from torch import nn
+
+from training.loop import train
+from training.objectives import Standard
+from training.recipes import Phase, Recipe
+from zoo.checkpoint import Architecture
+
+
+def finetune_recipe(architecture: Architecture, epochs: int, seed: int) -> Recipe:
+    """Return the recipe of the released code: SGD at 0.001, momentum 0.9, weight decay 1e-4, batches of 128."""
+    return Recipe(
+        name=f"finetune-{architecture.network}",
+        description=f"{epochs} epochs of fine-tuning on clean images",
+        network=architecture.network,
+        network_options=architecture.options,
+        dataset=architecture.dataset,
+        phases=(Phase(objective=Standard(), epochs=epochs, learning_rate=1e-3, milestones=()),),
+        seed=seed,
+        precision="fp32",
+    )
+
+
+def finetune(network: nn.Module, architecture: Architecture, epochs: int, *, seed: int = 0) -> nn.Module:
+    """Return `network` trained on for `epochs`; the last epoch is kept."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return train(finetune_recipe(architecture, epochs, seed), Path(scratch) / "run", start=network)

@@ -1,0 +1,269 @@
+"""Export: from networks to a bundle whose graphs were checked against the weights they came from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+import zoo.card
+from zoo import data, onnx_graphs, paths
+from zoo.bundle import Bundle, write_bundle
+from zoo.card import Card, Check, InputFormat, Paths, Training
+from zoo.checkpoint import Architecture, save_network
+from zoo.derive import Ensemble, derive, folded_copy
+from zoo.errors import BadInput, BundleError, DataMissing
+from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS, load_rgn, member_networks, save_members
+from zoo.rgn import RandomGatedNetwork
+
+TOLERANCE = 1e-4
+BATCH_SIZES = (1, 3, 64)
+LICENSE = "apache-2.0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a card says that the weights do not."""
+
+    name: str
+    description: str
+    method: str
+    training: Training
+    license: str = LICENSE
+
+
+def export_rgn(
+    folder: Path,
+    rgn: RandomGatedNetwork,
+    architecture: Architecture,
+    description: Description,
+    *,
+    single: paths.Path,
+    ensemble: Sequence[paths.Path],
+) -> Bundle:
+    """Write the bundle of a random gated network: the bank and the graphs single, ensemble and gated.
+
+    Raises:
+        BundleError: a graph disagrees with the weights; nothing is written then.
+    """
+    rgn.eval()
+    graphs = onnx_graphs.rgn_graphs(rgn, rgn.check(single), [rgn.check(path) for path in ensemble], gated=True)
+    one = derive(rgn, single)
+    card = _card(
+        description,
+        architecture,
+        zoo.card.Architecture(
+            name=architecture.network,
+            options=architecture.options,
+            gated_layers=tuple(layer.conv for layer in rgn.layers),
+            candidates=rgn.candidates,
+            sharing=rgn.sharing,
+            parameters=_parameters(rgn),
+            single_path_parameters=_parameters(one),
+        ),
+        Paths(single=paths.format_path(single), ensemble=tuple(paths.format_path(path) for path in ensemble)),
+        tuple(graphs),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = Path(scratch) / RGN_WEIGHTS
+        save_network(weights, rgn, architecture)
+        return _write(folder, card, graphs, weights)
+
+
+def export_members(
+    folder: Path, members: Sequence[nn.Module], architecture: Architecture, description: Description
+) -> Bundle:
+    """Write the bundle of one plain network, or of an ensemble of several (variant single is then the first)."""
+    if not members:
+        raise BadInput("a bundle needs at least one network, got none")
+    architecture = replace(architecture, candidates=1, sharing=None)
+    for member in members:
+        member.eval()
+    graphs = {"single": onnx_graphs.single_graph(members[0])}
+    if len(members) > 1:
+        graphs["ensemble"] = onnx_graphs.members_graph(members)
+    card = _card(
+        description,
+        architecture,
+        zoo.card.Architecture(
+            name=architecture.network,
+            options=architecture.options,
+            gated_layers=(),
+            candidates=1,
+            sharing=None,
+            parameters=sum(_parameters(member) for member in members),
+            single_path_parameters=_parameters(members[0]),
+        ),
+        Paths(single=None, ensemble=()),
+        tuple(graphs),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = Path(scratch) / PLAIN_WEIGHTS
+        save_members(weights, members, architecture)
+        return _write(folder, card, graphs, weights)
+
+
+def verify_graphs(bundle: Bundle) -> list[Check]:
+    """Compare every graph of a bundle with its weights: answers, argmax, and what the graph holds.
+
+    Real test images are used where the data set is on this machine, else seeded random ones; each check says which.
+    """
+    images, origin = sample_images(bundle.card, max(BATCH_SIZES))
+    checks = []
+    for variant in bundle.card.variants:
+        content = bundle.read(f"{variant}.onnx")
+        if variant == "gated":
+            checks.append(_check_gated(content, load_rgn(bundle), images, origin))
+            continue
+        members = member_networks(bundle, variant)
+        network = members[0] if variant == "single" else Ensemble(members).eval()
+        checks.append(_check_answers(variant, content, network, images, origin))
+        if variant == "single":
+            checks.append(_check_pruned(content, members[0]))
+    return checks
+
+
+def sample_images(card: Card, number: int) -> tuple[Tensor, str]:
+    """Return `number` images of the model's data set and where they come from; random ones where it is absent."""
+    try:
+        images = data.evaluation_subset(data.load(card.dataset, "test"), number)
+        return data.as_float(images.pixels), f"{number} real {card.dataset} test images"
+    except DataMissing:
+        shape = (number, card.input.channels, card.input.height, card.input.width)
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(shape, generator=generator), f"{number} random images ({card.dataset} is not on this machine)"
+
+
+def session(content: bytes) -> onnxruntime.InferenceSession:
+    """Open a graph on the CPU, quietly."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _card(
+    description: Description,
+    architecture: Architecture,
+    network: zoo.card.Architecture,
+    chosen: Paths,
+    variants: tuple[str, ...],
+) -> Card:
+    dataset = data.source(architecture.dataset)
+    image = dataset.format
+    return Card(
+        name=description.name,
+        description=description.description,
+        method=description.method,
+        license=description.license,
+        dataset=architecture.dataset,
+        architecture=network,
+        input=InputFormat(
+            channels=image.channels,
+            height=image.height,
+            width=image.width,
+            range=(0.0, 1.0),
+            mean=image.mean,
+            std=image.std,
+            resize="bicubic",
+        ),
+        classes=dataset.classes,
+        paths=chosen,
+        variants=variants,
+        training=description.training,
+        results=(),
+        files={},
+    )
+
+
+def _write(folder: Path, card: Card, graphs: dict[str, bytes], weights: Path) -> Bundle:
+    """Write to a scratch folder, check every graph there, and only then to where it belongs."""
+    files: dict[str, bytes | Path | str] = {f"{variant}.onnx": content for variant, content in graphs.items()}
+    files[weights.name] = weights.read_bytes()
+    with tempfile.TemporaryDirectory() as scratch:
+        failed = [
+            check for check in verify_graphs(write_bundle(Path(scratch) / "bundle", card, files)) if not check.held
+        ]
+    if failed:
+        raise BundleError(
+            "the export does not agree with the weights, so nothing was written: "
+            + "; ".join(f"{check.name}: {check.detail}" for check in failed)
+        )
+    return write_bundle(folder, card, files)
+
+
+def _check_answers(variant: str, content: bytes, network: nn.Module, images: Tensor, origin: str) -> Check:
+    run = session(content)
+
+    def graph(batch: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        logits, probabilities = run.run(["logits", "probabilities"], {"images": onnx_graphs.as_numpy(batch)})
+        return logits, probabilities
+
+    return _compare(f"{variant}.onnx answers as its weights", graph, network, images, origin)
+
+
+def _check_gated(content: bytes, rgn: RandomGatedNetwork, images: Tensor, origin: str, draws: int = 8) -> Check:
+    """Compare along random paths, and the two constant ones, in which every candidate of every layer runs."""
+    import random
+
+    run, rng = session(content), random.Random(0)
+    chosen = [(gate,) * rgn.num_gates for gate in range(rgn.candidates)]
+    chosen += [paths.sample(rgn.num_gates, rgn.candidates, rng) for _ in range(draws)]
+    name = "gated.onnx answers as its weights"
+    for path in chosen:
+
+        def graph(batch: Tensor, path: paths.Path = path) -> tuple[np.ndarray, np.ndarray]:
+            feeds = {"images": onnx_graphs.as_numpy(batch), "gates": np.array(path, np.int64)}
+            logits, probabilities = run.run(["logits", "probabilities"], feeds)
+            return logits, probabilities
+
+        check = _compare(name, graph, lambda batch, path=path: rgn(batch, path), images, origin)
+        if not check.held:
+            return replace(check, detail=f"path {paths.format_path(path)}: {check.detail}")
+    return replace(check, detail=f"{len(chosen)} paths; the last: {check.detail}")
+
+
+@torch.no_grad()
+def _compare(
+    name: str,
+    graph: Callable[[Tensor], tuple[np.ndarray, np.ndarray]],
+    network: Callable[[Tensor], Tensor],
+    images: Tensor,
+    origin: str,
+) -> Check:
+    worst, scale, agree = 0.0, 1.0, True
+    for size in BATCH_SIZES:
+        batch = images[:size]
+        expected = network(batch)
+        logits, probabilities = graph(batch)
+        scale = max(scale, float(expected.abs().max()))
+        worst = max(worst, float(np.abs(logits - expected.numpy()).max()))
+        worst = max(worst, float(np.abs(probabilities - expected.softmax(1).numpy()).max()))
+        agree = agree and bool((logits.argmax(1) == expected.argmax(1).numpy()).all())
+    held = worst <= TOLERANCE and agree
+    detail = f"largest difference {worst:.1e} (allowed {TOLERANCE:.0e}), largest logit {scale:.1f}, "
+    detail += f"argmax {'equal' if agree else 'DIFFERS'}, batches of {', '.join(map(str, BATCH_SIZES))}, {origin}"
+    return Check(name=name, held=held, detail=detail)
+
+
+def _check_pruned(content: bytes, network: nn.Module) -> Check:
+    """Count the graph's numbers: those of the plain network with its BatchNorms folded, and none more."""
+    folded = folded_copy(network)
+    constants = sum(buffer.numel() for buffer in folded.buffers() if buffer.is_floating_point())
+    most = _parameters(cast(nn.Module, folded)) + constants
+    found = onnx_graphs.count_parameters(content)
+    return Check(
+        name="single.onnx holds one path only",
+        held=found <= most,
+        detail=f"{found} numbers in the graph, {most} in the plain network with BatchNorm folded",
+    )
+
+
+def _parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -1,0 +1,131 @@
+"""From a bundle's weights to networks: what is deployed, as `nn.Module` on images in [0, 1]."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zoo import paths
+from zoo.bundle import Bundle
+from zoo.card import Card
+from zoo.checkpoint import (
+    Architecture,
+    load,
+    load_network,
+    load_network_state,
+    network_state,
+    read_architecture,
+    save,
+    save_network,
+)
+from zoo.derive import Ensemble, derive
+from zoo.errors import BadInput, CheckpointError
+from zoo.rgn import RandomGatedNetwork
+
+RGN_WEIGHTS, PLAIN_WEIGHTS = "rgn.safetensors", "weights.safetensors"
+
+
+class RandomGates(nn.Module):
+    """A random gated network that answers every image along a fresh path of its own, as the server does.
+
+    Args:
+        rgn: in evaluation mode.
+        rng: where the gates come from; the operating system's generator if None. An evaluation that must be repeatable
+            passes `random.Random(seed)`.
+    """
+
+    def __init__(self, rgn: RandomGatedNetwork, rng: random.Random | None = None) -> None:
+        super().__init__()
+        self.rgn = rgn
+        self.rng = secrets.SystemRandom() if rng is None else rng
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (batch, class); two calls answer differently."""
+        draws = [paths.sample(self.rgn.num_gates, self.rgn.candidates, self.rng) for _ in range(len(images))]
+        return torch.cat([self.rgn(image[None], path) for image, path in zip(images, draws, strict=True)])
+
+
+def weights_file(card: Card) -> str:
+    """Return the name of the bundle's weights: of the bank, or of the plain members."""
+    return RGN_WEIGHTS if card.architecture.gated_layers else PLAIN_WEIGHTS
+
+
+def save_members(file: Path, members: Sequence[nn.Module], architecture: Architecture) -> None:
+    """Write plain networks of one architecture; with several, every tensor has them as its leading dimension."""
+    if len(members) == 1:
+        save_network(file, members[0], architecture)
+        return
+    states = [network_state(member) for member in members]
+    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    save(file, stacked, {"architecture": asdict(architecture), "members": len(members)})
+
+
+def load_members(file: Path) -> tuple[list[nn.Module], Architecture]:
+    """Read what `save_members` wrote, in evaluation mode.
+
+    Raises:
+        CheckpointError: see `zoo.checkpoint.load`.
+    """
+    tensors, header = load(file)
+    architecture = read_architecture(header, file)
+    number = header.get("members", 1)
+    members = []
+    for index in range(number):
+        network = architecture.build()
+        state = {name: tensor[index] for name, tensor in tensors.items()} if number > 1 else tensors
+        load_network_state(network, state)
+        members.append(network.eval())
+    return members, architecture
+
+
+def load_rgn(bundle: Bundle) -> RandomGatedNetwork:
+    """Return the random gated network of a bundle, in evaluation mode.
+
+    Raises:
+        BadInput: the bundle holds a plain network.
+    """
+    if not bundle.card.architecture.gated_layers:
+        raise BadInput(f"{bundle.card.name} is a plain network without gates; expected a random gated one")
+    network, _ = load_network(bundle.file(RGN_WEIGHTS))
+    if not isinstance(network, RandomGatedNetwork):
+        raise CheckpointError(f"{bundle.card.name}: {RGN_WEIGHTS} holds a plain network; export the bundle again")
+    return network
+
+
+def member_networks(bundle: Bundle, variant: str) -> list[nn.Module]:
+    """Return the plain networks of the variant "single" or "ensemble", in evaluation mode."""
+    check_variant(bundle, variant)
+    card = bundle.card
+    if not card.architecture.gated_layers:
+        members, _ = load_members(bundle.file(PLAIN_WEIGHTS))
+        return members[:1] if variant == "single" else members
+    rgn = load_rgn(bundle)
+    chosen = [card.paths.single] if variant == "single" else card.paths.ensemble
+    return [derive(rgn, paths.parse(path, rgn.num_gates, rgn.candidates)) for path in chosen if path is not None]
+
+
+def load_variant(bundle: Bundle, variant: str, *, rng: random.Random | None = None) -> nn.Module:
+    """Return what a variant deploys, in evaluation mode: a plain network, an `Ensemble` or `RandomGates`.
+
+    Raises:
+        BadInput: the bundle has no such variant.
+    """
+    check_variant(bundle, variant)
+    if variant == "gated":
+        return RandomGates(load_rgn(bundle), rng).eval()
+    members = member_networks(bundle, variant)
+    return members[0] if variant == "single" else Ensemble(members).eval()
+
+
+def check_variant(bundle: Bundle, variant: str) -> None:
+    """Raise BadInput if the bundle has no such variant."""
+    if not bundle.has_variant(variant):
+        raise BadInput(
+            f"{bundle.card.name} has no variant {variant!r}; it has {', '.join(bundle.card.variants) or 'none'}"
+        )
