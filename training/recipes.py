@@ -141,8 +141,8 @@ def eio_resnet20_cifar10_cpu() -> Recipe:
         name="eio-resnet20-cifar10-cpu",
         description="Ensemble-in-One random gated ResNet-20, trained on two CPU cores",
         phases=(
-            Phase(objective=Standard(), epochs=14, schedule="cosine"),
-            Phase(objective=EnsembleInOne.release(paths=2, distillation_steps=5), epochs=22, schedule="cosine"),
+            Phase(objective=Standard(), epochs=12, schedule="cosine"),
+            Phase(objective=EnsembleInOne.release(paths=2, distillation_steps=5), epochs=18, schedule="cosine"),
         ),
         validate_every=2,
     )
