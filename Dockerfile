@@ -1,8 +1,7 @@
-# syntax=docker/dockerfile:1
 # The server with its bundled models, without torch:
 #
 #     docker build --tag manygates .
-#     docker run --rm --publish 8000:8000 --read-only manygates
+#     docker run --rm --publish 8000:8000 --read-only --tmpfs /tmp manygates
 #
 # Another model by its name: docker run … manygates manygates serve hf-hub:ORGANISATION/NAME --host 0.0.0.0
 
@@ -12,7 +11,8 @@ COPY pyproject.toml README.md LICENSE manygates.py ./
 COPY zoo zoo
 COPY training training
 COPY serving serving
-RUN --mount=type=cache,target=/root/.cache/pip \
+ENV PIP_CACHE_DIR=/pip-cache
+RUN --mount=type=cache,target=/pip-cache \
     pip wheel --no-deps --wheel-dir /wheels . \
     && python -m venv /opt/venv \
     && /opt/venv/bin/pip install "$(echo /wheels/manygates-*.whl)[serve]" \

@@ -8,7 +8,8 @@ PORT ?= 8000
 MODELS ?=
 # Passed on to pytest: make test PYTEST_ARGS="-m 'not slow'"
 PYTEST_ARGS ?=
-BENCHMARKS ?= $(sort $(wildcard benchmarks/*.py))
+# What `make bench` serves: a plain network costs as much as one path of a random gated one.
+BENCHMARK_MODEL ?= standard-resnet20-cifar10
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,8 +43,9 @@ format: $(VENV)/installed-dev ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/installed-dev ## run every benchmark, one after another (BENCHMARKS=benchmarks/NAME.py for one)
-	@set -e; for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python "$$file"; done
+bench: $(VENV)/installed-dev ## measure the speed of training and of serving (BENCHMARK_MODEL=)
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/serving.py $(BENCHMARK_MODEL)
 
 clean: ## remove .venv, caches and built distributions; training runs stay
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

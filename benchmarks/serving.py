@@ -5,9 +5,12 @@
 Three numbers that belong together: images per second of raw ONNX Runtime at its best batch size and thread
 arrangement, requests per second of the server at its clients (one image each, binary bodies, closed loop, keep-alive),
 and their ratio. Both are measured in turn, round by round, so that whatever else the machine does hits both; the ratio
-is the median over the rounds. The load comes from `wrk` where it is installed (Debian's package), otherwise from a
-small generator in a process of its own, which costs more of the same cores. Every answer's bytes are compared with
-ONNX Runtime's before the clock starts (not in mode random, whose answers differ by design).
+is the median over the rounds. Other processes still spoil it: `quiet` says whether they used less than a quarter of a
+core, and `processor_ratio` compares processor time per image instead, which suffers less.
+
+The load comes from `wrk` where it is installed (Debian's package), otherwise from a small generator in a process of its
+own, which costs more of the same cores. The server's answer is compared with ONNX Runtime's before the clock starts
+(not in mode random, whose answers differ by design), and any failed request stops the benchmark.
 
 Progress goes to standard error; the last line on standard output is JSON.
 """
@@ -44,6 +47,7 @@ from zoo.catalogue import open_model  # noqa: E402
 
 OUTPUTS = ["probabilities", "logits"]
 BATCHES = (1, 8, 16, 32, 64)
+QUIET = 0.25
 SERVE = "import sys; from serving.server import serve; serve([sys.argv[1]], mode=sys.argv[2], port=0)"
 LUA = """
 local file = io.open("{body}", "rb")
@@ -87,6 +91,10 @@ def main() -> None:
                 "ratio": statistics.median(entry["ratio"] for entry in rounds),
                 "requests_per_second": statistics.median(entry["server"]["per_second"] for entry in rounds),
                 "raw_images_per_second": statistics.median(entry["raw"]["per_second"] for entry in rounds),
+                "processor_ratio": statistics.median(entry["processor_ratio"] for entry in rounds),
+                "quiet": all(
+                    (entry[part]["foreign_cores"] or 0) < QUIET for entry in rounds for part in ("raw", "server")
+                ),
                 "raw_arrangement": arrangement,
                 "clients": options.clients,
                 "one_client": alone,
@@ -190,7 +198,13 @@ def measure_round(
     server["cpu_ms_each"] = round(1000 * cpu / max(1, server["requests"]), 4)
     server["generator_cpu_ms_each"] = round(1000 * generator / max(1, server["requests"]), 4)
     server["foreign_cores"] = foreign(busy, start, cpu + generator)
-    return {"ratio": round(server["per_second"] / raw_rate["per_second"], 4), "raw": raw_rate, "server": server}
+    spent = server["cpu_ms_each"] + server["generator_cpu_ms_each"]
+    return {
+        "ratio": round(server["per_second"] / raw_rate["per_second"], 4),
+        "processor_ratio": round(raw_rate["cpu_ms_each"] / spent, 4) if spent else None,
+        "raw": raw_rate,
+        "server": server,
+    }
 
 
 @contextmanager

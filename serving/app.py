@@ -27,7 +27,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.batcher import Batcher, Draining, PredictionFailed, QueueFull, WaitedTooLong
-from serving.engine import Mode, Prediction, Predictor, modes_of, usable_cores
+from serving.engine import Mode, Prediction, Predictor, modes_of
 from serving.metrics import CONTENT_TYPE, Metrics, ModelMetrics
 from serving.protocol import HEADER_LENGTH, VERSION, Codec, RequestError, bad_request, json_headers
 from serving.settings import Settings
@@ -39,6 +39,8 @@ logger = logging.getLogger("manygates.serving")
 
 _DECODERS = 2
 _MAX_DECODING = 64
+# what clients send that were not told what the body is; the last is curl's default
+_UNTOLD = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,7 @@ class Application:
         )
         batcher = Batcher(
             model.predictor,
-            workers=settings.threads or usable_cores(),
+            workers=settings.workers,
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
             queue_timeout=settings.queue_timeout,
@@ -405,7 +407,7 @@ async def _image_file(headers: Headers, body: bytes) -> bytes:
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "multipart/form-data":
         return await _image_field(headers, body)
-    if content_type.startswith("image/") or content_type in ("", "application/octet-stream"):
+    if content_type.startswith("image/") or content_type in _UNTOLD:
         return body
     raise RequestError(
         415,

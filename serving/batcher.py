@@ -102,7 +102,7 @@ class Batcher:
         self._requests: deque[_Request] = deque()
         self._waiting_rows = 0
         self._workers = workers
-        self._idle = workers
+        self._in_flight = 0
         self._dispatch_scheduled = False
         self._jobs: SimpleQueue[list[_Part] | None] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -149,7 +149,7 @@ class Batcher:
         request = _Request(images, self._loop.create_future())
         self._requests.append(request)
         self._waiting_rows += rows
-        if self._idle and not self._dispatch_scheduled:
+        if self._in_flight < 2 * self._workers and not self._dispatch_scheduled:
             # not at once: whatever else arrived in this turn of the loop joins the batch, and it costs no waiting
             self._dispatch_scheduled = True
             self._loop.call_soon(self._dispatch)
@@ -164,7 +164,7 @@ class Batcher:
         self._accepting = False
         try:
             async with asyncio.timeout(timeout):
-                while self._requests or self._idle < self._workers:
+                while self._requests or self._in_flight:
                     self._settled.clear()
                     await self._settled.wait()
         except TimeoutError:
@@ -173,19 +173,26 @@ class Batcher:
             self._fail(self._requests[0], Draining())
         for _ in self._threads:
             self._jobs.put(None)
-        idle_now = self._idle == self._workers
-        for thread in self._threads if idle_now else []:
+        for thread in self._threads if not self._in_flight else []:
             thread.join()
         self._threads.clear()
 
     def _dispatch(self) -> None:
-        """Give every idle worker its share of what waits."""
+        """Give every idle worker its share of what waits, and every busy one a full batch to go on with.
+
+        A batch that is full gains nothing by waiting here, and a worker that finds it at once does not wait for us.
+        """
         self._dispatch_scheduled = False
-        while self._idle and self._requests:
-            share = -(-self._waiting_rows // self._idle)
-            batch = self._take(min(self._max_batch, share))
+        while self._requests:
+            idle = self._workers - self._in_flight
+            if idle > 0:
+                batch = self._take(min(self._max_batch, -(-self._waiting_rows // idle)))
+            elif self._in_flight < 2 * self._workers and self._waiting_rows >= self._max_batch:
+                batch = self._take(self._max_batch)
+            else:
+                return
             if batch:
-                self._idle -= 1
+                self._in_flight += 1
                 self._jobs.put(batch)
 
     def _take(self, max_rows: int) -> list[_Part]:
@@ -241,7 +248,7 @@ class Batcher:
 
     def _finish(self, batch: list[_Part], outcome: Prediction | BaseException, seconds: float) -> None:
         """Hand a batch's answers to their requests; on the loop."""
-        self._idle += 1
+        self._in_flight -= 1
         self._dispatch()  # first, so that the worker is busy while we answer
         if isinstance(outcome, BaseException):
             logger.error("a batch of %d requests failed", len(batch), exc_info=outcome)

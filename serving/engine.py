@@ -209,6 +209,8 @@ def _session_options(*, intra_op: int, allow_spinning: bool) -> Any:
     options.log_severity_level = 3
     # batch sizes vary, so a memory plan per shape is rarely used again
     options.enable_mem_pattern = False
+    # a graph may name files to read its weights from; in this "folder" there can be none, inside it or above it
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if allow_spinning else "0")
     return options
 

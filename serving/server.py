@@ -69,7 +69,7 @@ def load(model: str, mode: str | None, settings: Settings) -> Model:
     engine = Engine(
         open_model(model, only=(graph_file(chosen),)),
         chosen,
-        threads=settings.threads or None,
+        threads=settings.workers,
         intra_op=settings.intra_op,
         device=settings.device,
         allow_cpu_fallback=settings.allow_cpu_fallback,
@@ -126,6 +126,7 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # nothing here depends on who asks, so nobody's word needs to be believed
                 timeout_keep_alive=int(settings.keep_alive_timeout) or 1,
                 timeout_graceful_shutdown=int(settings.drain_timeout) or 1,
                 limit_concurrency=settings.max_connections,

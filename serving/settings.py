@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Self
 
-from serving.engine import Device
+from serving.engine import Device, usable_cores
 from zoo.errors import BadInput
 
 _PREFIX = "MANYGATES_SERVE_"
@@ -16,7 +16,7 @@ class Settings:
     """How a server runs; each field is also the environment variable MANYGATES_SERVE_<FIELD>, in upper case."""
 
     threads: int = 0
-    """Batches that run at a time, per model; 0 is one per usable core."""
+    """Batches that run at a time, per model; 0 is as many as there are cores for, or one on a GPU."""
     intra_op: int = 1
     """Cores that one batch uses."""
     max_batch: int = 8
@@ -57,6 +57,13 @@ class Settings:
                 )
         if self.device not in ("cpu", "cuda"):
             raise BadInput(f"device is {self.device!r}, expected cpu or cuda")
+
+    @property
+    def workers(self) -> int:
+        """How many batches run at a time: never so many that threads compete for cores, unless it was asked for."""
+        if self.threads:
+            return self.threads
+        return max(1, usable_cores() // self.intra_op) if self.device == "cpu" else 1
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:

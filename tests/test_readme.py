@@ -1,7 +1,8 @@
 """The README and the guides are tests: their commands parse, their Python runs, their links lead somewhere.
 
 A fenced block that needs more than the bundled models is preceded by a comment, `<!-- needs: data -->` or
-`<!-- needs: gpu -->`, and is skipped where that is missing; `<!-- sketch -->` marks a fragment that is not run.
+`<!-- needs: gpu -->`, and is skipped where that is missing; `<!-- sketch -->` marks a fragment that is not run. A block
+that talks to the server's address finds one there, and the bundled model it serves for NAME.
 """
 
 import contextlib
@@ -12,27 +13,33 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import manygates
+from zoo.catalogue import list_bundled
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+DOCUMENTS += [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/adr/*.md"))]
+DEFAULT_ADDRESS = "127.0.0.1:8000"
 SHELLS = ("", "sh", "bash", "shell", "console")
 
 FENCE = re.compile(
     r"^(?P<note><!--[^\n]*-->\n+)?(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<text>.*?)^(?P=indent)```\s*$",
     re.MULTILINE | re.DOTALL,
 )
+INDENTED = re.compile(r"(?<=\n\n)(?: {4}[^\n]*\n)+")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s#]+)(?:#[^)\s]*)?\)")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a document."""
+    """A fenced or indented block of a document; the latter has no language."""
 
     place: str
     language: str
@@ -47,6 +54,11 @@ def blocks_of(document: Path) -> list[Block]:
         line = text.count("\n", 0, found.start("language")) + 1
         place = f"{document.relative_to(ROOT).as_posix()}:{line}"
         blocks.append(Block(place, found["language"], found["note"] or "", found["text"]))
+    unfenced = FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), text)
+    for found in INDENTED.finditer(unfenced):
+        line = unfenced.count("\n", 0, found.start()) + 1
+        place = f"{document.relative_to(ROOT).as_posix()}:{line}"
+        blocks.append(Block(place, "", "", textwrap.dedent(found[0])))
     return blocks
 
 
@@ -56,6 +68,8 @@ def commands_of(block: Block) -> list[list[str]]:
         return []
     commands = []
     for line in block.text.replace("\\\n", " ").splitlines():
+        if "manygates" not in line:  # what is quoted over several lines need not be read
+            continue
         lexer = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars="();<>|&")
         lexer.whitespace_split = True
         command: list[str] = []
@@ -65,7 +79,10 @@ def commands_of(block: Block) -> list[list[str]]:
                 command = []
             elif command or "=" not in word:  # VARIABLE=value before a command is the shell's
                 command.append(word)
-    return [command for command in commands if command and Path(command[0]).name == "manygates"]
+    ours = [command for command in commands if command and Path(command[0]).name == "manygates"]
+    return [
+        command for command in ours if not any(word.startswith("[") for word in command)
+    ]  # a synopsis is no command
 
 
 BLOCKS = [block for document in DOCUMENTS if document.is_file() for block in blocks_of(document)]
@@ -85,14 +102,36 @@ def test_a_command_in_the_documentation_is_one_that_the_command_line_takes(comma
             assert not stopped.code, complaint.getvalue()  # noqa: PT017 -- --help and --version exit with 0
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, str]]:
+    """The address of a server of ours, and the name of the model that it serves."""
+    cards = list_bundled()
+    if not cards:
+        pytest.skip("no model is bundled, so there is nothing to serve")
+    command = [sys.executable, "-m", "manygates", "serve", cards[0].name, "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            said = process.stderr.readline()
+            found = re.search(r"http://(\S+:\d+)", said)
+            assert found is not None, said + process.stderr.read()
+            yield found[1], cards[0].name
+        finally:
+            process.terminate()
+
+
 @pytest.mark.parametrize("block", [pytest.param(block, id=block.place) for block in PYTHON])
-def test_a_python_block_in_the_documentation_runs(block: Block, tmp_path: Path) -> None:
+def test_a_python_block_in_the_documentation_runs(block: Block, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if "needs: gpu" in block.note and shutil.which("nvidia-smi") is None:
         pytest.skip("the block needs a GPU")
     if "needs: data" in block.note and not data_dir().is_dir():
         pytest.skip("the block needs the data sets; set MANYGATES_DATA")
+    text = block.text
+    if DEFAULT_ADDRESS in text:
+        address, name = request.getfixturevalue("server")
+        text = text.replace(DEFAULT_ADDRESS, address).replace("NAME", name)
     script = tmp_path / "block.py"
-    script.write_text(block.text, encoding="utf-8")
+    script.write_text(text, encoding="utf-8")
     environment = {**os.environ, "MANYGATES_DATA": str(data_dir()), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, script],
@@ -141,6 +180,7 @@ def data_dir() -> Path:
         ("A=1 manygates serve \\\n  NAME --port 1 &  # a comment", [["manygates", "serve", "NAME", "--port", "1"]]),
         ("$ .venv/bin/manygates list && manygates demo", [[".venv/bin/manygates", "list"], ["manygates", "demo"]]),
         ("pip install 'manygates[serve]'", []),
+        ("manygates serve [MODEL …] [--mode single|random]", []),
     ],
 )
 def test_commands_are_found_behind_what_the_shell_reads(text: str, expected: list[list[str]]) -> None:

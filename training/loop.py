@@ -133,6 +133,10 @@ def train(
         write_json_atomic(run_dir / PROVENANCE, provenance(recipe))
         write_json_atomic(run_dir / RECIPE, resolved(recipe))
     world.wait()
+    if resume and world.leads:
+        for name in (LAST, BEST, RECIPE, PROVENANCE, LOG):
+            for half_written in run_dir.glob(f".{name}.*"):  # what a killed process was about to rename
+                half_written.unlink()
     if resume and (run_dir / LAST).exists():
         loop.restore()
     elif start is not None:

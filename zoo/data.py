@@ -149,6 +149,7 @@ def _read(files: list[Path], dataset: DatasetSource) -> Images:
     from pyarrow.lib import ArrowInvalid
 
     shape = (dataset.format.height, dataset.format.width)
+    mode = "L" if dataset.format.channels == 1 else "RGB"  # copies of grey images may be stored in colour
     pixels, labels = [], []
     for file in files:
         try:
@@ -159,7 +160,13 @@ def _read(files: list[Path], dataset: DatasetSource) -> Images:
                 f"{file} is not a readable parquet file ({error}); fetch {dataset.repository} again"
             ) from error
         for cell in table.column(dataset.image_column).to_pylist():
-            array = np.asarray(Image.open(io.BytesIO(cell["bytes"])))
+            with Image.open(io.BytesIO(cell["bytes"])) as image:
+                array = np.asarray(image.convert(mode))
+            if array.shape[:2] != shape:
+                raise DataMissing(
+                    f"{file} holds an image of {array.shape[0]}x{array.shape[1]} pixels, expected "
+                    f"{shape[0]}x{shape[1]}; fetch {dataset.repository} again"
+                )
             pixels.append(array.reshape(*shape, dataset.format.channels))
         labels.append(table.column(dataset.label_column).to_numpy())
     stacked = np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))

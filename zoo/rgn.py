@@ -164,7 +164,8 @@ class RandomGatedNetwork(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomGatedNetwork:
         self._prefixes.clear()  # they hold buffers, which a move to another device or type replaces
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """Say how many gates and candidates there are."""

@@ -110,8 +110,10 @@ def test_an_image_file_is_classified_as_a_form_field_or_a_raw_body(application_o
                 "/classify", content=png((40, 30), kind=kind), headers={"content-type": "image/png"}
             )
             assert raw.json() == expected
-        bare = await client.post("/classify?model=tiny&top=1", content=png())
-        assert bare.json() == {**expected, "probabilities": {"dog": 0.625}}
+        curls_default = {"content-type": "application/x-www-form-urlencoded"}
+        for headers in ({}, curls_default, {"content-type": "application/octet-stream"}):
+            bare = await client.post("/classify?model=tiny&top=1", content=png(), headers=headers)
+            assert bare.json() == {**expected, "probabilities": {"dog": 0.625}}
 
     ask(application_of(Fixed()), body)
 

@@ -127,6 +127,24 @@ def test_idle_workers_share_a_burst() -> None:
     assert [len(batch) for batch in echo.batches] == [4, 4]
 
 
+def test_a_busy_worker_has_its_next_full_batch_at_hand_but_never_a_part_of_one() -> None:
+    gate = Gate()
+
+    async def body(batcher: Batcher) -> None:
+        tasks = [asyncio.create_task(batcher.submit(marked(0)))]
+        while not gate.entered.is_set():
+            await asyncio.sleep(0.001)
+        for waiting, marks in ((3, range(1, 4)), (0, range(4, 5)), (4, range(5, 9))):
+            tasks += [asyncio.create_task(batcher.submit(marked(mark))) for mark in marks]
+            await asyncio.sleep(0.01)
+            assert batcher.waiting == waiting
+        gate.opened.set()
+        await asyncio.gather(*tasks)
+
+    run(gate, body, workers=1, max_batch=4)
+    assert [len(batch) for batch in gate.batches] == [1, 4, 4]
+
+
 def test_a_request_larger_than_a_batch_is_cut_and_put_together_again() -> None:
     echo = Echo()
 
@@ -253,11 +271,13 @@ def test_stopping_gives_up_after_its_timeout() -> None:
     gate = Gate()
 
     async def main() -> None:
-        batcher = Batcher(gate, workers=1, max_batch=1, max_queue=100)
+        batcher = Batcher(gate, workers=1, max_batch=8, max_queue=100)
         batcher.start()
-        waiting = [asyncio.create_task(batcher.submit(marked(mark))) for mark in range(2)]
+        waiting = [asyncio.create_task(batcher.submit(marked(0)))]
         while not gate.entered.is_set():
             await asyncio.sleep(0.001)
+        waiting.append(asyncio.create_task(batcher.submit(marked(1))))
+        await asyncio.sleep(0)
         await batcher.stop(0.05)
         with pytest.raises(Draining):
             await waiting[1]

@@ -1,13 +1,15 @@
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from serving.engine import Engine, SystemGates
-from zoo.bundle import Bundle
+from zoo.bundle import Bundle, write_bundle
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, UnknownName
 
 
@@ -105,18 +107,36 @@ def test_a_tampered_graph_is_never_loaded(bundle_dir: Path) -> None:
 
 
 def test_bytes_that_are_no_graph_are_refused(tmp_path: Path, make_card, make_graph) -> None:
-    from zoo.bundle import write_bundle
-
     bundle = write_bundle(tmp_path / "broken", make_card(variants=("single",)), {"single.onnx": b"not a graph"})
     with pytest.raises(BundleError, match=r"tiny/single\.onnx cannot be loaded"):
         Engine(bundle, threads=1)
 
 
+@pytest.mark.parametrize("location", ["weights.bin", "../weights.bin", "/etc/passwd", "folder/../weights.bin"])
+def test_a_graph_that_reads_its_weights_from_another_file_is_refused(
+    tmp_path: Path, make_card, make_graph, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    model = onnx.ModelProto.FromString(make_graph(gated=False))
+    weights = model.graph.initializer[0]
+    content = weights.raw_data
+    weights.ClearField("raw_data")
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", str(len(content)))):
+        entry = weights.external_data.add()
+        entry.key, entry.value = key, value
+    for folder in (tmp_path, tmp_path / "bundle", tmp_path / "here"):
+        folder.mkdir(exist_ok=True)
+        (folder / "weights.bin").write_bytes(content)
+    (tmp_path / "bundle" / "weights.bin").unlink()
+    monkeypatch.chdir(tmp_path / "here")
+    bundle = write_bundle(
+        tmp_path / "bundle", make_card(variants=("single",)), {"single.onnx": model.SerializeToString()}
+    )
+    with pytest.raises(BundleError, match=r"tiny/single\.onnx cannot be loaded"):
+        Engine(bundle, threads=1)
+
+
 def test_a_graph_that_does_not_fit_its_card_is_refused(tmp_path: Path, make_card, make_graph) -> None:
-    from dataclasses import replace
-
-    from zoo.bundle import write_bundle
-
     card = make_card(variants=("single",))
     gated = write_bundle(tmp_path / "gated", card, {"single.onnx": make_graph(gated=True)})
     with pytest.raises(BundleError, match=r"inputs \['gates', 'images'\], expected \['images'\]"):

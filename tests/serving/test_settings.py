@@ -17,6 +17,15 @@ def test_the_environment_sets_fields_by_their_type() -> None:
     assert Settings.from_environment({}) == Settings()
 
 
+def test_threads_never_outnumber_the_cores_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.settings.usable_cores", lambda: 8)
+    assert Settings().workers == 8
+    assert Settings(intra_op=3).workers == 2
+    assert Settings(intra_op=16).workers == 1
+    assert Settings(threads=5, intra_op=16).workers == 5
+    assert Settings(device="cuda").workers == 1
+
+
 @pytest.mark.parametrize(
     ("environment", "said"),
     [

@@ -109,7 +109,7 @@ def test_a_truncated_file_is_refused(kept: int, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere.safetensors is not a file"):
+    with pytest.raises(CheckpointError, match=r"nowhere.safetensors is not a file"):
         load_network(tmp_path / "nowhere.safetensors")
 
 

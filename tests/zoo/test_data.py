@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,24 @@ def test_a_missing_split_names_the_variable_and_the_expected_files(tiny: np.ndar
         data.load("tiny", "test")
 
 
+def test_grey_images_that_are_stored_in_colour_are_read_as_grey(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grey = np.random.default_rng(1).integers(0, 256, (2, 5, 4, 1), np.uint8)
+    write(tmp_path / "nobody/tiny/plain_text/test-00000-of-00001.parquet", grey.repeat(3, axis=3), [0, 1])
+    image_format = ImageFormat(channels=1, height=5, width=4, mean=(0.5,), std=(0.5,))
+    monkeypatch.setitem(DATASETS, "tiny", replace(TINY, format=image_format))
+    monkeypatch.setenv("MANYGATES_DATA", str(tmp_path))
+    assert torch.equal(data.load("tiny", "test").pixels, torch.from_numpy(grey).permute(0, 3, 1, 2))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_images_of_another_size_are_refused_with_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DATASETS, "tiny", replace(TINY, format=ImageFormat(height=5, width=5)))
+    with pytest.raises(DataMissing, match="an image of 5x4 pixels, expected 5x5"):
+        data.load("tiny", "train")
+
+
 @pytest.mark.usefixtures("tiny")
 def test_a_missing_file_is_noticed_by_the_number_of_images(tmp_path: Path) -> None:
     (tmp_path / "nobody/tiny/plain_text/train-00001-of-00002.parquet").unlink()
@@ -83,7 +102,7 @@ def test_a_missing_file_is_noticed_by_the_number_of_images(tmp_path: Path) -> No
 def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "nobody/tiny/plain_text/train-00001-of-00002.parquet"
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(DataMissing, match="train-00001-of-00002.parquet is not a readable parquet file"):
+    with pytest.raises(DataMissing, match=r"train-00001-of-00002.parquet is not a readable parquet file"):
         data.load("tiny", "train")
 
 
@@ -104,7 +123,7 @@ def test_without_a_local_copy_and_a_network_the_variable_is_suggested(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(DATASETS, "tiny", TINY)
-    with pytest.raises(DataMissing, match="cannot be fetched .*set MANYGATES_DATA to a folder that holds nobody/tiny"):
+    with pytest.raises(DataMissing, match=r"cannot be fetched .*set MANYGATES_DATA to a folder that holds nobody/tiny"):
         data.load("tiny", "train")
 
 

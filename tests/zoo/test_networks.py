@@ -43,7 +43,7 @@ def test_every_network_answers_with_one_logit_per_class(name: str) -> None:
 def test_every_network_normalises_its_own_input(name: str) -> None:
     with torch.device("meta"):  # only the structure is looked at
         network = build(name, images=ImageFormat(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
-    assert [child for child, _ in network.named_children()][0] == "normalise"
+    assert next(child for child, _ in network.named_children()) == "normalise"
     assert sum(isinstance(module, Normalise) for module in network.modules()) == 1
 
 

@@ -54,7 +54,7 @@ def fgsm(model: Model, images: Tensor, labels: Tensor, budget: LinfBudget) -> Te
 
     Args and returns as `pgd`; only `budget.eps` is read.
     """
-    _check_images(images)
+    images = _checked(images)
     return _project(images + budget.eps * _gradient(model, images, labels).sign(), images, budget.eps)
 
 
@@ -88,7 +88,7 @@ def pgd(
     Raises:
         BadInput: a pixel outside [0, 1].
     """
-    _check_images(images)
+    images = _checked(images)
     result = images.clone()
     remaining = torch.arange(len(images), device=images.device)
     for _ in range(budget.restarts):
@@ -128,7 +128,9 @@ def _project(adversarial: Tensor, images: Tensor, eps: float) -> Tensor:
     return torch.minimum(torch.maximum(adversarial, images - eps), images + eps).clamp_(0, 1).detach()
 
 
-def _check_images(images: Tensor) -> None:
+def _checked(images: Tensor) -> Tensor:
+    images = images.detach()
     low, high = (float(bound) for bound in images.aminmax()) if images.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):  # NaN fails too
         raise BadInput(f"pixels must be in [0, 1], got [{low:g}, {high:g}]; divide bytes by 255 and do not normalise")
+    return images
