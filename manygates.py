@@ -26,13 +26,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from zoo.bundle import Bundle
     from zoo.card import Card, Result, Training
     from zoo.checkpoint import Architecture
     from zoo.rgn import RandomGatedNetwork
 
 __version__ = "0.1.0"
-__all__ = ["attacks", "derive", "evaluate", "load", "main", "randomly_gate"]
+__all__ = ["attacks", "derive", "evaluate", "load", "main", "randomly_gate"]  # noqa: F822 - by __getattr__
 
 DONE, NOT_HELD, WRONG = 0, 1, 2
 VARIANTS = ("single", "ensemble", "gated")
@@ -55,7 +54,7 @@ def __getattr__(name: str) -> Any:
 
 
 def load(model: str, variant: str = "single") -> nn.Module:
-    """Return what a variant of a model deploys, in evaluation mode, on images (batch, channel, height, width) in [0, 1].
+    """Return what a variant deploys, in evaluation mode, on images (batch, channel, height, width) in [0, 1].
 
     Args:
         model: a catalogue name, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME[@REVISION]`.
@@ -81,7 +80,7 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json([_listed(card) for card in cards])
         return DONE
-    rows = [("name", "method", "network", "variants", "clean", "eps 0.01", "eps 0.03")]
+    rows: list[tuple[str, ...]] = [("name", "method", "network", "variants", "clean", "eps 0.01", "eps 0.03")]
     for card in cards:
         numbers = [_number(card, "clean", 0.0), _number(card, "whitebox", 0.01), _number(card, "whitebox", 0.03)]
         rows.append((card.name, card.method, card.architecture.name, ",".join(card.variants), *numbers))
@@ -179,6 +178,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _derive(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
     from zoo.derive import derive, recalibrate
     from zoo.export import Description, export_members
 
@@ -204,7 +205,7 @@ def _derive(arguments: argparse.Namespace) -> int:
         name=arguments.name or f"{name}-derived",
         description=f"{'An ensemble of paths' if len(chosen) > 1 else 'One path'} of {name}",
         method=_method(training),
-        training=_replace(training, summary=summary),
+        training=dataclasses.replace(training, summary=summary),
     )
     bundle = export_members(arguments.out, members, architecture, description)
     _say(f"{bundle.card.name}: {summary}; in {arguments.out}")
@@ -471,13 +472,9 @@ def _path_text(path: tuple[int, ...]) -> str:
 
 
 def _plain(architecture: Architecture) -> Architecture:
-    return _replace(architecture, candidates=1, sharing=None)
-
-
-def _replace(value: Any, **changes: Any) -> Any:
     import dataclasses
 
-    return dataclasses.replace(value, **changes)
+    return dataclasses.replace(architecture, candidates=1, sharing=None)
 
 
 def _method(training: Training) -> str:
@@ -550,8 +547,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     root = argparse.ArgumentParser(
         prog="manygates",
-        description="Adversarially robust image classifiers built on random gated networks: train, measure, export, serve.",
-        epilog="MODEL is a catalogue name, local-dir:PATH or hf-hub:org/name[@revision]. RUN is a training run's folder.",
+        description="Adversarially robust image classifiers built on random gated networks.",
+        epilog="MODEL: a catalogue name, local-dir:PATH or hf-hub:org/name[@revision]. RUN: a training run's folder.",
     )
     root.add_argument("--version", action="version", version=f"manygates {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -111,8 +111,8 @@ def _image_shape(network: nn.Module) -> tuple[int, ...]:
     shape = getattr(network, "image_shape", None)
     if shape is None:
         raise BadInput(
-            f"{type(network).__name__} does not say the shape of its images; set network.image_shape = (channel, height, "
-            "width) before exporting it"
+            f"{type(network).__name__} does not say the shape of its images; set network.image_shape = "
+            "(channel, height, width) before exporting it"
         )
     return tuple(shape)
 

@@ -1,5 +1,6 @@
 """The attack demo: its arithmetic in closed form, its page through gradio_client."""
 
+import asyncio
 import io
 import os
 import random
@@ -28,6 +29,7 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from serving import demo
 from serving.server import bind, url_of
@@ -40,9 +42,6 @@ from zoo.data import DATASETS
 from zoo.errors import BadInput, MissingFile, UnknownName
 from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS
 from zoo.rgn import randomly_gate
-
-# gradio's queue keeps its waiting times in a pandas DataFrame in a way that pandas 3 warns of
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio", "ignore::FutureWarning:gradio")
 
 PLAIN, GATED, MNIST = "plain/single", "gates/gated", "digits/single"
 GATES = 7  # of ResNet-8
@@ -155,9 +154,8 @@ def server(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> Itera
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
         app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("the index"))])
         listener = bind("127.0.0.1", 0)
-        running = uvicorn.Server(
-            uvicorn.Config(demo.mount(app, "/demo", models), log_level="error", ws="none", timeout_graceful_shutdown=1)
-        )
+        mounted = asyncio.run(mount_inside_a_loop(app, models))
+        running = uvicorn.Server(uvicorn.Config(mounted, log_level="error", ws="none", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()
         try:
@@ -170,6 +168,11 @@ def server(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> Itera
             running.should_exit = True
             thread.join(timeout=10)
             listener.close()
+
+
+async def mount_inside_a_loop(app: Starlette, models: list[str]) -> ASGIApp:
+    """Mount where a loop runs; where none does, gradio makes eight and never closes them."""
+    return demo.mount(app, "/demo", models)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +219,7 @@ def distance(side: dict[str, Any]) -> int:
     return int(np.abs(pixels(side["adversarial"]) - pixels(side["clean"])).max())
 
 
-# ------------------------------------------------------------------------------------------------ the attack, closed form
+# ---------------------------------------------------------------------------------------------- the attack, closed form
 
 
 class HalfSpace(torch.nn.Module):
@@ -284,13 +287,13 @@ def test_a_gradient_of_random_gates_averages_over_fresh_paths(shelf: demo.Shelf)
 def test_settings_out_of_range_are_refused_with_the_range() -> None:
     with pytest.raises(BadInput, match="steps is 0, expected a whole number from 1 to 50"):
         demo.Attack(steps=0)
-    with pytest.raises(BadInput, match="eps_levels is 2.5, expected a whole number"):
+    with pytest.raises(BadInput, match=r"eps_levels is 2\.5, expected a whole number"):
         demo.Attack(eps_levels=2.5)  # type: ignore[arg-type]
     with pytest.raises(UnknownName, match="unknown attack 'CW'"):
         demo.Attack(method="CW")  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------------------------------------------- the models
+# ----------------------------------------------------------------------------------------------------------- the models
 
 
 def test_a_plain_model_stands_against_random_gates_by_default(shelf: demo.Shelf) -> None:
@@ -299,7 +302,7 @@ def test_a_plain_model_stands_against_random_gates_by_default(shelf: demo.Shelf)
 
 
 def test_an_unknown_choice_is_refused_with_the_known_ones(shelf: demo.Shelf) -> None:
-    with pytest.raises(UnknownName, match="did you mean 'plain/single'"):
+    with pytest.raises(UnknownName, match=r"did you mean 'plain/single'"):
         shelf.contestant("plain/singel")
 
 
@@ -312,7 +315,7 @@ def test_a_bundle_without_weights_is_refused(models: list[str], tmp_path: Path) 
     card = Bundle.open(models[0].removeprefix("local-dir:")).card
     write_bundle(tmp_path / "bare", card, {"single.onnx": b""})
 
-    with pytest.raises(MissingFile, match="holds no weights.safetensors, but an attack needs gradients"):
+    with pytest.raises(MissingFile, match=r"holds no weights\.safetensors, but an attack needs gradients"):
         demo.Shelf([f"local-dir:{tmp_path / 'bare'}"])
 
 
@@ -439,7 +442,7 @@ def test_a_large_photograph_is_scaled_to_what_the_model_takes(client: Client, tm
     assert pixels(answer["a"]["clean"]).shape == (32, 32, 3)
 
 
-# --------------------------------------------------------------------------------------------------------- what is wrong
+# -------------------------------------------------------------------------------------------------------- what is wrong
 
 
 def write_frames(file: Path) -> None:
