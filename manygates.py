@@ -70,7 +70,7 @@ def load(model: str, variant: str = "single") -> nn.Module:
     return load_variant(open_model(model, only=(weights_file(card),)), variant)
 
 
-# --- commands: each takes the parsed arguments and returns an exit code ------------------------------------------------
+# --- commands: each takes the parsed arguments and returns an exit code ---
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -87,9 +87,7 @@ def _list(arguments: argparse.Namespace) -> int:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(
-        "\nAccuracy of the variant 'single' in per cent; under white-box PGD where an eps is given. `manygates show NAME`"
-    )
+    print("\nAccuracy of the variant 'single' in per cent, under white-box PGD where an eps is given; see `show NAME`")
     return DONE
 
 
@@ -328,7 +326,8 @@ def _attack(arguments: argparse.Namespace) -> int:
         names = [card.classes[int(share.argmax())] for share in (before, after)]
         outcome = "broken" if report["succeeded"] else "not broken"
         print(
-            f"{names[0]} ({before.max():.1%}) -> {names[1]} ({after.max():.1%}): {outcome} at eps {eps}; {arguments.out}"
+            f"{names[0]} ({before.max():.1%}) -> {names[1]} ({after.max():.1%}): "
+            f"{outcome} at eps {eps}; {arguments.out}"
         )
     return DONE
 
@@ -354,7 +353,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-# --- what the commands share -------------------------------------------------------------------------------------------
+# --- what the commands share ---
 
 
 def _some(models: list[str]) -> list[str]:
@@ -526,7 +525,8 @@ def _print_result(result: Result) -> None:
     attack = "clean" if result.attack == "none" else f"{result.attack}-{result.steps} x {result.restarts}"
     print(
         f"{result.protocol} {result.variant}: {result.accuracy:.2%} [{low:.2%}, {high:.2%}]  {attack}, "
-        f"eps {result.eps_fraction}, {result.images} images, seed {result.seed}{'; ' + result.note if result.note else ''}"
+        f"eps {result.eps_fraction}, {result.images} images, seed {result.seed}"
+        + (f"; {result.note}" if result.note else "")
     )
     for check in result.checks:
         print(f"  {'ok  ' if check.held else 'FAIL'}  {check.name}: {check.detail}")
@@ -540,7 +540,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# --- the parser --------------------------------------------------------------------------------------------------------
+# --- the parser ---
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1157,7 +1157,7 @@ def mount(app: Starlette, path: str, models: list[str]) -> ASGIApp:
     """
     page = build(models)
     # Only `launch` sets this, and without it gradio (6.31) takes any file of this machine for an upload.
-    page.has_launched = False
+    page.has_launched = True
     mounted: ASGIApp = gr.mount_gradio_app(
         cast(Any, app),  # asks for FastAPI, uses only what Starlette has
         page,

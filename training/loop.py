@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +38,7 @@ from training.randomness import gate_generator, seed_for, tensor_generator
 from training.recipes import Phase, Recipe, from_resolved, method_name, resolved
 from zoo import data, paths
 from zoo.attacks import LinfBudget, pgd
+from zoo.catalogue import open_model
 from zoo.checkpoint import (
     Architecture,
     load,
@@ -49,7 +50,8 @@ from zoo.checkpoint import (
 from zoo.derive import derive, folded_copy
 from zoo.errors import BadInput, CheckpointError
 from zoo.files import write_json_atomic, write_text_atomic
-from zoo.rgn import RandomGatedNetwork
+from zoo.models import PLAIN_WEIGHTS, load_members
+from zoo.rgn import RandomGatedNetwork, randomly_gate
 
 LAST, BEST, RECIPE, PROVENANCE, LOG = (
     "last.safetensors",
@@ -221,6 +223,32 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
+def _initial_network(recipe: Recipe, architecture: Architecture) -> nn.Module:
+    """Build what is trained, drawing from torch's global generator.
+
+    Raises:
+        BadInput: `start_from` names a model of another network or data set, or a random gated one.
+    """
+    if recipe.start_from is None:
+        return architecture.build()
+    bundle = open_model(recipe.start_from)
+    wanted = replace(architecture, candidates=1, sharing=None)
+    if bundle.card.architecture.gated_layers:
+        raise BadInput(f"start_from={recipe.start_from!r} is a random gated network, expected a plain one")
+    (plain, *_), found = load_members(bundle.file(PLAIN_WEIGHTS))
+    if found != wanted:
+        raise BadInput(f"start_from={recipe.start_from!r} is {found}, expected {wanted}")
+    if architecture.sharing is None:
+        return plain
+    return randomly_gate(
+        plain,
+        candidates=architecture.candidates,
+        sharing=architecture.sharing,
+        start="copy",
+        noise=recipe.start_noise,
+    )
+
+
 class _Loop:
     """A run in memory: model, data, optimiser and position."""
 
@@ -231,7 +259,7 @@ class _Loop:
         self.checkpoint_seconds = checkpoint_seconds
         torch.manual_seed(seed_for(recipe.seed, "initialise"))
         self.architecture = architecture_of(recipe)
-        self.model = self.architecture.build().to(device)
+        self.model = _initial_network(recipe, self.architecture).to(device)
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = data.load(recipe.dataset, "train")

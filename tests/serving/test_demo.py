@@ -43,6 +43,9 @@ from zoo.errors import BadInput, MissingFile, UnknownName
 from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS
 from zoo.rgn import randomly_gate
 
+# gradio's queue sets an option that pandas 3 is about to drop
+pytestmark = pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated")
+
 PLAIN, GATED, MNIST = "plain/single", "gates/gated", "digits/single"
 GATES = 7  # of ResNet-8
 
