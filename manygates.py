@@ -171,7 +171,8 @@ def _train(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         device=arguments.device,
     )
-    _say(f"trained; next: manygates export {arguments.out} --out DIR")
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every rank comes here
+        _say(f"trained; next: manygates export {arguments.out} --out DIR")
     return DONE
 
 

@@ -1015,6 +1015,8 @@ def _connect(shelf: Shelf, controls: _Controls, sides: Sequence[_Side], numbers:
     )
     panels = [side.panel for side in sides]
     clicked.success(lambda: [gr.update(visible=True)] * 2, None, panels, queue=False, **quiet)
+    failed = "The last attack did not run; the message says why."
+    clicked.failure(lambda: failed, None, [controls.status], queue=False, **quiet)
     controls.random_test.click(
         random_image, [controls.models[0]], [controls.image, controls.label], concurrency_limit=1, **quiet
     )
@@ -1110,12 +1112,6 @@ def _chosen(value: str | None, what: str) -> str:
     return value
 
 
-def _chosen_number(value: int | None, what: str) -> int:
-    if value is None:
-        raise BadInput(f"no {what} is given; write a whole number from 0 to {MAX_SEED}")
-    return value
-
-
 def _file_of(payload: Any) -> str | None:
     """Take the uploaded file as it is; `decode_image` decides what may be decoded."""
     if payload is None:
@@ -1152,10 +1148,14 @@ def _test_images(name: str) -> data.Images:
 def mount(app: Starlette, path: str, models: list[str]) -> ASGIApp:
     """Add the page for `models` to `app` under `path`, like "/demo", and return the application.
 
+    From here on torch computes with one thread in this process.
+
     Raises:
         ManygatesError: as `build`.
     """
     page = build(models)
+    # One small image is too little work to share, and the server beside it needs the other cores.
+    torch.set_num_threads(1)
     # Only `launch` sets this, and without it gradio (6.31) takes any file of this machine for an upload.
     page.has_launched = True
     mounted: ASGIApp = gr.mount_gradio_app(

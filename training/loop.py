@@ -49,7 +49,7 @@ from zoo.checkpoint import (
 )
 from zoo.derive import derive, folded_copy
 from zoo.errors import BadInput, CheckpointError
-from zoo.files import write_json_atomic, write_text_atomic
+from zoo.files import replace_directory, write_json_atomic, write_text_atomic
 from zoo.models import PLAIN_WEIGHTS, load_members
 from zoo.rgn import RandomGatedNetwork, randomly_gate
 
@@ -126,26 +126,33 @@ def train(
         DataMissing: the data set is not there.
     """
     world = World.join()
-    place = torch.device(device or (f"cuda:{world.local_rank}" if torch.cuda.is_available() else "cpu"))
-    _check_folder(recipe, run_dir, resume)
-    world.wait()  # no rank may meet the files of the leading one in its own check
-    loop = _Loop(recipe, run_dir, world, place, checkpoint_seconds)
-    if world.leads and not (run_dir / RECIPE).exists():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(run_dir / PROVENANCE, provenance(recipe))
-        write_json_atomic(run_dir / RECIPE, resolved(recipe))
-    world.wait()
-    if resume and world.leads:
-        for name in (LAST, BEST, RECIPE, PROVENANCE, LOG):
-            for half_written in run_dir.glob(f".{name}.*"):  # what a killed process was about to rename
-                half_written.unlink()
-    if resume and (run_dir / LAST).exists():
-        loop.restore()
-    elif start is not None:
-        load_network_state(loop.model, network_state(start))
-    loop.run()
-    world.leave()
+    try:
+        place = torch.device(device or (f"cuda:{world.local_rank}" if torch.cuda.is_available() else "cpu"))
+        _check_folder(recipe, run_dir, resume)
+        world.wait()  # no rank may meet the files of the leading one in its own check
+        loop = _Loop(recipe, run_dir, world, place, checkpoint_seconds)
+        if world.leads:
+            _prepare_folder(recipe, run_dir)
+        world.wait()
+        if resume and (run_dir / LAST).exists():
+            loop.restore()
+        elif start is not None:
+            load_network_state(loop.model, network_state(start))
+        loop.run()
+    finally:
+        world.leave()
     return loop.model.eval()
+
+
+def _prepare_folder(recipe: Recipe, run_dir: Path) -> None:
+    """Make the run's folder in one rename, or clear what a killed process left half written in it."""
+    if not (run_dir / RECIPE).exists():
+        with replace_directory(run_dir) as new_dir:
+            write_json_atomic(new_dir / PROVENANCE, provenance(recipe))
+            write_json_atomic(new_dir / RECIPE, resolved(recipe))
+    for name in (LAST, BEST, LOG):
+        for half_written in run_dir.glob(f".{name}.*"):
+            half_written.unlink()
 
 
 def load_run(run_dir: Path, *, which: str = "last") -> tuple[nn.Module, Architecture, Recipe]:

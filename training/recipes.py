@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from zoo.rgn import Sharing
 
 Schedule = Literal["step", "cosine"]
 Precision = Literal["fp32", "bf16"]
+Selection = Literal["clean", "robust"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class Phase:
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.learning_rate <= 0:
+        if self.epochs < 1 or not 0 < self.learning_rate < math.inf:
             raise BadInput(
                 f"a phase needs epochs >= 1 and learning_rate > 0, got {self.epochs} and {self.learning_rate}"
             )
@@ -73,7 +75,7 @@ class Recipe:
     channels_last: bool = True
     validate_every: int = 1
     """Epochs between validations on the held-out images."""
-    selection: Literal["clean", "robust"] = "clean"
+    selection: Selection = "clean"
     """What the best checkpoint is best at, on held-out images: clean accuracy, or PGD-10 accuracy at eps 0.01."""
     ensemble_paths: int = 3
     """Paths of the ensemble variant that is exported from this run."""
@@ -86,8 +88,9 @@ class Recipe:
                 f"need batch_size >= 2, candidates >= 1 and ensemble_paths >= 1, got {self.batch_size}, "
                 f"{self.candidates} and {self.ensemble_paths}"
             )
-        if self.precision not in get_args(Precision):
-            raise BadInput(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
+        for name, kind in (("precision", Precision), ("sharing", Sharing), ("selection", Selection)):
+            if getattr(self, name) not in get_args(kind):
+                raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
 
     @property
     def method(self) -> str:
@@ -251,6 +254,12 @@ def _set(holder: Any, keys: list[str], text: str, name: str) -> Any:
         changed = list(holder)
         changed[int(key)] = _set(holder[int(key)], rest, text, name) if rest else _parse(text, type(holder[0]), name)
         return tuple(changed)
+    if isinstance(holder, dict):
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        return {**holder, ".".join(keys): value}
     fields = {entry.name for entry in dataclasses.fields(holder)} if dataclasses.is_dataclass(holder) else set()
     if key not in fields:
         known = ", ".join(sorted(fields)) or "none"
@@ -278,7 +287,7 @@ def _parse(text: str, kind: Any, name: str) -> Any:
             value = json.loads(text)
         except json.JSONDecodeError:
             continue
-        if option is float and type(value) in (int, float):
+        if option is float and type(value) in (int, float) and math.isfinite(value):
             return float(value)
         if option in (int, bool) and type(value) is option:
             return value

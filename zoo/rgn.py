@@ -188,7 +188,8 @@ def randomly_gate(
         candidates: alternatives per gated layer, n.
         sharing: see `RandomGatedNetwork`.
         start: "redraw" keeps the network's own layer as candidate 0 and draws the others from a normal distribution of
-            the same standard deviation, so that candidates are independent draws of one initialiser. "copy" starts all
+            the same standard deviation, so that candidates are independent draws of one initialiser (with "shared_conv"
+            there is no convolution to draw, and all candidates start equal, as in the released code). "copy" starts all
             candidates from the network's (trained) layer, each multiplied by 1 + `noise` * N(0, 1) elementwise.
         noise: relative noise of "copy"; at 0 all candidates stay equal until training tells them apart.
         generator: where the draws come from; torch's global generator if None.

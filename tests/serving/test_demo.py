@@ -29,7 +29,6 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from serving import demo
 from serving.server import bind, url_of
@@ -43,8 +42,8 @@ from zoo.errors import BadInput, MissingFile, UnknownName
 from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS
 from zoo.rgn import randomly_gate
 
-# gradio's queue sets an option that pandas 3 is about to drop
-pytestmark = pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated")
+# gradio's queue uses what pandas 3 is about to drop
+pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
 PLAIN, GATED, MNIST = "plain/single", "gates/gated", "digits/single"
 GATES = 7  # of ResNet-8
@@ -153,29 +152,29 @@ def shelf(models: list[str]) -> demo.Shelf:
 @pytest.fixture(scope="module")
 def server(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The page as `serve --demo` has it: mounted into another application; yields the URL of that."""
-    with pytest.MonkeyPatch.context() as patch:
+    app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("the index"))])
+    servers: list[uvicorn.Server] = []
+
+    async def serve() -> None:
+        # mounted where a loop runs: where none does, gradio makes eight and never closes them
+        config = uvicorn.Config(demo.mount(app, "/demo", models), log_level="error", ws="none")
+        config.timeout_graceful_shutdown = 1
+        servers.append(uvicorn.Server(config))
+        await servers[0].serve([listener])
+
+    with pytest.MonkeyPatch.context() as patch, bind("127.0.0.1", 0) as listener:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("the index"))])
-        listener = bind("127.0.0.1", 0)
-        mounted = asyncio.run(mount_inside_a_loop(app, models))
-        running = uvicorn.Server(uvicorn.Config(mounted, log_level="error", ws="none", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=running.run, args=([listener],))
+        thread = threading.Thread(target=lambda: asyncio.run(serve()))
         thread.start()
         try:
-            deadline = time.monotonic() + 20
-            while not running.started and time.monotonic() < deadline:
+            while thread.is_alive() and not (servers and servers[0].started):
                 time.sleep(0.02)
-            assert running.started
+            assert thread.is_alive()
             yield url_of(listener)
         finally:
-            running.should_exit = True
+            for server in servers:
+                server.should_exit = True
             thread.join(timeout=10)
-            listener.close()
-
-
-async def mount_inside_a_loop(app: Starlette, models: list[str]) -> ASGIApp:
-    """Mount where a loop runs; where none does, gradio makes eight and never closes them."""
-    return demo.mount(app, "/demo", models)
 
 
 @pytest.fixture(scope="module")
