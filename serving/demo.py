@@ -1128,18 +1128,13 @@ def _read(image: str | None) -> bytes:
 
 
 def _has_test_images(shelf: Shelf) -> bool:
-    """Whether a data set of these models is on this machine, in the folder that holds data sets; nothing is fetched."""
-    folder = Path(os.environ.get(data.DATA_VARIABLE, "../shared/data"))
-    names = {card.dataset for card in shelf.cards} & set(data.DATASETS)
-    return any(
-        any((folder / data.source(name).repository).glob(f"{data.source(name).folder}/test-*.parquet"))
-        for name in names
-    )
+    """Whether a data set of these models is on this machine; nothing is fetched."""
+    return any(data.present(name, "test") for name in {card.dataset for card in shelf.cards} & set(data.DATASETS))
 
 
 @functools.cache
 def _test_images(name: str) -> data.Images:
-    return data.load(name, "test")
+    return data.load(name, "test", fetch=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- to the web

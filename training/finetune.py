@@ -17,7 +17,10 @@ from zoo.checkpoint import Architecture
 
 
 def finetune_recipe(architecture: Architecture, epochs: int, seed: int) -> Recipe:
-    """Return the recipe of the released code: SGD at 0.001, momentum 0.9, weight decay 1e-4, batches of 128."""
+    """Return the recipe of the released code: SGD at 0.001, momentum 0.9, weight decay 1e-4, batches of 128.
+
+    No image is held out: the last epoch is kept, so nothing is chosen.
+    """
     return Recipe(
         name=f"finetune-{architecture.network}",
         description=f"{epochs} epochs of fine-tuning on clean images",
@@ -25,12 +28,14 @@ def finetune_recipe(architecture: Architecture, epochs: int, seed: int) -> Recip
         network_options=architecture.options,
         dataset=architecture.dataset,
         phases=(Phase(objective=Standard(), epochs=epochs, learning_rate=1e-3, milestones=()),),
+        held_out=0,
         seed=seed,
         precision="fp32",
     )
 
 
 def finetune(network: nn.Module, architecture: Architecture, epochs: int, *, seed: int = 0) -> nn.Module:
-    """Return `network` trained on for `epochs`; the last epoch is kept."""
+    """Return a copy of `network` trained on for `epochs`, in evaluation mode on the CPU; the last epoch is kept."""
     with tempfile.TemporaryDirectory() as scratch:
-        return train(finetune_recipe(architecture, epochs, seed), Path(scratch) / "run", start=network)
+        trained = train(finetune_recipe(architecture, epochs, seed), Path(scratch) / "run", start=network)
+    return trained.cpu()  # it trains on a GPU where there is one, and what comes next does not

@@ -96,8 +96,16 @@ def source(name: str) -> DatasetSource:
     return DATASETS[name]
 
 
-def load(name: str, split: str) -> Images:
-    """Read one split of a data set.
+def present(name: str, split: str) -> bool:
+    """Whether a split of a data set is on this machine, so that `load` need not fetch it."""
+    try:
+        return bool(_files(source(name), split, fetch=False))
+    except DataMissing:
+        return False
+
+
+def load(name: str, split: str, *, fetch: bool = True) -> Images:
+    """Read one split of a data set, from the hub if need be and `fetch` allows it.
 
     Raises:
         UnknownName: no such data set.
@@ -107,7 +115,7 @@ def load(name: str, split: str) -> Images:
     dataset = source(name)
     if split not in dataset.sizes:
         raise BadInput(f"data set {name} has the splits {', '.join(dataset.sizes)}, got {split!r}")
-    images = _read(_files(dataset, split), dataset)
+    images = _read(_files(dataset, split, fetch=fetch), dataset)
     if len(images) != dataset.sizes[split]:
         raise DataMissing(
             f"{name} {split} has {len(images)} images, expected {dataset.sizes[split]}: a file is missing or "
@@ -116,7 +124,7 @@ def load(name: str, split: str) -> Images:
     return images
 
 
-def _files(dataset: DatasetSource, split: str) -> list[Path]:
+def _files(dataset: DatasetSource, split: str, *, fetch: bool) -> list[Path]:
     pattern = f"{dataset.folder}/{split}-*.parquet"
     named = os.environ.get(DATA_VARIABLE)
     folders = [Path(named)] if named else [Path("../shared/data")]
@@ -132,10 +140,13 @@ def _files(dataset: DatasetSource, split: str) -> list[Path]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        snapshot = snapshot_download(dataset.repository, repo_type="dataset", allow_patterns=[pattern])
+        snapshot = snapshot_download(
+            dataset.repository, repo_type="dataset", allow_patterns=[pattern], local_files_only=not fetch
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DataMissing(
-            f"{dataset.repository} is not on this machine and cannot be fetched ({type(error).__name__}); "
+            f"{dataset.repository} is not on this machine and {'cannot be' if fetch else 'was not'} fetched "
+            f"({type(error).__name__}); "
             f"set {DATA_VARIABLE} to a folder that holds {dataset.repository}/{pattern}"
         ) from error
     files = sorted(Path(snapshot).glob(pattern))

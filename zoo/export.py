@@ -138,7 +138,7 @@ def verify_graphs(bundle: Bundle) -> list[Check]:
 def sample_images(card: Card, number: int) -> tuple[Tensor, str]:
     """Return `number` images of the model's data set and where they come from; random ones where it is absent."""
     try:
-        images = data.evaluation_subset(data.load(card.dataset, "test"), number)
+        images = data.evaluation_subset(data.load(card.dataset, "test", fetch=False), number)
         return data.as_float(images.pixels), f"{number} real {card.dataset} test images"
     except DataMissing:
         shape = (number, card.input.channels, card.input.height, card.input.width)

@@ -58,7 +58,13 @@ def single_graph(network: nn.Module) -> bytes:
 def rgn_graphs(
     rgn: RandomGatedNetwork, single: Path | None, ensemble: Sequence[Path], *, gated: bool
 ) -> dict[str, bytes]:
-    """Return the ONNX files of the wanted variants of a random gated network, by variant name."""
+    """Return the ONNX files of the wanted variants of a random gated network, by variant name.
+
+    Raises:
+        BadPath: a path does not fit the network.
+        BadInput: the network has a single candidate per layer and a gated graph is wanted, it does not say the shape
+            of its images, or the exporter changed a gated layer.
+    """
     image_shape = _image_shape(rgn.template)
     network = folded_copy(derive(rgn, [0] * rgn.num_gates))
     gate_of: dict[str, int] = {}
@@ -73,7 +79,7 @@ def rgn_graphs(
     candidates = [{name: weights[name].numpy() for name in gate_of} for weights in folded]
     graphs = {}
     if single is not None:
-        graphs["single"] = _path_graph(stencil, [_weights_of(candidates, gate_of, single)])
+        graphs["single"] = _path_graph(stencil, [_weights_of(candidates, gate_of, rgn.check(single))])
     if ensemble:
         keyed = [rgn.check(path) for path in ensemble]
         graphs["ensemble"] = _path_graph(stencil, [_weights_of(candidates, gate_of, path) for path in keyed], keyed)
@@ -86,11 +92,18 @@ def members_graph(members: Sequence[nn.Module]) -> bytes:
     """Return one ONNX file that averages the probabilities of separate plain networks of one architecture."""
     image_shape = _image_shape(members[0])
     folded = [folded_copy(member) for member in members]
-    weights = [{name: tensor.detach().numpy().copy() for name, tensor in m.named_parameters()} for m in folded]
+    # A BatchNorm that cannot be folded has buffers of its own in each member; the normalisation's are common to all.
+    buffers = [
+        name
+        for name, buffer in folded[0].named_buffers()
+        if buffer.is_floating_point() and not all(torch.equal(buffer, m.get_buffer(name)) for m in folded[1:])
+    ]
+    own = [dict(m.named_parameters()) | {name: m.get_buffer(name) for name in buffers} for m in folded]
+    weights = [{name: tensor.detach().numpy().copy() for name, tensor in tensors.items()} for tensors in own]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in folded[0].parameters():
-            parameter.normal_(generator=generator)
+        for tensor in own[0].values():
+            tensor.normal_(generator=generator)
     stencil = _stencil(folded[0], image_shape, dict.fromkeys(weights[0], 0))
     return _path_graph(stencil, weights, [(number,) for number in range(len(members))])
 
@@ -235,7 +248,10 @@ def _average(answers: Sequence[str], tensors: dict[str, np.ndarray]) -> list[Nod
 
 
 def _gated_graph(stencil: Stencil, candidates: Sequence[Weights], num_gates: int) -> bytes:
-    """Assemble the graph whose gates are an input: one path per call."""
+    """Assemble the graph whose gates are an input: one path per call.
+
+    A graph cannot refuse its input: a gate outside [0, n) runs the last candidate. Whoever feeds gates checks them.
+    """
     if len(candidates) < 2:
         raise BadInput("a gated graph needs at least 2 candidates per layer, got 1; export the variant 'single'")
     tensors: dict[str, np.ndarray] = dict(stencil.shared)

@@ -58,7 +58,7 @@ def evaluate(bundle: Bundle, request: Request, *, device: str = "cpu") -> list[R
 
     Raises:
         UnknownName: no such protocol.
-        BadInput: the bundle has no such variant, or the protocol does not fit it.
+        BadInput: the bundle has no such variant, the protocol does not fit it, or a number makes no sense.
         DataMissing: the model's data set is not there.
     """
     if request.protocol not in PROTOCOLS:
@@ -88,12 +88,12 @@ def whitebox(bundle: Bundle, request: Request, device: torch.device) -> list[Res
             "white-box PGD on one path says nothing about random gates; measure the variants single and ensemble "
             "(attacks that average over gates belong to a protocol of their own)"
         )
+    budgets = [LinfBudget(eps=float(eps), steps=request.steps, restarts=request.restarts) for eps in request.eps]
     images = _test_images(bundle, request, default=1000).to(device)
     network = _deployed(bundle, request.variant).to(device)
     checks = _sanity(network, images[slice(0, CHECKED_IMAGES)], request)
     results = []
-    for eps in request.eps:
-        budget = LinfBudget(eps=float(eps), steps=request.steps, restarts=request.restarts)
+    for eps, budget in zip(request.eps, budgets, strict=True):
         generator = torch.Generator().manual_seed(request.seed)
         survived = []
         label = f"PGD-{request.steps} x {request.restarts}, eps {eps}"
@@ -155,7 +155,8 @@ def _deployed(bundle: Bundle, variant: str) -> nn.Module:
 
 def _test_images(bundle: Bundle, request: Request, default: int | None) -> Images:
     images = data.load(bundle.card.dataset, "test")
-    return data.evaluation_subset(images, request.images or default or len(images))
+    number = request.images if request.images is not None else default or len(images)
+    return data.evaluation_subset(images, number)
 
 
 @torch.no_grad()
