@@ -35,6 +35,7 @@ __all__ = ["attacks", "derive", "evaluate", "load", "main", "randomly_gate"]  # 
 
 DONE, NOT_HELD, WRONG = 0, 1, 2
 VARIANTS = ("single", "ensemble", "gated")
+ATTACK_FILES = ("clean.png", "adversarial.png", "perturbation.png", "report.json")
 
 # name -> (module, attribute); resolved on first use
 _API = {
@@ -169,7 +170,7 @@ def _train(arguments: argparse.Namespace) -> int:
         override(recipe(arguments.recipe), arguments.set),
         arguments.out,
         resume=arguments.resume,
-        device=arguments.device,
+        device=arguments.device and _device(arguments.device),
     )
     if os.environ.get("RANK", "0") == "0":  # under torchrun every rank comes here
         _say(f"trained; next: manygates export {arguments.out} --out DIR")
@@ -231,10 +232,16 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from zoo.catalogue import open_model
+    from zoo.catalogue import open_model, resolve
+    from zoo.errors import BadInput
     from zoo.evaluation import Request, evaluate, parse_eps
     from zoo.models import weights_file
 
+    if arguments.record and resolve(arguments.model).kind == "hub":
+        raise BadInput(
+            f"--record writes into a bundle on this machine, and {arguments.model} is on the hub; "
+            f"first manygates pull {arguments.model} --to DIR, then evaluate local-dir:DIR"
+        )
     card = open_model(arguments.model, only=()).card
     bundle = open_model(arguments.model, only=(weights_file(card),))
     request = Request(
@@ -247,7 +254,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         command=_command_of(arguments, card.name),
     )
-    results = evaluate(bundle, request, device=arguments.device)
+    results = evaluate(bundle, request, device=_device(arguments.device))
     document = [_plain_json(result) for result in results]
     if arguments.json:
         _print_json(document if len(arguments.eps) > 1 and arguments.protocol != "clean" else document[0])
@@ -257,7 +264,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     failed = [check for result in results for check in result.checks if not check.held]
     for check in failed:
         _say(f"ALARM: {check.name} does not hold ({check.detail}); this number may flatter the model")
-    if arguments.record and not failed:
+    if arguments.record and failed:
+        _say("not recorded: a result whose checks do not hold enters no card")
+    elif arguments.record:
         from zoo.bundle import record_results
 
         record_results(bundle.folder, results)
@@ -270,16 +279,22 @@ def _attack(arguments: argparse.Namespace) -> int:
 
     from zoo.attacks import LinfBudget, fgsm, pgd, to_grid
     from zoo.catalogue import open_model
+    from zoo.errors import BadInput
     from zoo.evaluation import parse_eps
     from zoo.files import replace_directory, write_json_atomic
     from zoo.models import load_variant, weights_file
     from zoo.pictures import read_image, save_png
 
+    strangers = {entry.name for entry in arguments.out.iterdir()} if arguments.out.is_dir() else set()
+    strangers -= set(ATTACK_FILES)
+    if strangers:
+        raise BadInput(
+            f"{arguments.out} holds {min(strangers)!r}, which is no result of an attack and would be lost; "
+            "choose an empty or new folder"
+        )
     card = open_model(arguments.model, only=()).card
     bundle = open_model(arguments.model, only=(weights_file(card),))
     if arguments.variant == "gated":
-        from zoo.errors import BadInput
-
         raise BadInput("the attack command takes the variants single and ensemble; the demo attacks random gates")
     network = load_variant(bundle, arguments.variant)
     image = torch.from_numpy(read_image(arguments.image, card.input))
@@ -376,15 +391,49 @@ def _is_run(source: str) -> bool:
     return (Path(source) / "recipe.json").is_file()
 
 
+def _card_of(source: str) -> Card:
+    """Return the card of a model where a run would have done as well."""
+    from zoo.catalogue import open_model
+    from zoo.errors import BadInput, UnknownName
+
+    try:
+        return open_model(source, only=()).card
+    except (BadInput, UnknownName) as error:
+        raise BadInput(
+            f"{source!r} is neither a training run (a folder with a recipe.json) nor a model: {error}"
+        ) from error
+
+
+def _device(name: str) -> str:
+    """Return the name of a device if torch can use it here."""
+    import torch
+
+    from zoo.errors import BadInput
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise BadInput(f"device {name!r} cannot be used here ({reason}); write cpu, or cuda where a GPU is") from error
+    return name
+
+
 def _run_source(source: str, which: str) -> tuple[nn.Module, Architecture, Training, str, int, int]:
     """Load a training run: network, architecture, its training as the card tells it, name, ensemble size, seed."""
     from training.loop import load_run
     from training.recipes import resolved
     from zoo.card import Training
+    from zoo.errors import CheckpointError
 
     run_dir = Path(source)
     network, architecture, recipe = load_run(run_dir, which=which)
-    origin = json.loads((run_dir / "provenance.json").read_text())
+    try:
+        origin = json.loads((run_dir / "provenance.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{run_dir} holds no readable provenance.json ({error}), so a card could not say where the weights come "
+            "from; put it back, or train again"
+        ) from error
     phases = " + ".join(str(phase.epochs) for phase in recipe.phases)
     training = Training(
         recipe=resolved(recipe),
@@ -408,7 +457,7 @@ def _gated_source(source: str) -> tuple[RandomGatedNetwork, Architecture, Traini
     if _is_run(source):
         network, architecture, training, name, _, _ = _run_source(source, "last")
     else:
-        card = open_model(source, only=()).card
+        card = _card_of(source)
         if not card.architecture.gated_layers:
             raise BadInput(f"{card.name} is a plain network without gates, so no path can be derived from it")
         bundle = open_model(source, only=(RGN_WEIGHTS,))
@@ -426,6 +475,7 @@ def _export_source(
     from zoo import paths
     from zoo.catalogue import open_model
     from zoo.checkpoint import load_network
+    from zoo.errors import BadInput
     from zoo.models import load_members, weights_file
     from zoo.rgn import RandomGatedNetwork
 
@@ -437,7 +487,7 @@ def _export_source(
             chosen = paths.sample_distinct(number, network.num_gates, network.candidates, rng)
             chosen = [chosen[0], *chosen]
         return network, architecture, training, name, chosen, [network]
-    card = open_model(arguments.source, only=()).card
+    card = _card_of(arguments.source)
     bundle = open_model(arguments.source, only=(weights_file(card),))
     file = bundle.file(weights_file(card))
     if not card.architecture.gated_layers:
@@ -445,6 +495,8 @@ def _export_source(
         return members[0], architecture, card.training, card.name, [], members
     network, architecture = load_network(file)
     assert isinstance(network, RandomGatedNetwork)
+    if card.paths.single is None and not card.paths.ensemble:
+        raise BadInput(f"{card.name} publishes no path to export; choose some with manygates derive {arguments.source}")
     texts = [card.paths.single or card.paths.ensemble[0], *card.paths.ensemble]
     chosen = [paths.parse(text, network.num_gates, network.candidates) for text in texts]
     return network, architecture, card.training, card.name, chosen, []
@@ -454,11 +506,11 @@ def _chosen_paths(arguments: argparse.Namespace, rgn: RandomGatedNetwork) -> lis
     from zoo import paths
     from zoo.errors import BadInput
 
-    if arguments.path and arguments.paths:
+    if arguments.path and arguments.paths is not None:
         raise BadInput("give --path (which ones) or --paths (how many), not both")
     if arguments.path:
         return [paths.parse(text, rgn.num_gates, rgn.candidates) for text in arguments.path]
-    number = arguments.paths or 1
+    number = 1 if arguments.paths is None else arguments.paths
     if number < 1:
         raise BadInput(f"--paths must be at least 1, got {number}")
     rng = random.Random(arguments.seed)  # noqa: S311 - repeatable on purpose
@@ -490,7 +542,7 @@ def _augmented_batches(dataset: str, seed: int, batches: int = 32, size: int = 1
     images = data.load(dataset, "train")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
-    for number in range(batches):
+    for number in range(max(1, min(batches, len(images) // size))):
         pixels = images.pixels[order[number * size : (number + 1) * size]]
         yield data.as_float(data.augment(pixels, generator, flip=data.source(dataset).flips))
 
@@ -678,6 +730,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").split(".")[0] in ("zoo", "training", "serving"):
             raise
         _say(f"manygates: {error.name} is not installed; pip install 'manygates[{extra}]'")
+        return WRONG
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:  # a place the user named
+        _say(f"manygates: {error.strerror}: {error.filename}; choose another place")
         return WRONG
     except BrokenPipeError:  # the reader of our output went away: `manygates list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

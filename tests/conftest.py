@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,62 @@ def _one_thread_and_one_seed() -> None:
     if torch is not None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
+
+
+# --- a data set of a few small images that can be learnt: a picture's class is its strongest colour ---
+
+TINY_SIZE, TINY_SPLITS = 16, {"train": 200, "test": 120}
+
+REGISTER_TINY = f"""
+from zoo import data
+from zoo.networks import ImageFormat
+
+data.DATASETS["tiny"] = data.DatasetSource(
+    repository="nobody/tiny", folder="plain", image_column="img", label_column="label",
+    format=ImageFormat(height={TINY_SIZE}, width={TINY_SIZE}), classes=("red", "green", "blue"),
+    sizes={TINY_SPLITS}, flips=True,
+)
+"""
+
+
+@pytest.fixture(scope="session")
+def register_tiny() -> str:
+    """Return the code that makes the data set known; for processes that tests start."""
+    return REGISTER_TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the data set in the hub's layout; returns what `MANYGATES_DATA` is to be."""
+    import numpy as np
+    import pyarrow
+    from PIL import Image
+    from pyarrow import parquet
+
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "nobody/tiny/plain").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, number in TINY_SPLITS.items():
+        labels = rng.integers(0, 3, number)
+        cells = []
+        for label in labels:
+            pixels = rng.integers(0, 160, (TINY_SIZE, TINY_SIZE, 3), np.uint8)
+            pixels[:, :, label] += 60
+            encoded = io.BytesIO()
+            Image.fromarray(pixels).save(encoded, "PNG")
+            cells.append({"bytes": encoded.getvalue(), "path": None})
+        file = folder / f"nobody/tiny/plain/{split}-00000-of-00001.parquet"
+        parquet.write_table(pyarrow.table({"img": cells, "label": labels}), file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_dataset(tiny_folder: Path) -> Iterator[str]:
+    """Make the data set known and findable; returns its name."""
+    from zoo import data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "DATASETS", dict(data.DATASETS))
+        patch.setenv(data.DATA_VARIABLE, str(tiny_folder))
+        exec(REGISTER_TINY, {})
+        yield "tiny"

@@ -123,15 +123,10 @@ def verify_graphs(bundle: Bundle) -> list[Check]:
     images, origin = sample_images(bundle.card, max(BATCH_SIZES))
     checks = []
     for variant in bundle.card.variants:
-        content = bundle.read(f"{variant}.onnx")
-        if variant == "gated":
-            checks.append(_check_gated(content, load_rgn(bundle), images, origin))
-            continue
-        members = member_networks(bundle, variant)
-        network = members[0] if variant == "single" else Ensemble(members).eval()
-        checks.append(_check_answers(variant, content, network, images, origin))
-        if variant == "single":
-            checks.append(_check_pruned(content, members[0]))
+        try:
+            checks += _check_variant(bundle, variant, images, origin)
+        except _GraphError as error:
+            checks.append(Check(name=_answers(variant), held=False, detail=str(error)))
     return checks
 
 
@@ -146,13 +141,49 @@ def sample_images(card: Card, number: int) -> tuple[Tensor, str]:
         return torch.rand(shape, generator=generator), f"{number} random images ({card.dataset} is not on this machine)"
 
 
+class _GraphError(BundleError):
+    """A graph that ONNX Runtime cannot load or run."""
+
+
 def session(content: bytes) -> Any:
-    """Open a graph on the CPU, quietly."""
+    """Open a graph on the CPU, quietly.
+
+    Raises:
+        BundleError: ONNX Runtime cannot load it.
+    """
     options = _runtime.SessionOptions()
     options.log_severity_level = 3
     # A graph may name files to read its weights from; in this "folder" there can be none, inside it or above it.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    return _runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    try:
+        return _runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+        raise _GraphError(f"ONNX Runtime cannot load the graph ({error}); export it again") from error
+
+
+def _run(opened: Any, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits and probabilities."""
+    try:
+        logits, probabilities = opened.run(["logits", "probabilities"], feeds)
+    except Exception as error:  # as above
+        raise _GraphError(f"ONNX Runtime cannot run the graph ({error}); export it again") from error
+    return logits, probabilities
+
+
+def _answers(variant: str) -> str:
+    return f"{variant}.onnx answers as its weights"
+
+
+def _check_variant(bundle: Bundle, variant: str, images: Tensor, origin: str) -> list[Check]:
+    content = bundle.read(f"{variant}.onnx")
+    if variant == "gated":
+        return [_check_gated(content, load_rgn(bundle), images, origin)]
+    members = member_networks(bundle, variant)
+    network = members[0] if variant == "single" else Ensemble(members).eval()
+    checks = [_check_answers(variant, content, network, images, origin)]
+    if variant == "single":
+        checks.append(_check_pruned(content, members[0]))
+    return checks
 
 
 def _card(
@@ -206,29 +237,25 @@ def _write(folder: Path, card: Card, graphs: dict[str, bytes], weights: Path) ->
 
 
 def _check_answers(variant: str, content: bytes, network: nn.Module, images: Tensor, origin: str) -> Check:
-    run = session(content)
+    opened = session(content)
 
     def graph(batch: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        logits, probabilities = run.run(["logits", "probabilities"], {"images": onnx_graphs.as_numpy(batch)})
-        return logits, probabilities
+        return _run(opened, {"images": onnx_graphs.as_numpy(batch)})
 
-    return _compare(f"{variant}.onnx answers as its weights", graph, network, images, origin)
+    return _compare(_answers(variant), graph, network, images, origin)
 
 
 def _check_gated(content: bytes, rgn: RandomGatedNetwork, images: Tensor, origin: str, draws: int = 8) -> Check:
-    """Compare along random paths, and the two constant ones, in which every candidate of every layer runs."""
-    run, rng = session(content), random.Random(0)  # noqa: S311 - repeatable
+    """Compare along random paths, and the constant ones, in which every candidate of every layer runs."""
+    opened, rng = session(content), random.Random(0)  # noqa: S311 - repeatable
     chosen = [(gate,) * rgn.num_gates for gate in range(rgn.candidates)]
     chosen += [paths.sample(rgn.num_gates, rgn.candidates, rng) for _ in range(draws)]
-    name = "gated.onnx answers as its weights"
     for path in chosen:
 
         def graph(batch: Tensor, path: paths.Path = path) -> tuple[np.ndarray, np.ndarray]:
-            feeds = {"images": onnx_graphs.as_numpy(batch), "gates": np.array(path, np.int64)}
-            logits, probabilities = run.run(["logits", "probabilities"], feeds)
-            return logits, probabilities
+            return _run(opened, {"images": onnx_graphs.as_numpy(batch), "gates": np.array(path, np.int64)})
 
-        check = _compare(name, graph, partial(rgn, path=path), images, origin)
+        check = _compare(_answers("gated"), graph, partial(rgn, path=path), images, origin)
         if not check.held:
             return replace(check, detail=f"path {paths.format_path(path)}: {check.detail}")
     return replace(check, detail=f"{len(chosen)} paths; the last: {check.detail}")
