@@ -180,9 +180,11 @@ def _train(arguments: argparse.Namespace) -> int:
 def _derive(arguments: argparse.Namespace) -> int:
     import dataclasses
 
+    from zoo.bundle import check_target
     from zoo.derive import derive, recalibrate
     from zoo.export import Description, export_members
 
+    check_target(arguments.out)
     rgn, architecture, training, name = _gated_source(arguments.source)
     chosen = _chosen_paths(arguments, rgn)
     steps = [f"derived along {', '.join(_path_text(path) for path in chosen)}"]
@@ -201,11 +203,18 @@ def _derive(arguments: argparse.Namespace) -> int:
     if arguments.recalibrate:
         steps.append("BatchNorm re-calibrated on augmented training images")
     summary = "; ".join([training.summary, *steps])
+    derived = {
+        "from": name,
+        "paths": [_path_text(path) for path in chosen],
+        "finetune_epochs": arguments.finetune,
+        "recalibrated": arguments.recalibrate,
+        "seed": arguments.seed,
+    }
     description = Description(
         name=arguments.name or f"{name}-derived",
         description=f"{'An ensemble of paths' if len(chosen) > 1 else 'One path'} of {name}",
         method=_method(training),
-        training=dataclasses.replace(training, summary=summary),
+        training=dataclasses.replace(training, summary=summary, recipe={**training.recipe, "derived": derived}),
     )
     bundle = export_members(arguments.out, members, architecture, description)
     _say(f"{bundle.card.name}: {summary}; in {arguments.out}")
@@ -213,9 +222,11 @@ def _derive(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from zoo.bundle import check_target
     from zoo.export import Description, export_members, export_rgn
     from zoo.rgn import RandomGatedNetwork
 
+    check_target(arguments.out)
     network, architecture, training, name, chosen, members = _export_source(arguments)
     description = Description(
         name=arguments.name or name,
@@ -237,9 +248,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from zoo.evaluation import Request, evaluate, parse_eps
     from zoo.models import weights_file
 
-    if arguments.record and resolve(arguments.model).kind == "hub":
+    if arguments.record and resolve(arguments.model).kind != "local":
         raise BadInput(
-            f"--record writes into a bundle on this machine, and {arguments.model} is on the hub; "
+            f"--record writes into a bundle of yours, and {arguments.model} is the package's or the hub's; "
             f"first manygates pull {arguments.model} --to DIR, then evaluate local-dir:DIR"
         )
     card = open_model(arguments.model, only=()).card
@@ -352,7 +363,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     from serving.server import serve
     from zoo.catalogue import list_bundled
 
-    models = arguments.models or [card.name for card in list_bundled()]
+    models = arguments.models
+    if not models:
+        variant = "gated" if arguments.mode == "random" else arguments.mode or "single"
+        cards = list_bundled()
+        models = [card.name for card in cards if variant in card.variants]
+        if left_out := [card.name for card in cards if variant not in card.variants]:
+            _say(f"not served, because without the variant {variant!r}: {', '.join(left_out)}")
     if arguments.demo:
         _require("gradio", "demo")
     serve(_some(models), mode=arguments.mode, host=arguments.host, port=arguments.port, demo=arguments.demo)
@@ -420,28 +437,23 @@ def _device(name: str) -> str:
 
 def _run_source(source: str, which: str) -> tuple[nn.Module, Architecture, Training, str, int, int]:
     """Load a training run: network, architecture, its training as the card tells it, name, ensemble size, seed."""
-    from training.loop import load_run
+    from training.loop import load_run, provenance
     from training.recipes import resolved
     from zoo.card import Training
-    from zoo.errors import CheckpointError
 
     run_dir = Path(source)
     network, architecture, recipe = load_run(run_dir, which=which)
-    try:
-        origin = json.loads((run_dir / "provenance.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{run_dir} holds no readable provenance.json ({error}), so a card could not say where the weights come "
-            "from; put it back, or train again"
-        ) from error
+    starts = provenance(run_dir)["starts"]
     phases = " + ".join(str(phase.epochs) for phase in recipe.phases)
+    places = ", then ".join(dict.fromkeys(start["hardware"] for start in starts))
+    origin = f", from {recipe.start_from}" if recipe.start_from else ""
     training = Training(
-        recipe=resolved(recipe),
-        seed=origin["seed"],
-        commit=origin["commit"],
-        versions=origin["versions"],
-        date=origin["date"],
-        summary=f"{phases} epochs on {origin['hardware']} ({which} checkpoint)",
+        recipe={**resolved(recipe), "starts": starts},
+        seed=recipe.seed,
+        commit=", ".join(dict.fromkeys(start["commit"] for start in starts)),
+        versions=starts[-1]["versions"],
+        date=starts[-1]["date"],
+        summary=f"{phases} epochs{origin} on {places} ({which} checkpoint)",
     )
     return network, architecture, training, recipe.name, recipe.ensemble_paths, recipe.seed
 
@@ -558,6 +570,11 @@ def _label(text: str | None, classes: Sequence[str], predicted: int) -> int:
 
 
 def _command_of(arguments: argparse.Namespace, name: str) -> str:
+    from zoo.catalogue import bundled_dir, resolve
+
+    folder = resolve(arguments.model).folder
+    if folder is not None and folder.resolve() != (bundled_dir() / name).resolve():
+        name = arguments.model  # a bundle elsewhere; one of the catalogue is repeated by its name
     parts = ["manygates evaluate", name, "--protocol", arguments.protocol, "--variant", arguments.variant]
     if arguments.protocol != "clean":
         parts += ["--eps", *arguments.eps, "--steps", str(arguments.steps), "--restarts", str(arguments.restarts)]

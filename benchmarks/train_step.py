@@ -51,9 +51,10 @@ def plain_step(
         rgn.eval()
         for _ in range(objective.distillation_steps):
             images = images.detach().requires_grad_(True)
-            wanted = rgn.features(target.images, layer, rgn.select(path), activated=objective.activated)
+            with torch.no_grad():
+                wanted = rgn.features(target.images, layer, rgn.select(path), activated=objective.activated)
             found = rgn.features(images, layer, rgn.select(path), activated=objective.activated)
-            F.mse_loss(found, wanted.detach()).backward()
+            F.mse_loss(found, wanted).backward()
             assert images.grad is not None
             moved = images.detach() - objective.eps / objective.distillation_steps * images.grad.sign()
             low, high = source.images - objective.eps, source.images + objective.eps
@@ -127,14 +128,18 @@ def main() -> None:
         print(f"layer {layer}: {measured['plain']:.2f} s plainly, {measured['ours']:.2f} s ours", file=sys.stderr)
 
     def train_on(model: nn.Module) -> Callable[[int], None]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+
         def run(number: int) -> None:
-            model.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             Standard().accumulate(model, blocked[:1], replace(fast_step, number=number))
+            optimizer.step()
 
         return run
 
-    take_turns({"template": train_on(template), "gated": train_on(rgn_fast)}, 3)  # warm-up
-    gated = take_turns({"template": train_on(template), "gated": train_on(rgn_fast)}, 20 * options.rounds)
+    steps = {"template": train_on(template), "gated": train_on(rgn_fast)}
+    take_turns(steps, 3)  # warm-up
+    gated = take_turns(steps, 20 * options.rounds)
     document = {
         "benchmark": "training",
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",

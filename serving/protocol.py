@@ -8,6 +8,7 @@ https://github.com/kserve/open-inference-protocol/blob/main/specification/protoc
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 """
 
+import itertools
 import json
 import math
 import reprlib
@@ -29,6 +30,7 @@ _ITEM_BYTES: Final = {"FP32": 4, "UINT8": 1}
 _MAX_ID: Final = 256
 _MAX_REMEMBERED: Final = 256
 _MAX_REMEMBERED_BYTES: Final = 1024
+_MAX_SHOWN: Final = 160
 _UNSUPPORTED: Final = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size", "classification")
 
 Headers = list[tuple[bytes, bytes]]
@@ -358,26 +360,50 @@ def _boolean(value: Any, name: str) -> bool:
 
 def _pixels_of_json(data: Any, shape: tuple[int, ...], datatype: str) -> NDArray[np.float32]:
     """Turn flat or nested numbers into checked pixels."""
+    numbers = _numbers(data, shape)
+    if datatype == "UINT8":
+        # compared as Python's integers, which have no width to overflow
+        if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) > 255:
+            raise bad_request(f"the 'data' of {INPUT!r} must be integers from 0 to 255 for UINT8; send FP32 for [0, 1]")
+        return _scaled(np.array(numbers, dtype=np.uint8).reshape(shape))
     try:
-        values = np.asarray(data)
-    except (ValueError, OverflowError) as error:
-        raise bad_request(
-            f"the 'data' of {INPUT!r} is not a regular array of numbers; send it flat or as {shape}"
-        ) from error
-    if values.dtype.kind not in "iuf":
+        values = np.array(numbers, dtype=np.float64)
+    except OverflowError as error:  # an integer beyond 1e308; a float like that is infinite already
+        raise bad_request(f"the 'data' of {INPUT!r} holds a number beyond any float; pixels are in [0, 1]") from error
+    with np.errstate(over="ignore"):  # too large becomes infinite, which is refused like any other pixel
+        return _checked(values.astype(np.float32).reshape(shape))
+
+
+def _numbers(data: Any, shape: tuple[int, ...]) -> list[int | float]:
+    """Return flat or nested numbers as one flat list.
+
+    All of it is checked before numpy sees any: a single long string among numbers would make numpy reserve its length
+    for every one of them.
+    """
+    if not isinstance(data, list):
         raise bad_request(f"the 'data' of {INPUT!r} must hold numbers only, got {_short(data)}")
-    if values.size != math.prod(shape) or (values.ndim > 1 and values.shape != shape):
-        raise bad_request(
-            f"the 'data' of {INPUT!r} has {values.size} numbers as {list(values.shape)}, expected {math.prod(shape)}, "
-            f"flat or as {list(shape)}"
-        )
-    values = values.reshape(shape)
-    if datatype == "FP32":
-        with np.errstate(over="ignore"):  # too large becomes infinite, which is refused like any other pixel
-            return _checked(values.astype(np.float32))
-    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 255:
-        raise bad_request(f"the 'data' of {INPUT!r} must be integers from 0 to 255 for UINT8; send FP32 for [0, 1]")
-    return _scaled(values.astype(np.uint8))
+    if data and isinstance(data[0], list):
+        numbers: list[Any] = [data]
+        for depth, size in enumerate(shape):
+            for row in numbers:
+                if not isinstance(row, list) or len(row) != size:
+                    found = f"{len(row)} entries" if isinstance(row, list) else _short(row)
+                    raise bad_request(
+                        f"the 'data' of {INPUT!r} is not a regular array: {found} in dimension {depth + 1}, expected "
+                        f"{size} entries; send it flat or as {list(shape)}"
+                    )
+            numbers = list(itertools.chain.from_iterable(numbers))
+    else:
+        numbers = data
+        if len(numbers) != math.prod(shape):
+            raise bad_request(
+                f"the 'data' of {INPUT!r} has {len(numbers)} numbers, expected {math.prod(shape)}, flat or as "
+                f"{list(shape)}"
+            )
+    if not {int, float}.issuperset(map(type, numbers)):
+        wrong = next(number for number in numbers if type(number) not in (int, float))
+        raise bad_request(f"the 'data' of {INPUT!r} must hold numbers only, got {_short(wrong)}")
+    return numbers
 
 
 def _scaled(levels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -411,4 +437,20 @@ def _to_json(value: Any) -> bytes:
 
 def _short(value: Any) -> str:
     """Show a value from a request, however large it is."""
-    return reprlib.repr(value)
+    shown = _SHORTENED.repr(value)
+    return shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
+
+
+class _Shortened(reprlib.Repr):
+    """The standard library's short forms, without its sorting of a whole object to show four of its keys."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        if level <= 0:
+            return "{...}"
+        first = itertools.islice(x.items(), self.maxdict)
+        shown = [f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}" for key, value in first]
+        return "{" + ", ".join(shown + ["..."] * (len(x) > self.maxdict)) + "}"
+
+
+_SHORTENED: Final = _Shortened()
+_SHORTENED.maxlevel = 2

@@ -24,14 +24,22 @@ class World:
     local_rank: int = 0
 
     @classmethod
-    def join(cls) -> World:
-        """Join the process group that `torchrun` describes in the environment; a world of one without it."""
+    def join(cls, device: str) -> World:
+        """Join the process group that `torchrun` describes in the environment; a world of one without it.
+
+        Args:
+            device: what the processes compute on, "cpu" or "cuda"; each takes the CUDA device of its local rank.
+        """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        on_gpu = device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.set_device(local_rank)
         if not distributed.is_initialized():
-            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        return cls(distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+            distributed.init_process_group("nccl" if on_gpu else "gloo")
+        return cls(distributed.get_rank(), size, local_rank)
 
     @property
     def leads(self) -> bool:

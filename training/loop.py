@@ -15,6 +15,7 @@ Resuming is bit-exact on the CPU: the checkpoint holds the position, and every d
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import io
 import json
 import math
@@ -38,6 +39,7 @@ from training.randomness import gate_generator, seed_for, tensor_generator
 from training.recipes import Phase, Recipe, from_resolved, method_name, resolved
 from zoo import data, paths
 from zoo.attacks import LinfBudget, pgd
+from zoo.bundle import Bundle
 from zoo.catalogue import open_model
 from zoo.checkpoint import (
     Architecture,
@@ -61,6 +63,8 @@ LAST, BEST, RECIPE, PROVENANCE, LOG = (
     "log.csv",
 )
 VALIDATION_PATHS = 4
+# The same images are held out whatever a recipe's seed: a run may start from the weights of another.
+HOLD_OUT_SEED = seed_for(0, "hold out")
 VALIDATION_ATTACKED = 256
 COLUMNS = (
     "epoch",
@@ -125,12 +129,14 @@ def train(
         BadInput: the folder holds another run, or one that `resume` was not asked to go on with.
         DataMissing: the data set is not there.
     """
-    world = World.join()
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    world = World.join(kind)
     try:
-        place = torch.device(device or (f"cuda:{world.local_rank}" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(f"cuda:{world.local_rank}" if kind == "cuda" else kind)
         _check_folder(recipe, run_dir, resume)
         world.wait()  # no rank may meet the files of the leading one in its own check
         loop = _Loop(recipe, run_dir, world, place, checkpoint_seconds)
+        loop.try_step()
         if world.leads:
             _prepare_folder(recipe, run_dir)
         world.wait()
@@ -138,6 +144,8 @@ def train(
             loop.restore()
         elif start is not None:
             load_network_state(loop.model, network_state(start))
+        if world.leads:
+            _record_start(recipe, run_dir, loop.position.step, world.size)
         loop.run()
     finally:
         world.leave()
@@ -148,7 +156,7 @@ def _prepare_folder(recipe: Recipe, run_dir: Path) -> None:
     """Make the run's folder in one rename, or clear what a killed process left half written in it."""
     if not (run_dir / RECIPE).exists():
         with replace_directory(run_dir) as new_dir:
-            write_json_atomic(new_dir / PROVENANCE, provenance(recipe))
+            write_json_atomic(new_dir / PROVENANCE, {"seed": recipe.seed, "starts": []})
             write_json_atomic(new_dir / RECIPE, resolved(recipe))
     for name in (LAST, BEST, LOG):
         for half_written in run_dir.glob(f".{name}.*"):
@@ -178,13 +186,13 @@ def load_run(run_dir: Path, *, which: str = "last") -> tuple[nn.Module, Architec
     load_network_state(
         network, {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
     )
-    return network.eval(), architecture, from_resolved(json.loads((run_dir / RECIPE).read_text()))
+    return network.eval(), architecture, from_resolved(_read_json(run_dir / RECIPE, "name"))
 
 
 def _check_folder(recipe: Recipe, run_dir: Path, resume: bool) -> None:
     document = resolved(recipe)
     if (run_dir / RECIPE).exists():
-        stored = json.loads((run_dir / RECIPE).read_text())
+        stored = _read_json(run_dir / RECIPE, "name")
         if not resume:
             raise BadInput(
                 f"{run_dir} already holds a run of {stored.get('name')!r}; add --resume, or choose another folder"
@@ -200,34 +208,81 @@ def _check_folder(recipe: Recipe, run_dir: Path, resume: bool) -> None:
         raise BadInput(f"{run_dir} is not empty and holds no run; choose an empty or new folder")
 
 
-def provenance(recipe: Recipe) -> dict[str, Any]:
-    """Return where a run comes from: seed, commit, versions, hardware, date."""
-    import importlib.metadata
+def provenance(run_dir: Path) -> dict[str, Any]:
+    """Read where a run comes from: its seed, and per start the step, commit, versions, hardware and date.
 
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return _read_json(run_dir / PROVENANCE, "seed", "starts")
+
+
+def _record_start(recipe: Recipe, run_dir: Path, step: int, ranks: int) -> None:
+    """Add this start to the provenance: a run may be resumed by other code on another machine."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy", "safetensors", "manygates"):
+    for package in ("torch", "numpy", "safetensors", "manygates"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    return {
-        "seed": recipe.seed,
+    threads = f"{torch.get_num_threads()} CPU threads"
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
+    start: dict[str, Any] = {
+        "step": step,
         "commit": _commit(),
         "versions": versions,
-        "hardware": hardware,
+        "hardware": hardware if ranks == 1 else f"{ranks} x {hardware}",
         "date": datetime.now(UTC).date().isoformat(),
     }
+    if recipe.start_from is not None:
+        start["start_from"] = _weights_of(recipe.start_from).card.files[PLAIN_WEIGHTS].sha256
+    document = provenance(run_dir)
+    write_json_atomic(run_dir / PROVENANCE, {**document, "starts": [*document["starts"], start]})
 
 
 def _commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    here = Path(__file__).parent
+    """Return the commit of this project's checkout, marked if it was changed; "unknown" outside one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(  # noqa: S603 - fixed arguments
+            ["git", *arguments],  # noqa: S607 - the user's git
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
     try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)  # noqa: S603
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent:
+            return "unknown"  # installed inside somebody else's repository
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "zoo", "training", "manygates.py")
+        return git("rev-parse", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
+
+
+def _read_json(file: Path, *keys: str) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file.parent} holds no readable {file.name} ({error}); put it back, or train again"
+        ) from error
+    if not isinstance(document, dict) or any(key not in document for key in keys):
+        raise CheckpointError(f"{file} is not what a run writes, expected an object with {', '.join(keys)}")
+    return document
+
+
+def _weights_of(model: str) -> Bundle:
+    """Open a plain model's weights.
+
+    Raises:
+        BadInput: it is a random gated network.
+    """
+    if open_model(model, only=()).card.architecture.gated_layers:
+        raise BadInput(f"start_from={model!r} is a random gated network, expected a plain one")
+    return open_model(model, only=(PLAIN_WEIGHTS,))
 
 
 def _initial_network(recipe: Recipe, architecture: Architecture) -> nn.Module:
@@ -238,11 +293,8 @@ def _initial_network(recipe: Recipe, architecture: Architecture) -> nn.Module:
     """
     if recipe.start_from is None:
         return architecture.build()
-    bundle = open_model(recipe.start_from)
     wanted = replace(architecture, candidates=1, sharing=None)
-    if bundle.card.architecture.gated_layers:
-        raise BadInput(f"start_from={recipe.start_from!r} is a random gated network, expected a plain one")
-    (plain, *_), found = load_members(bundle.file(PLAIN_WEIGHTS))
+    (plain, *_), found = load_members(_weights_of(recipe.start_from).file(PLAIN_WEIGHTS))
     if found != wanted:
         raise BadInput(f"start_from={recipe.start_from!r} is {found}, expected {wanted}")
     if architecture.sharing is None:
@@ -272,9 +324,7 @@ class _Loop:
         images = data.load(recipe.dataset, "train")
         if recipe.train_images is not None:
             images = data.evaluation_subset(images, recipe.train_images, recipe.seed)
-        self.images, self.held_out = (
-            part.to(device) for part in data.hold_out(images, recipe.held_out, seed_for(recipe.seed, "hold out"))
-        )
+        self.images, self.held_out = (part.to(device) for part in data.hold_out(images, recipe.held_out, HOLD_OUT_SEED))
         self.batches = len(self.images) // recipe.batch_size
         if self.batches == 0:
             raise BadInput(
@@ -334,18 +384,49 @@ class _Loop:
             self.optimizer.zero_grad(set_to_none=True)
             measured = phase.objective.accumulate(self.model, self._batches(orders, batch), step)
             self.world.average(self.model)
+            self._check_finite(measured["loss"])
             self.optimizer.step()
             for name, value in measured.items():
                 place.sums[name] = place.sums.get(name, 0.0) + float(value)
-            if not math.isfinite(float(measured["loss"])):
-                raise CheckpointError(
-                    f"the loss became {float(measured['loss'])} at step {place.step}; the last good state is in "
-                    f"{self.run_dir / LAST}; lower the learning rate (--set phases.0.learning_rate=…)"
-                )
             place.step += 1
             place.batch = batch + 1
             if time.monotonic() - self.saved > self.checkpoint_seconds:
                 self.checkpoint()
+
+    def _check_finite(self, loss: Tensor) -> None:
+        """Stop before the weights are ruined: a loss or a gradient that is not finite on any rank."""
+        gradients = [p.grad.abs().amax() for p in self.model.parameters() if p.grad is not None]
+        largest = float(torch.stack([loss.float().abs(), *gradients]).amax())
+        if math.isfinite(largest):
+            return
+        kept = self.run_dir / LAST
+        last = f"{kept} is from before" if kept.exists() else "nothing was saved yet"
+        raise CheckpointError(
+            f"loss or gradient stopped being finite at step {self.position.step} (loss {float(loss):g}); {last}; "
+            "start again with a lower learning rate in this phase (--set phases.N.learning_rate=…)"
+        )
+
+    def try_step(self) -> None:
+        """Run each phase's objective once, keeping nothing: what cannot work should fail before a folder is made."""
+        if self.position.step:
+            return
+        kept = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        self.model.train()
+        orders = [torch.arange(2 * self.world.size) % len(self.images)] * 2
+        for phase in self.recipe.phases:
+            step = Step(seed=self.recipe.seed, number=0, precision=self.precision, rank=self.world.rank)
+            batches = [self._first_images(order) for order in orders[: phase.objective.streams]]
+            try:
+                phase.objective.accumulate(self.model, batches, step)
+                self._optimizer(phase)
+            except (RuntimeError, ValueError) as error:
+                raise BadInput(f"recipe {self.recipe.name} cannot be trained: {error}") from error
+        self.model.zero_grad(set_to_none=True)
+        self.model.load_state_dict(kept)
+
+    def _first_images(self, order: Tensor) -> Batch:
+        index = order.to(self.device)
+        return Batch(data.as_float(self.images.pixels[index]), self.images.labels[index])
 
     def _progress(self, batches: range, label: str) -> Iterator[int]:
         shown = self.world.leads and sys.stderr.isatty()
@@ -443,7 +524,10 @@ class _Loop:
         tensors, header = load(self.run_dir / LAST)
         model = {key.removeprefix("model/"): t for key, t in tensors.items() if key.startswith("model/")}
         load_network_state(self.model, model)
-        self.position = Position(**header["position"])
+        try:
+            self.position = Position(**header["position"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.run_dir / LAST} does not say how far the run is ({error})") from error
         if self.position.epoch >= self.recipe.epochs:
             return
         self.optimizer = self._optimizer(self._phase()[0])

@@ -146,7 +146,7 @@ def write_bundle(folder: Path | str, card: Card, files: Mapping[str, bytes | Pat
         BundleError: if a name is unsafe, or the card names a variant without its graph.
     """
     folder = Path(folder)
-    _refuse_strangers(folder)
+    check_target(folder)
     for name in files:
         check_file_name(name)
     with replace_directory(folder) as new_dir:
@@ -166,7 +166,7 @@ def write_bundle(folder: Path | str, card: Card, files: Mapping[str, bytes | Pat
 
 
 def record_results(folder: Path, results: Sequence[Result]) -> Bundle:
-    """Put measured results into a bundle's card; a result measured before under the same terms is replaced.
+    """Put measured results into a bundle's card; a result measured before on the very same terms is replaced.
 
     Raises:
         BundleError: as `Bundle.open`.
@@ -174,7 +174,17 @@ def record_results(folder: Path, results: Sequence[Result]) -> Bundle:
     bundle = Bundle.open(folder)
 
     def terms(result: Result) -> tuple[object, ...]:
-        return (result.protocol, result.variant, result.attack, result.eps_fraction, result.steps, result.restarts)
+        return (
+            result.protocol,
+            result.variant,
+            result.attack,
+            result.eps_fraction,
+            result.steps,
+            result.step_size,
+            result.restarts,
+            result.images,
+            result.seed,
+        )
 
     measured = {terms(result) for result in results}
     kept = [result for result in bundle.card.results if terms(result) not in measured]
@@ -183,15 +193,27 @@ def record_results(folder: Path, results: Sequence[Result]) -> Bundle:
     return write_bundle(folder, card, {name: bundle.read(name) for name in card.files})
 
 
-def _refuse_strangers(folder: Path) -> None:
-    """Refuse to replace a folder that holds anything a bundle does not."""
-    if not folder.is_dir():
+def check_target(folder: Path) -> None:
+    """Check that a bundle may be written to `folder`; for callers that do long work before they write.
+
+    Raises:
+        BadInput: if it is a file, or holds something that is not part of a bundle (it would be lost).
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file, expected a directory or nothing; choose another place")
+    if not folder.is_dir() or not any(folder.iterdir()):
         return
+    try:
+        listed = Bundle.open(folder, verify=False, only=()).card.files
+    except BundleError as error:
+        raise BadInput(
+            f"{folder} is not empty and holds no bundle, so its content would be lost; choose an empty or new folder"
+        ) from error
     for entry in folder.iterdir():
-        ours = entry.name in (CARD_FILE, README_FILE) or entry.suffix in (".onnx", ".safetensors")
-        if not (ours and entry.is_file()):
+        if entry.name not in (CARD_FILE, README_FILE, *listed) or not entry.is_file():
             raise BadInput(
-                f"{folder} holds {entry.name!r}, which is no part of a bundle and would be lost; choose an empty folder"
+                f"{folder} holds {entry.name!r}, which is no part of its bundle and would be lost; "
+                "choose an empty or new folder"
             )
 
 

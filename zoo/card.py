@@ -24,6 +24,7 @@ RESIZES = ("nearest", "bilinear", "bicubic", "lanczos")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_FRACTION = re.compile(r"[0-9]{1,9}(/[0-9]{1,9})?")
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
@@ -47,7 +48,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         _expect(self.name != "", "architecture.name", self.name, "a name")
-        _expect(self.candidates >= 1, "architecture.candidates", self.candidates, "at least 1")
+        _expect(1 <= self.candidates <= 1024, "architecture.candidates", self.candidates, "between 1 and 1024")
         _expect_unique("architecture.gated_layers", self.gated_layers)
         _expect(
             self.sharing is None or self.sharing in SHARINGS,
@@ -161,8 +162,9 @@ class Result:
             _expect(getattr(self, key) >= 0, f"results.{key}", getattr(self, key), "0 or more")
         _expect(self.images >= 1, "results.images", self.images, "at least 1")
         try:
-            exact = float(Fraction(self.eps_fraction))
-        except (ValueError, ZeroDivisionError, OverflowError):
+            # a short pattern first: Fraction would spend minutes on "1e300000000"
+            exact = float(Fraction(self.eps_fraction)) if _FRACTION.fullmatch(self.eps_fraction) else math.nan
+        except ZeroDivisionError:
             exact = math.nan
         _expect(
             math.isclose(exact, self.eps, rel_tol=1e-6, abs_tol=1e-12),
@@ -260,7 +262,7 @@ class Card:
         """
         try:
             document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
             raise BundleError(f"card.json is not JSON ({error}); fetch or export the bundle again") from error
         if isinstance(document, dict):
             schema = document.get("schema")
@@ -374,10 +376,24 @@ def _decode_dataclass(expected: type[Any], value: Any, key: str) -> Any:
 
 def _decode_scalar(expected: Any, value: Any, key: str) -> Any:
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        _expect(abs(value) < 2**53, key, "an integer of many digits", "a number of reasonable size")
         value = float(value)
+    if isinstance(value, float):
+        _expect(math.isfinite(value), key, value, "a finite number")  # 1e999 is infinite without saying so
+    if isinstance(value, str):
+        _expect(_is_unicode(value), key, ascii(value), "text that can be written in UTF-8")
     right = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
     _expect(right, key, value, _kind(expected))
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded; JSON may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(expected: Any) -> str:

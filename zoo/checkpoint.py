@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -70,9 +70,9 @@ def load_network_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     expected = network_state(network)
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+        f"{name} {_kind(state[name])} instead of {_kind(expected[name])}"
         for name in sorted(expected.keys() & state.keys())
-        if state[name].shape != expected[name].shape
+        if _kind(state[name]) != _kind(expected[name])
     ]
     if missing or unknown or shapes:
         raise CheckpointError(
@@ -92,11 +92,28 @@ def load_network_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
                 tensor.copy_(state[name][gate])
 
 
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
 def save(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON header as one safetensors file, in one rename."""
+    """Write tensors and a JSON header as one safetensors file, in one rename; equal contents give equal bytes."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "header": json.dumps(header, sort_keys=True)}
-    write_bytes_atomic(file, safetensors.torch.save(contiguous, metadata))
+    write_bytes_atomic(file, _in_order(safetensors.torch.save(contiguous, metadata)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """Sort the metadata of a safetensors file, which the library writes in a random order.
+
+    The file starts with the length of a JSON header (8 bytes, little-endian), padded with spaces to a multiple of 8.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, content[8 + size :]))
 
 
 def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -120,7 +137,13 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"{file} says format {metadata.get('format')!r}, expected {FORMAT!r}; it was not written by manygates"
         )
-    return tensors, cast(dict[str, Any], json.loads(metadata["header"]))
+    try:
+        header = json.loads(metadata["header"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{file} has a damaged header ({error}); fetch or export it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} has a header that is no object; fetch or export it again")
+    return tensors, header
 
 
 def save_network(file: Path, network: nn.Module, architecture: Architecture) -> None:

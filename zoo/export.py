@@ -20,10 +20,18 @@ import zoo.card
 from zoo import data, onnx_graphs, paths
 from zoo.bundle import Bundle, write_bundle
 from zoo.card import Card, Check, InputFormat, Paths, Training
-from zoo.checkpoint import Architecture, save_network
+from zoo.checkpoint import Architecture, load_network, save_network
 from zoo.derive import Ensemble, derive, folded_copy
 from zoo.errors import BadInput, BundleError, DataMissing
-from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS, load_rgn, member_networks, save_members
+from zoo.models import (
+    PLAIN_WEIGHTS,
+    RGN_WEIGHTS,
+    load_members,
+    load_rgn,
+    member_networks,
+    save_members,
+    weights_file,
+)
 from zoo.rgn import RandomGatedNetwork
 
 _runtime: Any = onnxruntime  # it re-exports its names without saying so, which strict typing refuses
@@ -121,7 +129,7 @@ def verify_graphs(bundle: Bundle) -> list[Check]:
     Real test images are used where the data set is on this machine, else seeded random ones; each check says which.
     """
     images, origin = sample_images(bundle.card, max(BATCH_SIZES))
-    checks = []
+    checks = [_check_card(bundle)]
     for variant in bundle.card.variants:
         try:
             checks += _check_variant(bundle, variant, images, origin)
@@ -236,6 +244,40 @@ def _write(folder: Path, card: Card, graphs: dict[str, bytes], weights: Path) ->
     return write_bundle(folder, card, files)
 
 
+def _check_card(bundle: Bundle) -> Check:
+    """Compare what the card says of the network and its classes with the weights and the data set."""
+    card = bundle.card
+    file = bundle.file(weights_file(card))
+    if card.architecture.gated_layers:
+        network, architecture = load_network(file)
+        assert isinstance(network, RandomGatedNetwork)
+        layers, one = tuple(layer.conv for layer in network.layers), derive(network, [0] * network.num_gates)
+        total = _parameters(network)
+    else:
+        members, architecture = load_members(file)
+        layers, one, total = (), members[0], sum(_parameters(member) for member in members)
+    dataset = data.source(architecture.dataset)
+    pairs = {
+        "architecture.name": (card.architecture.name, architecture.network),
+        "architecture.options": (card.architecture.options, architecture.options),
+        "architecture.gated_layers": (card.architecture.gated_layers, layers),
+        "architecture.candidates": (card.architecture.candidates, architecture.candidates),
+        "architecture.sharing": (card.architecture.sharing, architecture.sharing),
+        "architecture.parameters": (card.architecture.parameters, total),
+        "architecture.single_path_parameters": (card.architecture.single_path_parameters, _parameters(one)),
+        "dataset": (card.dataset, architecture.dataset),
+        "classes": (card.classes, dataset.classes),
+        "input.mean": (card.input.mean, dataset.format.mean),
+        "input.std": (card.input.std, dataset.format.std),
+    }
+    wrong = [f"{key} is {said!r}, the weights say {found!r}" for key, (said, found) in pairs.items() if said != found]
+    return Check(
+        name="the card describes its weights",
+        held=not wrong,
+        detail="; ".join(wrong) or f"{len(pairs)} entries, {total} parameters",
+    )
+
+
 def _check_answers(variant: str, content: bytes, network: nn.Module, images: Tensor, origin: str) -> Check:
     opened = session(content)
 
@@ -269,17 +311,19 @@ def _compare(
     images: Tensor,
     origin: str,
 ) -> Check:
-    worst, scale, agree = 0.0, 1.0, True
+    worst, scale, agree, finite = 0.0, 1.0, True, True
     for size in BATCH_SIZES:
         batch = images[:size]
         expected = network(batch)
         logits, probabilities = graph(batch)
+        finite = finite and all(np.isfinite(values).all() for values in (expected.numpy(), logits, probabilities))
         scale = max(scale, float(expected.abs().max()))
         worst = max(worst, float(np.abs(logits - expected.numpy()).max()))
         worst = max(worst, float(np.abs(probabilities - expected.softmax(1).numpy()).max()))
         agree = agree and bool((logits.argmax(1) == expected.argmax(1).numpy()).all())
-    held = worst <= TOLERANCE and agree
+    held = finite and worst <= TOLERANCE and agree
     detail = f"largest difference {worst:.1e} (allowed {TOLERANCE:.0e}), largest logit {scale:.1f}, "
+    detail += "" if finite else "NOT FINITE, "
     detail += f"argmax {'equal' if agree else 'DIFFERS'}, batches of {', '.join(map(str, BATCH_SIZES))}, {origin}"
     return Check(name=name, held=held, detail=detail)
 

@@ -65,6 +65,11 @@ def replace_directory(target_dir: Path) -> Iterator[Path]:
     target_dir = target_dir.resolve()
     if target_dir.exists() and not target_dir.is_dir():
         raise BadInput(f"{target_dir} is a file, expected a directory or nothing; choose another place")
+    if target_dir == Path.cwd() or target_dir in Path.cwd().parents or target_dir.is_mount():
+        raise BadInput(
+            f"{target_dir} is the working folder, above it, or a mounted volume, so it cannot be replaced in one step; "
+            "choose a folder inside it"
+        )
     target_dir.parent.mkdir(parents=True, exist_ok=True)
     new_dir = _sibling(target_dir)
     new_dir.mkdir()

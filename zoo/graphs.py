@@ -10,6 +10,7 @@ import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx, nn
@@ -31,11 +32,16 @@ class Convolution:
 
 
 def trace(network: nn.Module) -> fx.GraphModule:
-    """Return the graph of `network`, sharing its layers.
+    """Return the graph of `network` as evaluation mode runs it, sharing its layers.
+
+    Layers such as `nn.Dropout` and `nn.BatchNorm2d` follow the mode of a call; functions that were given the mode, such
+    as `F.dropout(x, training=self.training)`, are fixed to evaluation.
 
     Raises:
         BadInput: the network's forward depends on its input's values, so it has no fixed graph.
     """
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
     try:
         return fx.symbolic_trace(network)
     except (fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError) as error:
@@ -43,6 +49,9 @@ def trace(network: nn.Module) -> fx.GraphModule:
             f"{type(network).__name__} cannot be traced with torch.fx ({error}); expected a forward without branches "
             "that depend on the images"
         ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def convolutions(graph_module: fx.GraphModule) -> list[Convolution]:
@@ -62,8 +71,12 @@ def convolutions(graph_module: fx.GraphModule) -> list[Convolution]:
     found = []
     for node in conv_nodes:
         users = list(node.users)
-        private = len(users) == 1 and _is(users[0], nn.BatchNorm2d, modules) and norm_calls[str(users[0].target)] == 1
-        norm = str(users[0].target) if private else None
+        norm = None
+        if len(users) == 1 and _is(users[0], nn.BatchNorm2d, modules):
+            reader = str(users[0].target)
+            # without running statistics it depends on the batch even in evaluation mode: never ours to gate or fold
+            if norm_calls[reader] == 1 and cast(nn.BatchNorm2d, modules[reader]).track_running_stats:
+                norm = reader
         found.append(Convolution(str(node.target), norm, node in projections))
     return found
 

@@ -75,6 +75,11 @@ def load_members(file: Path) -> tuple[list[nn.Module], Architecture]:
     tensors, header = load(file)
     architecture = read_architecture(header, file)
     number = header.get("members", 1)
+    if not isinstance(number, int) or not 1 <= number <= 1024:
+        raise CheckpointError(f"{file} says it has {number!r} members, expected a count; export the bundle again")
+    short = [name for name, tensor in tensors.items() if number > 1 and tensor.shape[:1] != (number,)]
+    if short:
+        raise CheckpointError(f"{file}: {short[0]} is not stacked over {number} members; export the bundle again")
     members = []
     for index in range(number):
         network = architecture.build()

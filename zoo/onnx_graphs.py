@@ -272,7 +272,8 @@ def _gated_graph(stencil: Stencil, candidates: Sequence[Weights], num_gates: int
         nodes.append(_choice(node, gate, 0, candidates, stencil))
     nodes.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], name=PROBABILITIES, axis=1))
     gates_input = helper.make_tensor_value_info(GATES, TensorProto.INT64, [num_gates])
-    return _finish(stencil, nodes, tensors, [gates_input])
+    facts = {"gates": str(num_gates), "candidates": str(len(candidates))}
+    return _finish(stencil, nodes, tensors, [gates_input], facts)
 
 
 def _choice(node: NodeProto, gate: int, candidate: int, candidates: Sequence[Weights], stencil: Stencil) -> NodeProto:
@@ -322,6 +323,7 @@ def _finish(
     nodes: Sequence[NodeProto],
     tensors: Weights,
     more_inputs: Sequence[onnx.ValueInfoProto] = (),
+    facts: Mapping[str, str] | None = None,
 ) -> bytes:
     used = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
@@ -337,6 +339,7 @@ def _finish(
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="manygates"
     )
+    helper.set_model_props(model, dict(facts or {}))
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString())
 

@@ -79,7 +79,7 @@ class RandomGatedNetwork(nn.Module):
             self.bank.append(nn.ModuleList(alternatives))
             for part in parts:
                 _empty(template.get_submodule(part))
-        self._graph = graph
+        self._trace = (graph,)  # in a tuple, or its copies of our layers would be registered as ours once more
         self._prefixes: dict[tuple[int, bool, bool], fx.GraphModule] = {}
 
     @staticmethod
@@ -144,7 +144,7 @@ class RandomGatedNetwork(nn.Module):
             raise BadInput(f"layer {layer} is out of range, expected 1 to {self.num_features}")
         key = (layer, activated, folded)
         if key not in self._prefixes:
-            graph = self._graph
+            (graph,) = self._trace
             if layer < self.num_features:
                 names = graphs.feature_nodes(graph, self.layers, activated=activated)
                 graph = graphs.cut(graph, names[layer - 1])
@@ -163,8 +163,10 @@ class RandomGatedNetwork(nn.Module):
         return cast(Tensor, functional_call(graph, needed, (images,)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomGatedNetwork:
-        self._prefixes.clear()  # they hold buffers, which a move to another device or type replaces
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # graphs hold buffers, which a move to another device or type replaces
+        self._trace = (graphs.trace(self.template),)
+        self._prefixes.clear()
         return self
 
     def extra_repr(self) -> str:
@@ -188,7 +190,8 @@ def randomly_gate(
         candidates: alternatives per gated layer, n.
         sharing: see `RandomGatedNetwork`.
         start: "redraw" keeps the network's own layer as candidate 0 and draws the others from a normal distribution of
-            the same standard deviation, so that candidates are independent draws of one initialiser (with "shared_conv"
+            the same standard deviation, biases and BatchNorms kept; where the network is fresh and initialised so, as
+            our residual ones are, candidates are independent draws of one initialiser (with "shared_conv"
             there is no convolution to draw, and all candidates start equal, as in the released code). "copy" starts all
             candidates from the network's (trained) layer, each multiplied by 1 + `noise` * N(0, 1) elementwise.
         noise: relative noise of "copy"; at 0 all candidates stay equal until training tells them apart.

@@ -179,12 +179,20 @@ def test_pixels_outside_0_to_1_are_refused_with_the_likely_fix(codec: Codec, val
         (request(tensor(shape=[True, 3, 4, 4])), "shape [True, 3, 4, 4]"),
         (request(tensor(shape=[1.0, 3, 4, 4])), "shape [1.0, 3, 4, 4]"),
         (request(tensor(shape="all")), "shape 'all'"),
-        (request(tensor(data=[0.5] * 47)), "47 numbers as [47], expected 48"),
-        (request(tensor(data=[[0.5] * 48])), "48 numbers as [1, 48], expected 48, flat or as [1, 3, 4, 4]"),
-        (request(tensor(data=[[0.5], [0.5, 0.5]])), "not a regular array"),
+        (request(tensor(data=[0.5] * 47)), "47 numbers, expected 48, flat or as [1, 3, 4, 4]"),
+        (request(tensor(data=[[0.5] * 48])), "48 entries in dimension 2, expected 3 entries; send it flat or as [1, 3, 4, 4]"),
+        (request(tensor(data=[[0.5], [0.5, 0.5]])), "not a regular array: 2 entries in dimension 1, expected 1"),
+        (request(tensor(data=[[[0.5] * 16] * 3])), "0.5 in dimension 4, expected 4 entries"),
+        (request(tensor(data=[[[[0.5] * 4] * 4] * 2 + ["four"]])), "'four' in dimension 3, expected 4 entries"),
+        (request(tensor(data=[[[[0.5] * 4] * 4] * 2 + [[[0.5] * 3 + [[]]] * 4]])), "numbers only, got []"),
+        (request(tensor(data=[0.5] * 47 + [[]])), "must hold numbers only, got []"),
         (request(tensor(data=["0.5"] * 48)), "must hold numbers only"),
         (request(tensor(data=[True] * 48)), "must hold numbers only"),
-        (request(tensor(data=[10**30] * 48)), "must hold numbers only"),
+        (request(tensor(data=[0.5] * 47 + [None])), "must hold numbers only, got None"),
+        (request(tensor(data=[10**30] * 48)), "divide by 255"),
+        (request(tensor(data=[10**4000] * 48)), "beyond any float"),
+        (request(tensor(datatype="UINT8", data=[10**4000] * 48)), "integers from 0 to 255"),
+        (request(tensor(datatype="UINT8", data=[1] * 47 + [1.0])), "integers from 0 to 255"),
         (request(tensor(data={})), "must hold numbers only"),
         (request(tensor(data=None)), "neither 'data' nor 'binary_data_size'"),
         (request(tensor(datatype="UINT8")), "integers from 0 to 255"),
@@ -206,6 +214,39 @@ def test_a_bad_json_request_is_refused_with_what_was_expected(codec: Codec, body
     message = refused(codec, body)
     assert said in message
     assert len(message) < 600
+
+
+@pytest.mark.parametrize(
+    "data",
+    [["a" * 100_000] + [1] * 47, [1] * 47 + ["a" * 100_000], [[]] * 48, [{}] * 48, [[1] * 48] * 48],
+    ids=["string first", "string last", "lists", "objects", "rows"],
+)
+def test_json_pixels_reach_numpy_only_after_every_one_is_known_to_be_a_number(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch, data: list
+) -> None:
+    def must_not_be_called(*_: Any, **__: Any) -> None:
+        raise AssertionError("numpy reserves the longest string's length for every entry")
+
+    body = request(tensor(data=data))
+    for name in ("array", "asarray"):
+        monkeypatch.setattr(np, name, must_not_be_called)
+    assert len(refused(codec, body)) < 400
+
+
+def test_a_large_value_in_the_wrong_place_is_shown_in_short_without_sorting_it(codec: Codec) -> None:
+    class Unsortable(str):
+        def __lt__(self, other: object) -> bool:
+            raise AssertionError("sorted all keys to show a few")
+
+    from serving.protocol import _short
+
+    assert _short({Unsortable(number): 0 for number in range(9)}) == "{'0': 0, '1': 0, '2': 0, '3': 0, ...}"
+    wide: list = [9] * 20
+    for _ in range(8):
+        wide = [wide] * 20
+    assert len(_short(wide)) < 200
+    assert len(_short({"a" * 1000: {"b" * 1000: "c" * 1000}})) < 200
+    assert len(refused(codec, request(tensor(shape=wide)))) < 400
 
 
 def test_a_truncated_tensor_is_refused_with_its_expected_size(codec: Codec) -> None:

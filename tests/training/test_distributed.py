@@ -116,7 +116,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused_with_both_numbers() -> 
 
 def test_without_torchrun_the_world_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    world = World.join()
+    world = World.join("cpu")
     assert world == World(0, 1, 0)
     assert world.leads
     model = nn.Linear(2, 2)

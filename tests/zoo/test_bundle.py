@@ -64,7 +64,7 @@ def test_a_bundle_replaces_the_one_that_was_there(folder: Path, card: Card) -> N
 @pytest.mark.parametrize("stranger", [".git", "notes.txt"])
 def test_a_folder_with_anything_else_in_it_is_not_replaced(folder: Path, card: Card, stranger: str) -> None:
     (folder / stranger).mkdir() if stranger == ".git" else (folder / stranger).touch()
-    with pytest.raises(BadInput, match=f"holds '{stranger}', which is no part of a bundle"):
+    with pytest.raises(BadInput, match=f"holds '{stranger}', which is no part of its bundle"):
         write_bundle(folder, card, FILES)
     assert (folder / stranger).exists()
 

@@ -67,9 +67,9 @@ def test_candidates_are_stacked_under_the_templates_names() -> None:
 
 def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
     network = built(INDEPENDENT)
-    for name in ("first", "second"):
+    for name in "abcdefgh":  # the library orders its metadata at random
         save_network(tmp_path / name, network, INDEPENDENT)
-    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ readings; each disputed detail is a field.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
@@ -57,6 +58,10 @@ class EnsembleInOne(Objective):
             raise BadInput(f"need at least 1 path and 1 step, got {self.paths} and {self.distillation_steps}")
         if not 0 <= self.eps <= 1:
             raise BadInput(f"need 0 <= eps <= 1, got {self.eps}; pixels are in [0, 1], so write 0.07, not 18")
+        if self.step_size is not None and not 0 < self.step_size <= 1:
+            raise BadInput(f"need 0 < step_size <= 1, got {self.step_size}; pixels are in [0, 1]")
+        if not 0 <= self.momentum < math.inf:
+            raise BadInput(f"need momentum >= 0, got {self.momentum}")
         if self.batch_norm not in ("eval", "train"):
             raise BadInput(f"batch_norm must be 'eval' or 'train', got {self.batch_norm!r}")
 

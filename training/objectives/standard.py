@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from training.objectives.base import Batch, Objective, Step
 from training.randomness import gate_generator
 from zoo import paths
+from zoo.errors import BadInput
 from zoo.rgn import RandomGatedNetwork
 
 
@@ -21,6 +22,10 @@ class Standard(Objective):
     """Mean cross-entropy."""
 
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise BadInput(f"need 0 <= label_smoothing < 1, got {self.label_smoothing}")
 
     def accumulate(self, model: nn.Module, batches: list[Batch], step: Step) -> dict[str, Tensor]:
         """See `Objective.accumulate`; one forward and one backward pass."""

@@ -132,9 +132,12 @@ def parse_eps(text: str) -> Fraction:
         BadInput: not a number, or outside [0, 1].
     """
     try:
-        eps = Fraction(text)
+        # the length first: Fraction would spend minutes on "1e300000000"
+        eps = Fraction(text) if len(text) <= 20 and "e" not in text.lower() else Fraction("none")
     except (ValueError, ZeroDivisionError) as error:
-        raise BadInput(f"eps {text!r} is not a number; write 8/255 or 0.03") from error
+        raise BadInput(f"eps {text[:40]!r} is not a number; write 8/255 or 0.03") from error
+    if eps.denominator >= 10**9:
+        raise BadInput(f"eps {text} has too many digits; write it as a fraction, such as 8/255")
     if not 0 <= eps <= 1:
         raise BadInput(f"eps {text} is outside [0, 1]; pixels are in [0, 1], so write 8/255, not 8")
     return eps

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from zoo import checkpoint, export, paths
+from zoo.bundle import Bundle, write_bundle
+from zoo.card import Training
+from zoo.checkpoint import Architecture
+from zoo.derive import derive
+from zoo.errors import BadInput, BadPath, BundleError
+from zoo.export import Description, export_members, export_rgn, sample_images, verify_graphs
+from zoo.models import RGN_WEIGHTS
+from zoo.rgn import RandomGatedNetwork
+
+TRAINING = Training(recipe={}, seed=0, commit="abc", versions={}, date="2026-11-21", summary="none")
+DESCRIPTION = Description(name="some", description="made by a test", method="standard", training=TRAINING)
+PATHS = [(0, 1, 0, 1, 0, 1, 0), (1, 1, 0, 1, 0, 1, 0)]
+EXPECTED_FILES = {"card.json", "README.md", "single.onnx", "ensemble.onnx", "gated.onnx", "rgn.safetensors"}
+
+
+@dataclass(frozen=True)
+class Gated:
+    rgn: RandomGatedNetwork
+    architecture: Architecture
+    folder: Path
+
+
+def gated_architecture(network: str = "resnet8", **options: object) -> Architecture:
+    return Architecture(
+        network=network, options=options, dataset="tiny", candidates=2, sharing="independent"
+    )  # fmt: skip
+
+
+def built(architecture: Architecture, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    network = architecture.build()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return network
+
+
+@pytest.fixture(scope="module")
+def gated(tiny_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Gated:
+    architecture = gated_architecture(width=4)
+    rgn = built(architecture)
+    assert isinstance(rgn, RandomGatedNetwork)
+    folder = tmp_path_factory.mktemp("models") / "gated"
+    export_rgn(folder, rgn, architecture, DESCRIPTION, single=PATHS[0], ensemble=PATHS)
+    return Gated(rgn, architecture, folder)
+
+
+def changed(gated: Gated, place: Path, change: Callable[[dict[str, bytes]], None]) -> Bundle:
+    """Return a bundle with other files, whose card knows them all the same."""
+    bundle = Bundle.open(gated.folder)
+    files = {name: bundle.read(name) for name in bundle.card.files}
+    change(files)
+    return write_bundle(place, bundle.card, files)
+
+
+def test_an_exported_bundle_holds_its_graphs_and_weights_and_verifies(gated: Gated) -> None:
+    bundle = Bundle.open(gated.folder)
+    assert {entry.name for entry in gated.folder.iterdir()} == EXPECTED_FILES
+    assert bundle.card.variants == ("single", "ensemble", "gated")
+    checks = verify_graphs(bundle)
+    assert [check.name for check in checks] == [
+        "single.onnx answers as its weights",
+        "single.onnx holds one path only",
+        "ensemble.onnx answers as its weights",
+        "gated.onnx answers as its weights",
+    ]
+    assert all(check.held for check in checks)
+    assert "64 real tiny test images" in checks[0].detail
+    assert "batches of 1, 3, 64" in checks[0].detail
+
+
+def test_the_card_says_what_was_exported(gated: Gated, tiny_dataset: str) -> None:
+    card = Bundle.open(gated.folder).card
+    assert (card.name, card.method, card.dataset) == ("some", "standard", tiny_dataset)
+    assert card.classes == ("red", "green", "blue")
+    assert (card.input.channels, card.input.height, card.input.width) == (3, 16, 16)
+    assert card.architecture.name == "resnet8"
+    assert card.architecture.options == {"width": 4}
+    assert card.architecture.gated_layers == tuple(layer.conv for layer in gated.rgn.layers)
+    assert card.paths.single == "0101010"
+    assert card.paths.ensemble == ("0101010", "1101010")
+    assert card.results == ()
+    count = sum(parameter.numel() for parameter in gated.rgn.parameters())
+    single = sum(parameter.numel() for parameter in derive(gated.rgn, PATHS[0]).parameters())
+    assert (card.architecture.parameters, card.architecture.single_path_parameters) == (count, single)
+
+
+def test_the_card_of_a_random_gated_resnet20_counts_as_the_paper_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers_nothing(*_: object, **__: object) -> dict[str, bytes]:
+        return {}
+
+    monkeypatch.setattr(export.onnx_graphs, "rgn_graphs", answers_nothing)  # the counts need no graphs
+    architecture = Architecture(network="resnet20", candidates=2, sharing="independent")
+    rgn = built(architecture)
+    assert isinstance(rgn, RandomGatedNetwork)
+    path = (0,) * 19
+    card = export_rgn(tmp_path / "out", rgn, architecture, DESCRIPTION, single=path, ensemble=[path]).card
+    assert card.architecture.parameters == 541_546
+    assert card.architecture.single_path_parameters == 272_474
+    assert len(card.architecture.gated_layers) == 19
+
+
+def test_an_export_of_the_same_network_gives_the_same_bytes(gated: Gated, tmp_path: Path) -> None:
+    export_rgn(
+        tmp_path / "again", gated.rgn, gated.architecture, DESCRIPTION, single=PATHS[0], ensemble=PATHS
+    )  # fmt: skip
+    for name in EXPECTED_FILES:
+        assert (tmp_path / "again" / name).read_bytes() == (gated.folder / name).read_bytes()
+
+
+def test_one_plain_network_becomes_a_bundle_with_one_variant(tiny_dataset: str, tmp_path: Path) -> None:
+    architecture = Architecture(network="resnet8", options={"width": 4}, dataset=tiny_dataset)
+    bundle = export_members(tmp_path / "plain", [built(architecture)], architecture, DESCRIPTION)
+    card = bundle.card
+    assert card.variants == ("single",)
+    assert card.files.keys() == {"single.onnx", "weights.safetensors"}
+    assert (card.architecture.gated_layers, card.architecture.candidates, card.architecture.sharing) == ((), 1, None)
+    assert card.architecture.parameters == card.architecture.single_path_parameters
+    assert all(check.held for check in verify_graphs(bundle))
+
+
+def test_several_plain_networks_become_an_ensemble(tiny_dataset: str, tmp_path: Path) -> None:
+    """Networks whose BatchNorms cannot all be folded, so that members differ in more than their parameters."""
+    architecture = Architecture(network="preact_resnet18", options={"width": 2}, dataset=tiny_dataset)
+    members = [built(architecture, seed) for seed in range(2)]
+    bundle = export_members(tmp_path / "plain", members, architecture, DESCRIPTION)
+    assert bundle.card.variants == ("single", "ensemble")
+    assert bundle.card.architecture.parameters == 2 * bundle.card.architecture.single_path_parameters
+    assert all(check.held for check in verify_graphs(bundle))
+
+
+def test_members_derived_from_gates_are_exported_as_plain_networks(gated: Gated, tmp_path: Path) -> None:
+    members = [derive(gated.rgn, path) for path in PATHS]
+    bundle = export_members(tmp_path / "derived", members, gated.architecture, DESCRIPTION)
+    assert bundle.card.architecture.sharing is None
+    assert bundle.card.paths.single is None
+    images = torch.rand(3, 3, 16, 16).numpy()
+    for variant in ("single", "ensemble"):
+        answers = [
+            export.session(opened.read(f"{variant}.onnx")).run(["probabilities"], {"images": images})[0]
+            for opened in (bundle, Bundle.open(gated.folder))
+        ]
+        np.testing.assert_allclose(*answers, atol=1e-5)
+
+
+def test_a_bundle_needs_a_network(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="at least one network, got none"):
+        export_members(tmp_path / "none", [], Architecture(network="resnet8"), DESCRIPTION)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_path_that_does_not_fit_is_refused_before_anything_is_written(gated: Gated, tmp_path: Path) -> None:
+    with pytest.raises(BadPath, match="has 3 gates, expected 7"):
+        export_rgn(
+            tmp_path / "out", gated.rgn, gated.architecture, DESCRIPTION, single=(0, 1, 0), ensemble=[]
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("variant", ["single", "ensemble", "gated"])
+def test_a_graph_that_disagrees_with_its_weights_is_not_written(
+    variant: str, gated: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Swap the order of the class scores in one graph; the exporter must notice, whichever graph it is."""
+    honest = export.onnx_graphs.rgn_graphs
+
+    def crooked(*arguments: object, **options: object) -> dict[str, bytes]:
+        graphs = honest(*arguments, **options)  # type: ignore[arg-type]
+        model = onnx.load_from_string(graphs[variant])
+        for tensor in model.graph.initializer:
+            if tensor.name.startswith("classifier.bias"):
+                moved = numpy_helper.to_array(tensor)[::-1] + 0.01
+                tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
+        graphs[variant] = model.SerializeToString()
+        return graphs
+
+    monkeypatch.setattr(export.onnx_graphs, "rgn_graphs", crooked)
+    with torch.no_grad():
+        gated.rgn.template.get_submodule("classifier").bias.normal_()
+    place = tmp_path / "out"
+    with pytest.raises(BundleError, match=rf"so nothing was written: {variant}\.onnx answers as its weights: "):
+        export_rgn(place, gated.rgn, gated.architecture, DESCRIPTION, single=PATHS[0], ensemble=PATHS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_leaves_the_bundle_that_was_there(
+    gated: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "out"
+    old = changed(gated, place, lambda files: None).card
+    monkeypatch.setattr(export, "TOLERANCE", 0.0)
+    with pytest.raises(BundleError, match="nothing was written"):
+        export_members(place, [derive(gated.rgn, PATHS[0])], gated.architecture, DESCRIPTION)
+    assert Bundle.open(place).card == old
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_replaces_the_bundle_that_was_there_as_a_whole(gated: Gated, tmp_path: Path) -> None:
+    place = tmp_path / "out"
+    changed(gated, place, lambda files: None)
+    export_members(place, [derive(gated.rgn, PATHS[0])], gated.architecture, DESCRIPTION)
+    names = {"card.json", "README.md", "single.onnx", "weights.safetensors"}
+    assert {entry.name for entry in place.iterdir()} == names
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_with_anything_else_in_it_is_refused(gated: Gated, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(BadInput, match=r"holds 'thesis\.tex', which is no part of its bundle and would be lost"):
+        export_members(tmp_path, [derive(gated.rgn, PATHS[0])], gated.architecture, DESCRIPTION)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_graphs_whose_weights_were_changed_do_not_verify(gated: Gated, tmp_path: Path) -> None:
+    def nudge(files: dict[str, bytes]) -> None:
+        place = tmp_path / "weights"
+        place.write_bytes(files[RGN_WEIGHTS])
+        tensors, header = checkpoint.load(place)
+        tensors["classifier.weight"] *= 1.1
+        checkpoint.save(place, tensors, header)
+        files[RGN_WEIGHTS] = place.read_bytes()
+
+    checks = verify_graphs(changed(gated, tmp_path / "out", nudge))
+    held = {check.name: check.held for check in checks}
+    assert held == {
+        "single.onnx answers as its weights": False,
+        "single.onnx holds one path only": True,  # it still does
+        "ensemble.onnx answers as its weights": False,
+        "gated.onnx answers as its weights": False,
+    }
+    assert "path 0000000: largest difference" in checks[-1].detail
+
+
+def test_one_wrong_candidate_in_the_gated_graph_is_found(gated: Gated, tmp_path: Path) -> None:
+    def spoil(files: dict[str, bytes]) -> None:
+        model = onnx.load_from_string(files["gated.onnx"])
+        last = [node for node in model.graph.node if node.op_type == "If"][-1]
+        tensor = last.attribute[1].g.initializer[0]
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 1.5, tensor.name))
+        files["gated.onnx"] = model.SerializeToString()
+
+    checks = verify_graphs(changed(gated, tmp_path / "out", spoil))
+    assert [check.name for check in checks if not check.held] == ["gated.onnx answers as its weights"]
+
+
+def test_a_single_graph_that_carries_more_than_one_path_is_found(gated: Gated, tmp_path: Path) -> None:
+    def smuggle(files: dict[str, bytes]) -> None:
+        model = onnx.load_from_string(files["single.onnx"])
+        ballast = numpy_helper.from_array(torch.zeros(4, 3, 3, 3).numpy(), "ballast")
+        model.graph.initializer.append(ballast)
+        files["single.onnx"] = model.SerializeToString()
+
+    checks = verify_graphs(changed(gated, tmp_path / "out", smuggle))
+    failed = [check for check in checks if not check.held]
+    assert [check.name for check in failed] == ["single.onnx holds one path only"]
+    count, most = (int(word) for word in failed[0].detail.split() if word.isdigit())
+    assert count == most + 108
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0a" * 40])
+def test_a_graph_that_cannot_be_loaded_is_a_check_that_does_not_hold(
+    content: bytes, gated: Gated, tmp_path: Path
+) -> None:  # fmt: skip
+    bundle = changed(gated, tmp_path / "out", lambda files: files.update({"single.onnx": content}))
+    checks = verify_graphs(bundle)
+    assert [check.name for check in checks if not check.held] == ["single.onnx answers as its weights"]
+    assert "ONNX Runtime cannot" in checks[0].detail
+
+
+def test_a_graph_of_another_signature_is_a_check_that_does_not_hold(gated: Gated, tmp_path: Path) -> None:
+    bundle = changed(gated, tmp_path / "out", lambda files: files.update({"single.onnx": files["gated.onnx"]}))
+    first, *_ = verify_graphs(bundle)
+    assert (first.name, first.held) == ("single.onnx answers as its weights", False)
+    assert "ONNX Runtime cannot run the graph" in first.detail
+
+
+def test_without_the_data_set_seeded_random_images_are_used_and_said(
+    gated: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANYGATES_DATA", str(tmp_path))
+    card = Bundle.open(gated.folder).card
+    images, origin = sample_images(card, 5)
+    assert origin == "5 random images (tiny is not on this machine)"
+    assert images.shape == (5, 3, 16, 16)
+    assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    assert torch.equal(images, sample_images(card, 5)[0])
+
+
+def test_a_wide_path_is_written_so_that_it_can_be_read_again(tiny_dataset: str, tmp_path: Path) -> None:
+    architecture = replace(gated_architecture(network="lenet"), candidates=11)
+    rgn = built(architecture)
+    assert isinstance(rgn, RandomGatedNetwork)
+    bundle = export_rgn(tmp_path / "wide", rgn, architecture, DESCRIPTION, single=(10, 0), ensemble=[(1, 2), (10, 10)])
+    assert bundle.card.paths.single == "10,0"
+    assert bundle.card.paths.ensemble == ("12", "10,10")
+    assert [paths.parse(text, 2, 11) for text in bundle.card.paths.ensemble] == [(1, 2), (10, 10)]
+    assert all(check.held for check in verify_graphs(bundle))
