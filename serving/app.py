@@ -5,12 +5,13 @@ be a tenth of the cost. Everything else is Starlette's.
 """
 
 import asyncio
+import functools
 import importlib.metadata
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.batcher import Batcher, Draining, PredictionFailed, QueueFull, WaitedTooLong
+from serving.decoders import Decoders
 from serving.engine import Mode, Prediction, Predictor, modes_of
 from serving.metrics import CONTENT_TYPE, Metrics, ModelMetrics
 from serving.protocol import HEADER_LENGTH, VERSION, Codec, RequestError, bad_request, json_headers
@@ -39,6 +41,8 @@ logger = logging.getLogger("manygates.serving")
 
 _DECODERS = 2
 _MAX_DECODING = 64
+_MAX_TEXT_FIELD = 4096
+_BOUNDARY = re.compile(r""";\s*boundary=(?:"([^"\\]{1,70})"|([^\s;,"\\]{1,70}))\s*(?:;|$)""", re.ASCII | re.IGNORECASE)
 # what clients send that were not told what the body is; the last is curl's default
 _UNTOLD = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 
@@ -97,8 +101,8 @@ class Application:
             for path in (f"/v2/models/{name}/infer", f"/v2/models/{name}/versions/{VERSION}/infer")
         }
         self._draining = False
-        self._decoders: ThreadPoolExecutor | None = None
-        self._decoding = 0
+        self._decoders: Decoders | None = None
+        self._held_bytes = 0
         self.starlette = self._routes()
         self.rest: ASGIApp = self.starlette
         """Answers everything but inference; a demo may wrap or replace it."""
@@ -129,7 +133,7 @@ class Application:
     @asynccontextmanager
     async def running(self, _: object = None) -> AsyncIterator[None]:
         """Take requests inside the block; on leaving it finish those in flight."""
-        decoders = self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+        decoders = self._decoders = Decoders(_DECODERS)
         for served in self._served.values():
             served.batcher.start()
         try:
@@ -140,7 +144,7 @@ class Application:
                 *(served.batcher.stop(self.settings.drain_timeout) for served in self._served.values())
             )
             self._decoders = None
-            decoders.shutdown(wait=False, cancel_futures=True)
+            decoders.stop()
 
     def _serve(self, model: Model) -> _Served:
         settings = self.settings
@@ -180,15 +184,15 @@ class Application:
             ]
         handlers: dict[Any, Any] = {
             RequestError: self._answer_error,
-            HTTPException: _answer_http_exception,
-            Exception: _answer_defect,
+            HTTPException: self._answer_http_exception,
+            Exception: self._answer_defect,
         }
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=self.running)
 
     async def _infer(self, served: _Served, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer an inference request; the path that has to be fast."""
+        sizes = _Sizes(scope)
         try:
-            sizes = _Sizes(scope)
             body = await self._body(sizes, receive)
             started = time.perf_counter()
             request = served.codec.decode(body, sizes.header_length)
@@ -198,18 +202,27 @@ class Application:
             served.metrics.infer_requests.inc()
             served.metrics.request_seconds.observe(time.perf_counter() - started)
         except RequestError as error:
-            self.metrics.failed(served.name, error.reason)
-            status, content = error.status, _error_body(str(error))
-            headers = json_headers(len(content)) + error.headers
+            status, headers, content = self._failure(served, error)
+        except asyncio.CancelledError:
+            if not self._draining:
+                raise
+            status, headers, content = self._failure(served, _stopped())
         except _ClientGone:
             return
         except Exception:
             logger.exception("an inference request failed for a reason of ours")
-            self.metrics.failed(served.name, "defect")
-            status, content = 500, _error_body("internal error; the server's log says more")
-            headers = json_headers(len(content))
+            defect = RequestError(500, "defect", "internal error; the server's log says more")
+            status, headers, content = self._failure(served, defect)
+        finally:
+            self._held_bytes -= sizes.held
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
+
+    def _failure(self, served: _Served, error: RequestError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """Count an error, and return its status, headers and body."""
+        self.metrics.failed(served.name, error.reason)
+        content = json.dumps({"error": str(error)}).encode()
+        return error.status, json_headers(len(content)) + error.headers, content
 
     async def _predict(self, served: _Served, images: NDArray[np.float32]) -> Prediction:
         try:
@@ -228,7 +241,7 @@ class Application:
             ) from error
 
     async def _body(self, sizes: "_Sizes", receive: Receive) -> bytes:
-        """Read a body within the limits of size and time."""
+        """Read a body within the limits of size and time; what is held must be given back, see `_Sizes.held`."""
         limit = self.settings.max_body_bytes
         if sizes.content_encoding is not None:
             raise RequestError(
@@ -236,52 +249,57 @@ class Application:
             )
         if sizes.content_length is not None and sizes.content_length > limit:
             raise _too_large(sizes.content_length, limit)
-        message = await self._receive(receive)
-        body: bytes = message.get("body", b"")
-        if message.get("more_body", False):
-            body = await self._rest_of_body(body, receive, limit)
-        if len(body) > limit:
-            raise _too_large(len(body), limit)
-        return body
-
-    async def _rest_of_body(self, start: bytes, receive: Receive, limit: int) -> bytes:
-        pieces, length, more = [start], len(start), True
+        body, more = bytearray(), True
         try:
             async with asyncio.timeout(self.settings.body_timeout):
                 while more:
-                    message = await self._receive(receive)
-                    piece = message.get("body", b"")
-                    pieces.append(piece)
-                    length += len(piece)
-                    if length > limit:
-                        raise _too_large(length, limit)
-                    more = message.get("more_body", False)
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _ClientGone
+                    piece, more = message.get("body", b""), message.get("more_body", False)
+                    if not more and not body:  # as a rule all of it comes at once
+                        body = piece
+                    else:
+                        body += piece
+                    if len(body) > limit:
+                        raise _too_large(len(body), limit)
+                    self._hold(sizes, len(piece))
         except TimeoutError as error:
             raise RequestError(
                 408,
                 "body_timeout",
-                f"only {length} bytes came within {self.settings.body_timeout:g} seconds; send faster",
+                f"only {len(body)} bytes came within {self.settings.body_timeout:g} seconds; send faster",
                 [(b"connection", b"close")],
             ) from error
-        return b"".join(pieces)
+        return bytes(body)
 
-    @staticmethod
-    async def _receive(receive: Receive) -> Any:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _ClientGone
-        return message
+    def _hold(self, sizes: "_Sizes", length: int) -> None:
+        """Account for bytes of a body."""
+        limit = self.settings.max_total_body_bytes
+        if self._held_bytes + length > limit:
+            error = _busy(503, "too_many_bytes", f"requests of {limit} bytes are being answered; try again in a second")
+            error.headers.append((b"connection", b"close"))
+            raise error
+        self._held_bytes += length
+        sizes.held += length
 
     async def _classify(self, request: Request) -> Response:
         served = self._model_named(request, request.query_params.get("model"))
         top = _top(request.query_params.get("top"), len(served.model.card.classes))
+        sizes = _Sizes(request.scope)
         try:
-            body = await self._body(_Sizes(request.scope), request.receive)
+            body = await self._body(sizes, request.receive)
+            started = time.perf_counter()
+            images = await self._decode_image(served, await _image_file(request.headers, body))
+            answer = await self._predict(served, images)
         except _ClientGone:
             return Response(status_code=499)
-        started = time.perf_counter()
-        images = await self._decode_image(served, await _image_file(request.headers, body))
-        answer = await self._predict(served, images)
+        except asyncio.CancelledError as error:
+            if not self._draining:
+                raise
+            raise _stopped() from error
+        finally:
+            self._held_bytes -= sizes.held
         classes = served.model.card.classes
         probabilities = answer.probabilities[0].tolist()
         ranked = sorted(zip(classes, probabilities, strict=True), key=lambda entry: -entry[1])
@@ -300,18 +318,14 @@ class Application:
         """Decode on one of a few threads: a large JPEG takes longer than many predictions."""
         if self._decoders is None:
             raise _busy(503, "not_ready", "the server is starting or stopping; try again, it may be another")
-        if self._decoding >= _MAX_DECODING:
+        if self._decoders.waiting >= _MAX_DECODING:
             raise _busy(429, "queue_full", f"{_MAX_DECODING} images are being decoded; try again in a second")
-        loop = asyncio.get_running_loop()
-        self._decoding += 1
         try:
-            return await loop.run_in_executor(self._decoders, decode_image, content, served.model.card.input)
+            return await self._decoders.run(functools.partial(decode_image, content, served.model.card.input))
         except UnsupportedImage as error:
             raise RequestError(415, "unsupported_image", str(error)) from error
         except BadImage as error:
             raise RequestError(400, "bad_image", str(error)) from error
-        finally:
-            self._decoding -= 1
 
     async def _index(self, request: Request) -> Response:
         models = [
@@ -374,16 +388,33 @@ class Application:
         headers = {name.decode(): value.decode() for name, value in error.headers}
         return JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
 
+    async def _answer_http_exception(self, request: Request, error: HTTPException) -> Response:
+        path = request.url.path[:128]
+        reasons = {404: "not_found", 405: "method_not_allowed"}
+        messages = {
+            404: f"no such path {path!r}; see /",
+            405: f"{request.method} is not offered on {path!r}; the header Allow names what is",
+        }
+        self.metrics.failed(getattr(request.state, "model", ""), reasons.get(error.status_code, "http"))
+        message = messages.get(error.status_code, error.detail)
+        return JSONResponse({"error": message}, status_code=error.status_code, headers=error.headers)
+
+    async def _answer_defect(self, request: Request, error: Exception) -> Response:
+        self.metrics.failed(getattr(request.state, "model", ""), "defect")
+        return JSONResponse({"error": "internal error; the server's log says more"}, status_code=500)
+
 
 class _Sizes:
-    """The request headers that say how to read the body."""
+    """What the request's headers say about its body, and how much of that is here."""
 
-    __slots__ = ("content_encoding", "content_length", "header_length")
+    __slots__ = ("content_encoding", "content_length", "header_length", "held")
 
     def __init__(self, scope: Scope) -> None:
         self.content_length: int | None = None
         self.header_length: bytes | None = None
         self.content_encoding: str | None = None
+        self.held = 0
+        """Bytes of its body that count towards the server's total until it is answered."""
         for name, value in scope["headers"]:
             if name == b"content-length":
                 # the HTTP parser has already refused what is not a number
@@ -421,8 +452,14 @@ async def _image_field(headers: Headers, body: bytes) -> bytes:
     async def stream() -> Any:
         yield body
 
+    boundary = _BOUNDARY.search(headers["content-type"])
+    if boundary is None:
+        raise bad_request("the form cannot be read (no boundary); send multipart/form-data with 'image'")
+    # not the client's own header: it may name a charset, and some of Python's take minutes
+    plain = Headers({"content-type": f'multipart/form-data; boundary="{boundary[1] or boundary[2]}"'})
+    parser = _InMemoryParser(plain, stream(), max_files=8, max_fields=8, max_part_size=_MAX_TEXT_FIELD)
     try:
-        form = await _InMemoryParser(headers, stream(), max_files=8, max_fields=8).parse()
+        form = await parser.parse()
     except MultiPartException as error:
         raise bad_request(
             f"the form cannot be read ({error.message}); send multipart/form-data with 'image'"
@@ -449,6 +486,10 @@ def _busy(status: int, reason: str, message: str) -> RequestError:
     return RequestError(status, reason, message, [(b"retry-after", b"1")])
 
 
+def _stopped() -> RequestError:
+    return _busy(503, "not_ready", "the server stopped before this was answered; try again, it may be another")
+
+
 def _too_large(length: int, limit: int) -> RequestError:
     return RequestError(
         413,
@@ -458,26 +499,8 @@ def _too_large(length: int, limit: int) -> RequestError:
     )
 
 
-def _error_body(message: str) -> bytes:
-    return json.dumps({"error": message}).encode()
-
-
 def _readiness(body: dict[str, Any], ready: bool) -> Response:
     return JSONResponse(body, status_code=200) if ready else JSONResponse(body, 503, headers={"retry-after": "1"})
-
-
-async def _answer_http_exception(request: Request, error: HTTPException) -> Response:
-    path = request.url.path[:128]
-    messages = {
-        404: f"no such path {path!r}; see /",
-        405: f"{request.method} is not offered on {path!r}; the header Allow names what is",
-    }
-    message = messages.get(error.status_code, error.detail)
-    return JSONResponse({"error": message}, status_code=error.status_code, headers=error.headers)
-
-
-async def _answer_defect(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": "internal error; the server's log says more"}, status_code=500)
 
 
 def _version() -> str:

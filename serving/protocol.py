@@ -31,6 +31,8 @@ _MAX_ID: Final = 256
 _MAX_REMEMBERED: Final = 256
 _MAX_REMEMBERED_BYTES: Final = 1024
 _MAX_SHOWN: Final = 160
+# commas, lists and objects around the pixels; a request has about a dozen
+_MAX_OTHER_PARTS: Final = 1000
 _UNSUPPORTED: Final = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size", "classification")
 
 Headers = list[tuple[bytes, bytes]]
@@ -192,6 +194,7 @@ class Codec:
 
     def _parse(self, text: bytes) -> tuple[_Form, Any]:
         """Read the JSON of a request; returns its form and the pixels that are in it."""
+        self._check_structure(text)
         document = _load(text)
         request_id = document.get("id")
         if request_id is not None and not (isinstance(request_id, str) and len(request_id) <= _MAX_ID):
@@ -215,6 +218,19 @@ class Codec:
         binary = parameters.get("binary_data_output", False)
         outputs = self._outputs(document.get("outputs"), _boolean(binary, "binary_data_output"))
         return self._form(request_id, rows, datatype, size, outputs), tensor.get("data")
+
+    def _check_structure(self, text: bytes) -> None:
+        """Refuse JSON of more parts than any good request has: millions of empty lists take seconds to parse."""
+        channels, height, _ = self._image_shape
+        lists = self._max_rows * (1 + channels * (1 + height)) + _MAX_OTHER_PARTS
+        numbers = self._max_rows * self._image_items + _MAX_OTHER_PARTS
+        for part, limit in ((b"[", lists), (b"{", _MAX_OTHER_PARTS), (b",", numbers)):
+            found = text.count(part)
+            if found > limit:
+                raise bad_request(
+                    f"the JSON holds {part.decode()!r} {found} times, expected at most {limit} in a request of up to "
+                    f"{self._max_rows} images; send the pixels flat, or better as a binary tensor"
+                )
 
     def _only_input(self, document: dict[str, Any]) -> dict[str, Any]:
         inputs = document.get("inputs")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -9,6 +10,29 @@ from serving.engine import Device, usable_cores
 from zoo.errors import BadInput
 
 _PREFIX = "MANYGATES_SERVE_"
+_DAY = 86_400
+_RANGES = {
+    "threads": (0, 1024),
+    "intra_op": (1, 1024),
+    "max_batch": (1, 65_536),
+    "max_queue": (1, 2**24),
+    "max_body_bytes": (1, 2**40),
+    "max_total_body_bytes": (1, 2**50),
+    "max_connections": (1, 2**24),
+    "queue_timeout": (0.001, _DAY),
+    "header_timeout": (0.001, _DAY),
+    "body_timeout": (0.001, _DAY),
+    "keep_alive_timeout": (0.001, _DAY),
+    "drain_delay": (0, _DAY),
+    "drain_timeout": (0, _DAY),
+}
+# What Kubernetes puts into every container for a Service called manygates-serve, or manygates-serve-SOMETHING.
+# PORT alone is also what a person might try, so it must look like one of theirs.
+_SERVICE_LINK = re.compile(
+    r"([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*"
+    r"|([A-Z0-9_]+_)?PORT=(tcp|udp|sctp)://.*",
+    re.DOTALL,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,10 +49,14 @@ class Settings:
     """Images waiting, per model; more are answered with 429. Also the most images in one request."""
     max_body_bytes: int = 16 * 2**20
     """Larger requests are answered with 413."""
+    max_total_body_bytes: int = 2**30
+    """Bytes of all requests that are being received or answered; beyond that they get 503."""
     max_connections: int = 2048
-    """More are answered with 503."""
+    """Open connections; requests beyond that are answered with 503."""
     queue_timeout: float = 30.0
     """Seconds a request may wait for its turn before it is answered with 503."""
+    header_timeout: float = 10.0
+    """Seconds a client may take to send a request's first line and headers before it is cut off."""
     body_timeout: float = 30.0
     """Seconds a client may take to send a body before it is answered with 408."""
     keep_alive_timeout: float = 30.0
@@ -44,17 +72,15 @@ class Settings:
     """Let ONNX Runtime's idle threads spin: less latency, and cores that are never idle."""
 
     def __post_init__(self) -> None:
-        for name in ("intra_op", "max_batch", "max_queue", "max_body_bytes", "max_connections"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} is {getattr(self, name)}, expected at least 1; leave it out for the default")
-        for name in ("threads", "drain_delay", "drain_timeout"):
-            if getattr(self, name) < 0:
-                raise BadInput(f"{name} is {getattr(self, name)}, expected 0 or more; leave it out for the default")
-        for name in ("queue_timeout", "body_timeout", "keep_alive_timeout"):
-            if not getattr(self, name) > 0:
-                raise BadInput(
-                    f"{name} is {getattr(self, name)}, expected seconds above 0; leave it out for the default"
-                )
+        for name, (lowest, highest) in _RANGES.items():
+            value = getattr(self, name)
+            if not (lowest <= value <= highest):  # written so that NaN fails
+                raise BadInput(f"{name} is {value}, expected {lowest} to {highest}; leave it out for the default")
+        if self.max_total_body_bytes < self.max_body_bytes:
+            raise BadInput(
+                f"max_total_body_bytes is {self.max_total_body_bytes}, expected at least the {self.max_body_bytes} of "
+                "max_body_bytes; raise it"
+            )
         if self.device not in ("cpu", "cuda"):
             raise BadInput(f"device is {self.device!r}, expected cpu or cuda")
 
@@ -67,7 +93,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """Return the defaults with what the environment sets.
+        """Return the defaults with what the environment sets; Kubernetes' links to services are passed over.
 
         Raises:
             BadInput: if a variable with our prefix is no setting, or its value is not of the setting's type.
@@ -75,9 +101,10 @@ class Settings:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values = {}
         for variable, text in environment.items():
-            if not variable.startswith(_PREFIX):
+            name = variable.removeprefix(_PREFIX)
+            if name == variable or _SERVICE_LINK.fullmatch(f"{name}={text}"):
                 continue
-            name = variable.removeprefix(_PREFIX).lower()
+            name = name.lower()
             if name not in fields:
                 known = ", ".join(_PREFIX + field.upper() for field in fields)
                 raise BadInput(f"{variable} is no setting; known: {known}")

@@ -283,6 +283,7 @@ def test_verify_says_that_a_whole_bundle_is_whole(model: Path, plain: Path) -> N
     assert document["held"] is True
     assert [check["name"] for check in document["checks"]] == [
         "checksums",
+        "the card describes its weights",
         "single.onnx answers as its weights",
         "single.onnx holds one path only",
         "ensemble.onnx answers as its weights",

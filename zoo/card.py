@@ -24,7 +24,7 @@ RESIZES = ("nearest", "bilinear", "bicubic", "lanczos")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_FRACTION = re.compile(r"[0-9]{1,9}(/[0-9]{1,9})?")
+_FRACTION = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?|[0-9]{1,9}/[0-9]{1,9}")
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 

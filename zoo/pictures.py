@@ -5,12 +5,13 @@ Only PNG, JPEG and WEBP are decoded, and the size an image claims is checked bef
 
 import io
 import struct
+import zlib
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from zoo.card import InputFormat
 from zoo.errors import BadImage, BadInput, MissingFile, UnsupportedImage
@@ -18,6 +19,7 @@ from zoo.files import write_bytes_atomic
 
 MAX_PIXELS: Final = 4_000_000
 MAX_FILE_BYTES: Final = 64 * 2**20
+MAX_SCANS: Final = 64
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 
 _FILTERS: Final = {
@@ -26,8 +28,33 @@ _FILTERS: Final = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-# what Pillow's decoders raise on damaged files; UnidentifiedImageError is an OSError
-_DAMAGE: Final = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error)
+# what Pillow raises on damaged files; UnidentifiedImageError is an OSError, zlib.error has no nearer base of ours
+_DAMAGE: Final = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+# the tag and its values: Exif 2.32, section 4.6.4
+_ORIENTATION: Final = 0x0112
+_TO_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode_image(content: bytes, wanted: InputFormat, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.float32]:
@@ -41,7 +68,8 @@ def decode_image(content: bytes, wanted: InputFormat, *, max_pixels: int = MAX_P
 
     Raises:
         UnsupportedImage: if the bytes are not PNG, JPEG or WEBP.
-        BadImage: if the file is damaged or cut short, or has more than `max_pixels` pixels.
+        BadImage: if the file is damaged or cut short, has more than `max_pixels` pixels, or is a JPEG of more than
+            `MAX_SCANS` scans, each of which would pass over all pixels again.
     """
     if _format(content) is None:
         raise UnsupportedImage(
@@ -52,9 +80,9 @@ def decode_image(content: bytes, wanted: InputFormat, *, max_pixels: int = MAX_P
             width, height = image.size
             if width * height > max_pixels:
                 raise _too_large(f"{width}x{height}", max_pixels)
+            _check_scans(content, image.format)
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            pixels = _resized(_converted(upright, wanted.channels), wanted)
+            pixels = _resized(_converted(_upright(image), wanted.channels), wanted)
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -62,7 +90,7 @@ def decode_image(content: bytes, wanted: InputFormat, *, max_pixels: int = MAX_P
     except _DAMAGE as error:
         raise BadImage(
             f"the image of {len(content)} bytes cannot be decoded ({error}); it is damaged or cut short"
-        ) from (error)
+        ) from error
     planes = pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return np.ascontiguousarray(planes[np.newaxis], dtype=np.float32) / np.float32(255)
 
@@ -121,6 +149,24 @@ def _format(content: bytes) -> str | None:
 
 def _too_large(size: str, max_pixels: int) -> BadImage:
     return BadImage(f"the image has {size} pixels, expected at most {max_pixels:,}; scale it down first")
+
+
+def _check_scans(content: bytes, kind: str | None) -> None:
+    """Refuse a progressive JPEG that takes seconds per hundred bytes; encoders write about ten scans."""
+    # "start of scan"; compressed data never holds these two bytes, metadata hardly
+    scans = content.count(b"\xff\xda") if kind not in ("PNG", "WEBP") else 0
+    if scans > MAX_SCANS:
+        raise BadImage(f"the JPEG has {scans} scans, expected at most {MAX_SCANS}; save it again, as a baseline JPEG")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its camera was held.
+
+    Only the one tag is read: Pillow's own function writes the others back, and fails where they are malformed.
+    """
+    orientation = image.getexif().get(_ORIENTATION)
+    turn = _TO_UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _converted(image: Image.Image, channels: int) -> Image.Image:

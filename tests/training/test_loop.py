@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.loop import COLUMNS, architecture_of, learning_rate, load_run, train
+from training.distributed import World
+from training.loop import COLUMNS, _Loop, architecture_of, learning_rate, load_run, train
 from training.objectives import EnsembleInOne, Standard
 from training.recipes import Phase, Recipe, recipe, resolved
 from zoo import checkpoint
@@ -44,8 +45,11 @@ def test_a_run_leaves_its_recipe_origin_log_and_weights(smoke: Recipe, tmp_path:
     }  # fmt: skip
     assert json.loads((run_dir / "recipe.json").read_text()) == resolved(smoke)
     origin = json.loads((run_dir / "provenance.json").read_text())
-    assert origin.keys() == {"seed", "commit", "versions", "hardware", "date"}
-    assert origin["versions"]["torch"] == torch.__version__
+    assert origin["seed"] == smoke.seed
+    (start,) = origin["starts"]
+    assert start.keys() == {"step", "commit", "versions", "hardware", "date"}
+    assert start["step"] == 0
+    assert start["versions"]["torch"] == torch.__version__
 
     rows = table(run_dir)
     assert tuple(rows[0]) == COLUMNS
@@ -127,7 +131,7 @@ def test_an_unknown_data_set_is_refused_before_anything_is_written(make_recipe: 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_lower(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     settings = ("phases.0.epochs=3", "phases.0.learning_rate=1e30", "phases.0.schedule=step")
-    with pytest.raises(CheckpointError, match=r"the loss became (nan|inf) at step \d+; .*lower the learning rate"):
+    with pytest.raises(CheckpointError, match=r"stopped being finite at step \d+ .*lower learning rate"):
         train(make_recipe("standard-resnet20-cifar10-cpu", *settings), tmp_path, device="cpu")
 
 
@@ -156,3 +160,22 @@ def test_the_cosine_schedule_warms_up_and_falls_to_nothing() -> None:
     assert rates[100:] == sorted(rates[100:], reverse=True)
     assert rates[1050] == pytest.approx(0.05)
     assert math.isclose(rates[-1], 0, abs_tol=1e-12)
+
+
+def test_a_recipe_whose_network_cannot_take_the_images_leaves_no_folder(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match="cannot be trained"):
+        train(
+            make_recipe("smoke", *SHORT, "network=vgg16", "network_options.width=0.1"), tmp_path / "run", device="cpu"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_same_images_are_held_out_whatever_the_seed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    held_out = []
+    for seed in (0, 1):
+        loop = _Loop(make_recipe("smoke", *SHORT, f"seed={seed}"), tmp_path, World(), torch.device("cpu"), 60.0)
+        held_out.append(loop.held_out.pixels)
+    assert torch.equal(*held_out)

@@ -186,3 +186,37 @@ def test_a_recipe_that_makes_no_sense_is_refused(changes: dict[str, Any], messag
 def test_a_phase_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=r"epochs >= 1|learning_rate > 0|schedule must be one of step, cosine"):
         Phase(**{"objective": Standard(), "epochs": 1, **changes})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["validate_every=0"], "validate_every >= 1"),
+        (["held_out=-1"], "held_out >= 0"),
+        (["start_noise=-0.1"], "start_noise >= 0"),
+        (["candidates=1"], "ensemble_in_one needs candidates >= 2"),
+        (["sharing=none"], "sharing"),
+        (["selection=loud"], "selection"),
+        (["phases.0.momentum=-1"], "0 <= momentum < 1"),
+        (["phases.0.weight_decay=-1"], "weight_decay >= 0"),
+        (["phases.0.momentum=0", "phases.0.nesterov=true"], "nesterov needs momentum"),
+        (["phases.0.learning_rate=NaN"], "not a value for it"),
+        (["phases.0.objective.label_smoothing=2"], "label_smoothing"),
+        (["phases.1.objective.step_size=-0.01"], "step_size"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: list[str], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        override(recipe("smoke"), settings)
+
+
+def test_an_option_of_the_network_is_set_by_its_name() -> None:
+    assert override(recipe("smoke"), ["network_options.width=8"]).network_options == {"width": 8}
+
+
+def test_the_three_readings_of_ensemble_in_one_differ_where_paper_and_release_do() -> None:
+    mixed, paper, release = (recipe(f"eio-resnet20-cifar10{suffix}") for suffix in ("", "-paper", "-release"))
+    assert (mixed.sharing, paper.sharing, release.sharing) == ("independent", "independent", "shared_conv")
+    assert paper.phases[1].objective == EnsembleInOne.paper()
+    assert release.phases[1].objective == mixed.phases[1].objective == EnsembleInOne.release()
+    assert [phase.nesterov for phase in release.phases] == [True, True]

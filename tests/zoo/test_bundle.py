@@ -6,7 +6,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from zoo.bundle import Bundle, write_bundle
+from zoo.bundle import Bundle, record_results, write_bundle
 from zoo.card import Card, FileEntry
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
 
@@ -155,3 +155,33 @@ def test_a_hostile_description_stays_text(card: Card, tmp_path: Path) -> None:
     strange = replace(card, description="a\n---\nb: [", dataset='x": y\n- z', results=())
     text = (write_bundle(tmp_path / "bundle", strange, FILES).folder / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(text.split("\n---\n")[0].removeprefix("---"))["datasets"] == ['x": y\n- z']
+
+
+def test_weights_and_a_readme_of_somebody_else_are_not_overwritten(tmp_path: Path, card: Card) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "other-model.safetensors").write_bytes(b"precious")
+    (mine / "README.md").write_text("mine")
+    with pytest.raises(BadInput, match="is not empty and holds no bundle, so its content would be lost"):
+        write_bundle(mine, card, FILES)
+    assert (mine / "other-model.safetensors").read_bytes() == b"precious"
+
+
+def test_a_file_beside_a_bundle_that_its_card_does_not_list_is_not_lost(folder: Path, card: Card) -> None:
+    (folder / "other-model.safetensors").write_bytes(b"precious")
+    with pytest.raises(BadInput, match=r"other-model\.safetensors"):
+        write_bundle(folder, card, FILES)
+
+
+def test_the_working_folder_is_not_replaced(tmp_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="choose a folder inside it"):
+        write_bundle(Path.cwd(), card, FILES)
+
+
+def test_a_small_measurement_does_not_replace_a_large_one(folder: Path, card: Card) -> None:
+    large = card.results[0]
+    small = replace(large, images=10, accuracy=1.0, interval=(0.7, 1.0))
+    kept = record_results(folder, [small]).card.results
+    assert large in kept
+    assert small in kept

@@ -91,7 +91,7 @@ def test_a_newer_schema_says_to_upgrade() -> None:
         ("method", "", "method is ''"),
         ("classes", ["cat"], "at least two class names"),
         ("classes", ["cat", "cat"], "no name twice"),
-        ("architecture.candidates", 0, "architecture.candidates is 0, expected at least 1"),
+        ("architecture.candidates", 0, "architecture.candidates is 0, expected between 1 and 1024"),
         ("architecture.sharing", None, "null exactly when gated_layers is empty"),
         ("architecture.sharing", "some", "one of independent, shared_conv"),
         ("architecture.gated_layers", ["a", "a", "b"], "no name twice"),
@@ -169,3 +169,28 @@ def test_a_pickle_listed_as_a_weight_is_refused(name: str) -> None:
 def test_a_card_made_in_python_is_checked_like_one_that_is_read() -> None:
     with pytest.raises(BundleError, match="name is 'a/b'"):
         replace(Card.from_json(GOLDEN), name="a/b")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("results.1.eps_fraction", "1e300000000", "the fraction that eps"),
+        ("results.1.eps_fraction", "9" * 5000, "the fraction that eps"),
+        ("results.1.eps", 10**400, "a number of reasonable size"),
+        ("description", "half a pair \ud800", "UTF-8"),
+        ("architecture.candidates", 2**40, "between 1 and 1024"),
+    ],
+)
+def test_numbers_and_texts_that_would_hang_or_break_a_reader_are_refused(path: str, value: Any, said: str) -> None:
+    with pytest.raises(BundleError, match=said):
+        Card.from_json(changed(path, value))
+
+
+def test_an_infinite_number_is_refused_however_it_is_written() -> None:
+    with pytest.raises(BundleError, match="a finite number"):
+        Card.from_json(changed("results.1.step_size", 0.25).replace('"step_size": 0.25', '"step_size": 1e999'))
+
+
+def test_an_integer_of_thousands_of_digits_is_refused() -> None:
+    with pytest.raises(BundleError, match="is not JSON"):
+        Card.from_json(changed("results.1.steps", 17).replace('"steps": 17', '"steps": ' + "1" * 5000))

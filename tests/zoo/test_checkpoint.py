@@ -75,11 +75,11 @@ def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("of", "into", "message"),
     [
-        (PLAIN, INDEPENDENT, r"conv1.weight \(4, 3, 3, 3\) instead of \(3, 4, 3, 3, 3\)"),
-        (INDEPENDENT, SHARED_CONV, r"conv1.weight \(3, 4, 3, 3, 3\) instead of \(4, 3, 3, 3\)"),
+        (PLAIN, INDEPENDENT, r"conv1.weight \(4, 3, 3, 3\) float32 instead of \(3, 4, 3, 3, 3\)"),
+        (INDEPENDENT, SHARED_CONV, r"conv1.weight \(3, 4, 3, 3, 3\) float32 instead of \(4, 3, 3, 3\)"),
         (PLAIN, Architecture(network="resnet14", options={"width": 4}), r"missing \['stages.0.1.conv1.weight'"),
         (Architecture(network="resnet14", options={"width": 4}), PLAIN, r"unknown \['stages.0.1.conv1.weight'"),
-        (Architecture(network="resnet8"), PLAIN, r"classifier.weight \(10, 64\) instead of \(10, 16\)"),
+        (Architecture(network="resnet8"), PLAIN, r"classifier.weight \(10, 64\) float32 instead of \(10, 16\)"),
     ],
 )
 def test_weights_of_another_network_are_refused_by_the_tensors_that_differ(

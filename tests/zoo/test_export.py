@@ -74,14 +74,15 @@ def test_an_exported_bundle_holds_its_graphs_and_weights_and_verifies(gated: Gat
     assert bundle.card.variants == ("single", "ensemble", "gated")
     checks = verify_graphs(bundle)
     assert [check.name for check in checks] == [
+        "the card describes its weights",
         "single.onnx answers as its weights",
         "single.onnx holds one path only",
         "ensemble.onnx answers as its weights",
         "gated.onnx answers as its weights",
     ]
     assert all(check.held for check in checks)
-    assert "64 real tiny test images" in checks[0].detail
-    assert "batches of 1, 3, 64" in checks[0].detail
+    assert "64 real tiny test images" in checks[1].detail
+    assert "batches of 1, 3, 64" in checks[1].detail
 
 
 def test_the_card_says_what_was_exported(gated: Gated, tiny_dataset: str) -> None:
@@ -223,7 +224,7 @@ def test_an_export_replaces_the_bundle_that_was_there_as_a_whole(gated: Gated, t
 
 def test_a_folder_with_anything_else_in_it_is_refused(gated: Gated, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(BadInput, match=r"holds 'thesis\.tex', which is no part of its bundle and would be lost"):
+    with pytest.raises(BadInput, match=r"is not empty and holds no bundle, so its content would be lost"):
         export_members(tmp_path, [derive(gated.rgn, PATHS[0])], gated.architecture, DESCRIPTION)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -240,6 +241,7 @@ def test_graphs_whose_weights_were_changed_do_not_verify(gated: Gated, tmp_path:
     checks = verify_graphs(changed(gated, tmp_path / "out", nudge))
     held = {check.name: check.held for check in checks}
     assert held == {
+        "the card describes its weights": True,
         "single.onnx answers as its weights": False,
         "single.onnx holds one path only": True,  # it still does
         "ensemble.onnx answers as its weights": False,
@@ -281,12 +283,12 @@ def test_a_graph_that_cannot_be_loaded_is_a_check_that_does_not_hold(
     bundle = changed(gated, tmp_path / "out", lambda files: files.update({"single.onnx": content}))
     checks = verify_graphs(bundle)
     assert [check.name for check in checks if not check.held] == ["single.onnx answers as its weights"]
-    assert "ONNX Runtime cannot" in checks[0].detail
+    assert "ONNX Runtime cannot" in checks[1].detail
 
 
 def test_a_graph_of_another_signature_is_a_check_that_does_not_hold(gated: Gated, tmp_path: Path) -> None:
     bundle = changed(gated, tmp_path / "out", lambda files: files.update({"single.onnx": files["gated.onnx"]}))
-    first, *_ = verify_graphs(bundle)
+    _, first, *_ = verify_graphs(bundle)
     assert (first.name, first.held) == ("single.onnx answers as its weights", False)
     assert "ONNX Runtime cannot run the graph" in first.detail
 
@@ -312,3 +314,27 @@ def test_a_wide_path_is_written_so_that_it_can_be_read_again(tiny_dataset: str, 
     assert bundle.card.paths.ensemble == ("12", "10,10")
     assert [paths.parse(text, 2, 11) for text in bundle.card.paths.ensemble] == [(1, 2), (10, 10)]
     assert all(check.held for check in verify_graphs(bundle))
+
+
+def test_weights_that_are_not_finite_are_not_exported(gated: Gated, tmp_path: Path) -> None:
+    broken = derive(gated.rgn, PATHS[0])
+    with torch.no_grad():
+        broken.classifier.weight.fill_(float("nan"))
+    with pytest.raises(BundleError, match="NOT FINITE"):
+        export_members(tmp_path / "out", [broken], gated.architecture, DESCRIPTION)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"classes": True}, {"network": True}])
+def test_a_card_that_describes_other_weights_does_not_verify(
+    gated: Gated, tmp_path: Path, change: dict[str, bool]
+) -> None:
+    bundle = Bundle.open(gated.folder)
+    card = bundle.card
+    if "classes" in change:
+        card = replace(card, classes=tuple(reversed(card.classes)))
+    else:
+        card = replace(card, architecture=replace(card.architecture, name="resnet20"))
+    other = write_bundle(tmp_path / "other", card, {name: bundle.read(name) for name in card.files})
+    checks = {check.name: check for check in verify_graphs(other)}
+    assert not checks["the card describes its weights"].held

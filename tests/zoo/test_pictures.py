@@ -1,3 +1,4 @@
+import contextlib
 import io
 import struct
 import warnings
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 
 from zoo.card import Card, InputFormat
 from zoo.errors import BadImage, BadInput, MissingFile, UnsupportedImage
@@ -76,6 +77,68 @@ def test_a_model_of_one_channel_gets_grey(wanted: InputFormat) -> None:
     assert images == pytest.approx(np.full_like(images, 0.2))
 
 
+@pytest.mark.parametrize("orientation", [*range(10), 65_535])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_every_orientation_is_turned_as_pillow_turns_it(wanted: InputFormat, orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(np.random.default_rng(4).integers(0, 256, (20, 40, 3), dtype=np.uint8), kind, exif=exif)
+    with Image.open(io.BytesIO(content)) as image:
+        turned = encoded(ImageOps.exif_transpose(image).convert("RGB"))
+    assert np.array_equal(decode_image(content, wanted), decode_image(turned, wanted))
+
+
+def exif_entry(tag: int, kind: int, count: int, value: int) -> bytes:
+    return struct.pack(">HHII", tag, kind, count, value)
+
+
+@pytest.mark.parametrize("tag", [0x010E, 0x8769, 0x8825, 0x0112])
+@pytest.mark.parametrize("kind", [0, 2, 5, 12, 255])
+@pytest.mark.parametrize("count", [0, 1, 3, 2**31])
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_malformed_exif_is_read_past_or_refused_but_never_crashes(
+    wanted: InputFormat, tag: int, kind: int, count: int
+) -> None:
+    entries = [exif_entry(0x0112, 3, 1, 6 << 16), exif_entry(tag, kind, count, 8)]
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + b"".join(entries) + bytes(20)
+    for image_kind in ("PNG", "JPEG", "WEBP"):
+        content = encoded(np.zeros((20, 40, 3), dtype=np.uint8), image_kind, exif=exif)
+        with contextlib.suppress(BadImage):
+            assert decode_image(content, wanted).shape == (1, 3, 32, 32)
+
+
+def test_exif_of_another_type_than_its_tag_says_does_not_hide_the_orientation(wanted: InputFormat) -> None:
+    # the letter of the latitude as three rationals: Pillow reads them, and cannot write them again
+    gps = struct.pack(">H", 1) + exif_entry(1, 5, 3, 56) + struct.pack(">I6I", 0, 1, 1, 2, 1, 3, 1)
+    entries = exif_entry(0x0112, 3, 1, 3 << 16) + exif_entry(0x8825, 4, 1, 38)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + struct.pack(">I", 0) + gps
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:16] = 255
+    images = decode_image(encoded(pixels, "PNG", exif=exif), wanted)
+    assert images[0, :, :16].max() == 0
+
+
+def jpeg_of_scans(number: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated, `number` scans in all."""
+    whole = encoded(np.zeros((64, 64, 3), dtype=np.uint8), "JPEG", progressive=True)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * (number - whole.count(b"\xff\xda")) + b"\xff\xd9"
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_unpacked(
+    wanted: InputFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert decode_image(jpeg_of_scans(64), wanted).shape == (1, 3, 32, 32)
+    bomb = jpeg_of_scans(65)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", must_not_load)
+    with pytest.raises(BadImage, match="the JPEG has 65 scans, expected at most 64"):
+        decode_image(bomb, wanted)
+
+
+def must_not_load(image: Image.Image) -> None:
+    pytest.fail("unpacked its pixels")
+
+
 def test_a_photograph_is_turned_upright(wanted: InputFormat) -> None:
     pixels = np.zeros((32, 32, 3), dtype=np.uint8)
     pixels[:16] = 255
@@ -96,7 +159,10 @@ def test_other_formats_are_not_even_tried(wanted: InputFormat, content: bytes) -
 
 @pytest.mark.parametrize(("width", "height"), [(2001, 2000), (10_000, 9_500), (60_000, 60_000)])
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_image_that_claims_too_many_pixels_is_refused(wanted, width: int, height: int, strict: bool) -> None:
+def test_an_image_that_claims_too_many_pixels_is_refused_before_it_is_unpacked(
+    wanted: InputFormat, monkeypatch: pytest.MonkeyPatch, width: int, height: int, strict: bool
+) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", must_not_load)
     with warnings.catch_warnings():
         warnings.simplefilter("error" if strict else "ignore")
         with pytest.raises(BadImage, match="expected at most 4,000,000"):
