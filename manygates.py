@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import random
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,11 +142,12 @@ def _pull(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from zoo.card import Check
     from zoo.catalogue import open_model
-    from zoo.errors import ChecksumMismatch
+    from zoo.errors import ChecksumMismatch, MissingFile
 
+    listed = open_model(arguments.model, only=()).card.files  # no bundle at all is bad input, not a failed check
     try:
-        bundle = open_model(arguments.model)
-    except ChecksumMismatch as error:
+        bundle = open_model(arguments.model, only=listed)
+    except (ChecksumMismatch, MissingFile) as error:
         checks = [Check(name="checksums", held=False, detail=str(error))]
     else:
         from zoo.export import verify_graphs
@@ -228,11 +230,14 @@ def _export(arguments: argparse.Namespace) -> int:
 
     check_target(arguments.out)
     network, architecture, training, name, chosen, members = _export_source(arguments)
+    card = None if _is_run(arguments.source) else _card_of(arguments.source)
+    said = training.recipe.get("description", f"{name}, exported") if card is None else card.description
     description = Description(
         name=arguments.name or name,
-        description=arguments.description or training.recipe.get("description", f"{name}, exported"),
+        description=arguments.description or said,
         method=_method(training),
         training=training,
+        results=() if card is None else card.results,  # the same weights and paths, so the same numbers
     )
     if isinstance(network, RandomGatedNetwork):
         bundle = export_rgn(arguments.out, network, architecture, description, single=chosen[0], ensemble=chosen[1:])
@@ -575,12 +580,12 @@ def _command_of(arguments: argparse.Namespace, name: str) -> str:
     folder = resolve(arguments.model).folder
     if folder is not None and folder.resolve() != (bundled_dir() / name).resolve():
         name = arguments.model  # a bundle elsewhere; one of the catalogue is repeated by its name
-    parts = ["manygates evaluate", name, "--protocol", arguments.protocol, "--variant", arguments.variant]
+    parts = ["manygates", "evaluate", name, "--protocol", arguments.protocol, "--variant", arguments.variant]
     if arguments.protocol != "clean":
         parts += ["--eps", *arguments.eps, "--steps", str(arguments.steps), "--restarts", str(arguments.restarts)]
     if arguments.images is not None:
         parts += ["--images", str(arguments.images)]
-    return " ".join([*parts, "--seed", str(arguments.seed)])
+    return shlex.join([*parts, "--seed", str(arguments.seed)])
 
 
 def _plain_json(result: Result) -> dict[str, Any]:

@@ -108,6 +108,7 @@ class Batcher:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._accepting = False
         self._settled = asyncio.Event()
+        self._sweep_timer: asyncio.TimerHandle | None = None
         self._threads: list[threading.Thread] = []
 
     @property
@@ -153,6 +154,8 @@ class Batcher:
             # not at once: whatever else arrived in this turn of the loop joins the batch, and it costs no waiting
             self._dispatch_scheduled = True
             self._loop.call_soon(self._dispatch)
+        if self._sweep_timer is None:
+            self._sweep_timer = self._loop.call_later(self._queue_timeout, self._sweep)
         try:
             return await request.future
         except asyncio.CancelledError:
@@ -169,6 +172,9 @@ class Batcher:
                     await self._settled.wait()
         except TimeoutError:
             logger.warning("%d images were still waiting when the time to drain was over", self._waiting_rows)
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+            self._sweep_timer = None
         while self._requests:
             self._fail(self._requests[0], Draining())
         for _ in self._threads:
@@ -194,6 +200,20 @@ class Batcher:
             if batch:
                 self._in_flight += 1
                 self._jobs.put(batch)
+
+    def _sweep(self) -> None:
+        """Refuse what has waited too long, even while no worker comes to fetch anything."""
+        assert self._loop is not None
+        latest = time.perf_counter() - self._queue_timeout
+        for request in list(self._requests):
+            if request.arrived > latest:
+                break
+            if request.next_row == 0:
+                self._fail(request, WaitedTooLong())
+        # one timer for all: the next look is when the oldest of those that are left will be late, but not at once again
+        oldest = next((request.arrived for request in self._requests if request.next_row == 0), None)
+        pause = self._queue_timeout if oldest is None else max(oldest - latest, 0.001)
+        self._sweep_timer = self._loop.call_later(pause, self._sweep) if self._requests else None
 
     def _take(self, max_rows: int) -> list[_Part]:
         """Take up to `max_rows` rows off the queue, oldest first."""

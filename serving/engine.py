@@ -6,6 +6,7 @@ because an attacker who learns them faces a fixed network.
 """
 
 import os
+import re
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple, Protocol
@@ -26,6 +27,7 @@ GateSource = Callable[[int], NDArray[np.int64]]
 VARIANT_OF_MODE: dict[str, str] = {"single": "single", "ensemble": "ensemble", "random": "gated"}
 _runtime: Any = onnxruntime  # it re-exports its names without saying so, which strict typing refuses
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_MAX_CANDIDATES = 1024
 _INPUT, _GATES, _OUTPUTS = "images", "gates", ["probabilities", "logits"]
 
 
@@ -50,6 +52,10 @@ class SystemGates:
     """Uniform gates from the operating system's entropy (`os.urandom`)."""
 
     def __init__(self, num_gates: int, candidates: int) -> None:
+        if not 1 <= candidates <= _MAX_CANDIDATES:
+            raise BadInput(
+                f"{candidates} candidates per gate, expected 1 to {_MAX_CANDIDATES}; look at the model's card"
+            )
         self._num_gates = num_gates
         self._candidates = candidates
         # below this bound every candidate is hit by equally many 32-bit words; the few words above are drawn again
@@ -111,7 +117,7 @@ class Engine:
             raise BundleError(f"{self.card.name}: pixels are in {self.card.input.range}, the server needs [0.0, 1.0]")
         graph_name = graph_file(self.mode)
         graph = bundle.read(graph_name)
-        options = _session_options(intra_op=intra_op, allow_spinning=allow_spinning)
+        options = _session_options(intra_op=intra_op, allow_spinning=allow_spinning, silent=self.mode == "random")
         name = f"{self.card.name}/{graph_name}"
         self._sessions: list[Any] = []
         self._free: SimpleQueue[Any] = SimpleQueue()
@@ -148,7 +154,16 @@ class Engine:
 
     def _run_randomly(self, session: Any, images: NDArray[np.float32]) -> Prediction:
         paths = self._draw_gates(len(images))
-        rows = [session.run(_OUTPUTS, {_INPUT: images[row : row + 1], _GATES: path}) for row, path in enumerate(paths)]
+        failure = None
+        try:
+            rows = [
+                session.run(_OUTPUTS, {_INPUT: images[row : row + 1], _GATES: path}) for row, path in enumerate(paths)
+            ]
+        except Exception as error:  # noqa: BLE001 -- ONNX Runtime's exceptions have no common base of their own
+            # its words name the node that failed, and so the path
+            failure = re.sub(r"\d+", "#", f"{type(error).__name__}: {error}")
+        if failure is not None:
+            raise RuntimeError(f"the gated graph failed (numbers are hidden, they may be gates): {failure}")
         if len(rows) == 1:
             return Prediction(*rows[0])
         return Prediction(*(np.concatenate(column) for column in zip(*rows, strict=True)))
@@ -202,11 +217,12 @@ def graph_file(mode: Mode) -> str:
     return f"{VARIANT_OF_MODE[mode]}.onnx"
 
 
-def _session_options(*, intra_op: int, allow_spinning: bool) -> Any:
+def _session_options(*, intra_op: int, allow_spinning: bool, silent: bool) -> Any:
     options = _runtime.SessionOptions()
     options.intra_op_num_threads = intra_op
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    # 3 is errors, 4 only what ends the process: errors of a gated graph name the gates; they are raised as well
+    options.log_severity_level = 4 if silent else 3
     # batch sizes vary, so a memory plan per shape is rarely used again
     options.enable_mem_pattern = False
     # a graph may name files to read its weights from; in this "folder" there can be none, inside it or above it
@@ -263,3 +279,10 @@ def _check_signature(session: Any, card: Card, mode: Mode, name: str) -> None:
     outputs = {entry.name for entry in session.get_outputs()}
     if not outputs >= set(_OUTPUTS):
         raise BundleError(f"{name} has the outputs {sorted(outputs)}, expected {sorted(_OUTPUTS)}; export it again")
+    if mode == "random":
+        # a graph takes any gate, so a card that counts other candidates would leave some out or prefer the last one
+        said = session.get_modelmeta().custom_metadata_map
+        expected = {"gates": len(card.architecture.gated_layers), "candidates": card.architecture.candidates}
+        for key, number in expected.items():
+            if key in said and said[key] != str(number):
+                raise BundleError(f"{name} has {said[key]!r} {key}, its card says {number}; export it again")

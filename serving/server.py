@@ -3,21 +3,28 @@
 import importlib
 import ipaddress
 import logging
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
 
 from serving.app import Application, Model
+from serving.connection import SPARE_CONNECTIONS, with_header_timeout
 from serving.engine import Engine, choose_mode, graph_file
 from serving.settings import Settings
 from zoo.catalogue import open_model
 from zoo.errors import BadInput
 
 logger = logging.getLogger("manygates.serving")
+
+_OTHER_FILES = 128  # what is open besides connections: libraries, the log, the event loop, a model being loaded
 
 
 def serve(
@@ -44,7 +51,42 @@ def serve(
         UnknownName: for a model or mode that does not exist.
         BundleError: if a bundle is damaged.
     """
-    settings = settings or Settings.from_environment()
+    with _stopped_by_signals():
+        _serve(models, mode, host, port, demo, settings or Settings.from_environment())
+
+
+class _Stopped(BaseException):
+    """A signal to stop came before there was anything to drain."""
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """End the block on SIGTERM or Ctrl-C, as long as nothing in it has handlers of its own.
+
+    Without this SIGTERM would leave a traceback while a model is loaded, and do nothing at all in a container's first
+    process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except _Stopped:
+        print("manygates was stopped before it served anything", file=sys.stderr, flush=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _serve(models: Sequence[str], mode: str | None, host: str, port: int, demo: bool, settings: Settings) -> None:
+    allow_open_files(settings.max_connections + SPARE_CONNECTIONS + _OTHER_FILES)
+    # what Pillow thinks of files that clients send is answered to them; the log would fill with it
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     listener = bind(host, port)  # before loading: a port in use should not cost the time to load
     try:
         application = Application([load(model, mode, settings) for model in models], settings)
@@ -79,8 +121,31 @@ def load(model: str, mode: str | None, settings: Settings) -> Model:
     return Model(card=engine.card, mode=engine.mode, predictor=engine)
 
 
+def allow_open_files(number: int) -> None:
+    """Raise this process's limit of open files to `number` if it is lower and may be raised; warn if it may not."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= number:
+        return
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):  # some systems have further limits of their own
+        wanted = soft
+    if wanted < number:
+        logger.warning(
+            "this process may open %d files, and max_connections needs %d: connections beyond that will wait; raise "
+            "the limit (ulimit -n) or lower MANYGATES_SERVE_MAX_CONNECTIONS",
+            wanted,
+            number,
+        )
+
+
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to the address, not listening yet.
+    """Return a socket that listens on the address: whoever connects waits until the server has loaded its models.
 
     Raises:
         BadInput: if the address cannot be used.
@@ -121,7 +186,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 application,
                 loop="uvloop" if sys.platform != "win32" else "asyncio",
-                http="httptools",
+                http=with_header_timeout(settings.header_timeout),
                 lifespan="on",
                 log_level="warning",
                 access_log=False,

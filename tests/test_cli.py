@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -140,7 +141,9 @@ def test_a_run_becomes_a_bundle_that_says_where_it_comes_from(run: Path, model: 
     assert len(card.architecture.gated_layers) == GATES
     assert len(set(card.paths.ensemble)) == 2
     assert card.paths.single == card.paths.ensemble[0]
-    assert card.training.recipe == json.loads((run / "recipe.json").read_text())
+    recipe = dict(card.training.recipe)
+    assert [start["step"] for start in recipe.pop("starts")] == [0]
+    assert recipe == json.loads((run / "recipe.json").read_text())
     assert card.training.seed == 0
     assert card.training.summary.startswith("3 + 1 epochs on ")
     assert card.training.summary.endswith("(last checkpoint)")
@@ -233,9 +236,9 @@ def test_evaluate_prints_one_result_for_one_eps_and_an_array_for_several(model: 
 def test_the_command_of_a_result_measures_it_again(model: Path) -> None:
     words = ("--protocol", "whitebox", "--eps", "1/50", "--images", "20", "--steps", "2", "--restarts", "1")
     first = done("evaluate", model, *words, "--variant", "ensemble", "--seed", "3", "--json").json
-    command = first["command"].split()
-    assert command[:3] == ["manygates", "evaluate", "smoke"]
-    again = done("evaluate", model, *command[3:], "--json").json
+    command = shlex.split(first["command"])
+    assert command[:3] == ["manygates", "evaluate", str(model)]
+    again = done(*command[1:], "--json").json
     assert again == first
 
 
@@ -253,11 +256,11 @@ def test_a_recorded_result_is_in_the_card_and_in_the_list(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundled = tmp_path / "bundles"
-    changed(model, bundled / "smoke")
+    folder = changed(model, bundled / "smoke")
     monkeypatch.setattr(catalogue, "bundled_dir", lambda: bundled)
-    said = done("evaluate", "smoke", "--protocol", "clean", "--record")
+    said = done("evaluate", f"local-dir:{folder}", "--protocol", "clean", "--record")
     assert "recorded in" in said.err
-    (result,) = document_of(bundled / "smoke")["results"]
+    (result,) = document_of(folder)["results"]
     assert result["command"] == "manygates evaluate smoke --protocol clean --variant single --seed 0"
 
     (listed,) = done("list", "--json").json
@@ -266,9 +269,11 @@ def test_a_recorded_result_is_in_the_card_and_in_the_list(
     assert listed["results"] == [result]
     table = done("list").out
     assert f"{100 * result['accuracy']:.2f}" in table
-    assert done("show", "smoke", "--json").json == document_of(bundled / "smoke")
+    assert done("show", "smoke", "--json").json == document_of(folder)
     assert "# smoke" in done("show", "smoke").out
-    assert done("pull", "smoke").out.strip() == str(bundled / "smoke")
+    assert done("pull", "smoke").out.strip() == str(folder)
+    line = refused("evaluate", "smoke", "--protocol", "clean", "--record")
+    assert "--record writes into a bundle of yours" in line
 
 
 def test_pulling_copies_the_bundle_itself(model: Path, tmp_path: Path) -> None:
@@ -459,7 +464,7 @@ def test_a_place_that_is_taken_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr("training.loop.load_run", None)  # not reached
     (tmp_path / "thesis.tex").touch()
-    assert "'thesis.tex', which is no part of its bundle and would be lost" in refused(command, run, "--out", tmp_path)
+    assert "is not empty and holds no bundle, so its content would be lost" in refused(command, run, "--out", tmp_path)
     assert "is a file, expected a directory or nothing" in refused(command, run, "--out", tmp_path / "thesis.tex")
 
 

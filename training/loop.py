@@ -14,6 +14,7 @@ Resuming is bit-exact on the CPU: the checkpoint holds the position, and every d
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib.metadata
 import io
@@ -410,7 +411,7 @@ class _Loop:
         """Run each phase's objective once, keeping nothing: what cannot work should fail before a folder is made."""
         if self.position.step:
             return
-        kept = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        kept = copy.deepcopy(self.model.state_dict())
         self.model.train()
         orders = [torch.arange(2 * self.world.size) % len(self.images)] * 2
         for phase in self.recipe.phases:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import zoo.card
 from zoo import data, onnx_graphs, paths
 from zoo.bundle import Bundle, write_bundle
-from zoo.card import Card, Check, InputFormat, Paths, Training
+from zoo.card import Card, Check, InputFormat, Paths, Result, Training
 from zoo.checkpoint import Architecture, load_network, save_network
 from zoo.derive import Ensemble, derive, folded_copy
 from zoo.errors import BadInput, BundleError, DataMissing
@@ -50,6 +50,8 @@ class Description:
     method: str
     training: Training
     license: str = LICENSE
+    results: tuple[Result, ...] = ()
+    """What was measured on these very weights and paths before."""
 
 
 def export_rgn(
@@ -223,7 +225,7 @@ def _card(
         paths=chosen,
         variants=variants,
         training=description.training,
-        results=(),
+        results=description.results,
         files={},
     )
 

@@ -112,7 +112,8 @@ def count_parameters(file: bytes) -> int:
     """Return how many numbers a graph's tensors hold, those inside its branches included."""
 
     def inside(graph: onnx.GraphProto) -> int:
-        own = sum(int(np.prod(tensor.dims)) for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT)
+        floats = [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT]
+        own = sum(int(np.prod(tensor.dims)) for tensor in floats if tensor.dims)  # a scalar is a bound, no weight
         branches = [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
         return own + sum(inside(branch) for branch in branches)
 

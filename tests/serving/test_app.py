@@ -2,20 +2,21 @@ import asyncio
 import io
 import json
 import logging
-import struct
 import threading
-import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
+from starlette import formparsers
 
 from serving.app import Application, Model
-from serving.engine import Prediction
+from serving.engine import Engine, Prediction
+from zoo.bundle import Bundle
 from zoo.errors import BadInput
 
 
@@ -165,21 +166,97 @@ def test_a_bad_image_request_is_refused_with_its_reason(application_of, send: di
     ask(application_of(Fixed()), body)
 
 
-def test_a_decompression_bomb_is_refused_before_it_is_unpacked(application_of) -> None:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)  # 900 million pixels, one bit each
-    bomb = (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_unpacked(
+    application_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # more than we allow and less than Pillow would refuse by itself
+    content = png((2500, 2000))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("unpacked its pixels"))
 
     async def body(client: httpx.AsyncClient) -> None:
-        answer = await client.post("/classify", content=bomb)
+        answer = await client.post("/classify", content=content)
         assert answer.status_code == 400
-        assert "expected at most 4,000,000" in answer.json()["error"]
+        assert "2500x2000 pixels, expected at most 4,000,000" in answer.json()["error"]
 
     ask(application_of(Fixed()), body)
+
+
+def form(text: bytes, charset: str) -> dict[str, Any]:
+    """A form with one text field, in a charset of the client's choice."""
+    content = b'--x\r\nContent-Disposition: form-data; name="note"\r\n\r\n' + text + b"\r\n"
+    content += b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + png() + b"\r\n"
+    headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+    return {"content": content + b"--x--\r\n", "headers": headers}
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "undefined", "punycode", "idna", "utf-7", "rot13", "no-such"])
+def test_the_charset_that_a_form_names_is_never_used(
+    application_of, monkeypatch: pytest.MonkeyPatch, charset: str
+) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        assert (await client.post("/classify", **form(b"\xff \xc3\xa4", charset))).status_code == 200
+
+    looked_up: list[str] = []
+    real = formparsers.codecs.lookup
+    monkeypatch.setattr(formparsers.codecs, "lookup", lambda name: looked_up.append(name) or real(name))
+    ask(application_of(Fixed()), body)
+    assert set(looked_up) <= {"utf-8"}
+
+
+def test_a_text_field_of_more_than_a_few_kilobytes_is_refused(application_of) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        assert (await client.post("/classify", **form(b"a" * 4096, "utf-8"))).status_code == 200
+        answer = await client.post("/classify", **form(b"a" * 4097, "utf-8"))
+        assert answer.status_code == 400
+        assert "form cannot be read (Part exceeded maximum size of 4KB.)" in answer.json()["error"]
+
+    ask(application_of(Fixed()), body)
+
+
+@pytest.mark.parametrize("boundary", ['"a b"', '"a:b;c"', "----WebKitFormBoundary7MA4YWxkTrZu0gW"])
+def test_a_boundary_may_be_quoted(application_of, boundary: str) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        mark = boundary.strip('"').encode()
+        content = b'--%s\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n%s\r\n--%s--\r\n'
+        headers = {"content-type": f"multipart/form-data; Boundary={boundary}"}
+        answer = await client.post("/classify", content=content % (mark, png(), mark), headers=headers)
+        assert answer.status_code == 200
+
+    ask(application_of(Fixed()), body)
+
+
+def test_a_file_that_takes_for_ever_to_decode_holds_up_neither_the_stop_nor_the_exit(
+    application_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, opened = threading.Event(), threading.Event()
+
+    def decode_image(content: bytes, wanted: object) -> np.ndarray:
+        entered.set()
+        assert opened.wait(60)
+        return np.zeros((1, 3, 4, 4), np.float32)
+
+    monkeypatch.setattr("serving.app.decode_image", decode_image)
+    application = application_of(Fixed())
+
+    async def main() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://server") as client:
+            async with application.running():
+                waiting = [asyncio.create_task(client.post("/classify", content=png())) for _ in range(5)]
+                while not entered.is_set():
+                    await asyncio.sleep(0.001)
+            for task in waiting:
+                assert (await task).status_code == 503
+
+    try:
+        asyncio.run(main())
+        assert not opened.is_set()
+        decoders = [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+        assert decoders
+        assert all(thread.daemon for thread in decoders)  # the interpreter does not wait for these
+    finally:
+        opened.set()
+    for thread in decoders:
+        thread.join(10)
 
 
 def test_an_oversized_body_is_refused_whether_announced_or_not(application_of) -> None:
@@ -299,6 +376,36 @@ def test_a_failing_model_answers_500_without_its_details(application_of, caplog:
     assert "secret detail" in caplog.text
 
 
+def test_errors_that_the_router_answers_and_defects_are_counted(
+    application_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def defective(*_: object) -> None:
+        raise KeyError("a defect of ours")
+
+    monkeypatch.setattr("serving.app.decode_image", defective)
+    application = application_of(Fixed())
+    monkeypatch.setattr(application._served["tiny"].codec, "metadata", defective)
+    monkeypatch.setattr(application._served["tiny"].codec, "encode", defective)
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(application, raise_app_exceptions=False)
+        async with application.running(), httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            assert (await client.get("/nowhere")).status_code == 404
+            assert (await client.get("/classify")).status_code == 405
+            assert (await client.post("/classify", content=png())).status_code == 500
+            assert (await client.get("/v2/models/tiny")).status_code == 500
+            assert (await client.post("/v2/models/tiny/infer", json=infer_document())).status_code == 500
+            text = (await client.get("/metrics")).text
+        for model, reason, times in (
+            ("", "not_found", 1),
+            ("", "method_not_allowed", 1),
+            ("tiny", "defect", 3),
+        ):
+            assert f'manygates_request_failures_total{{model="{model}",reason="{reason}"}} {times}.0' in text
+
+    asyncio.run(main())
+
+
 def test_before_its_start_and_while_draining_the_server_says_503(application_of) -> None:
     async def unready(client: httpx.AsyncClient) -> None:
         for answer in (
@@ -377,6 +484,27 @@ def test_random_requests_leave_no_gates_in_the_log(tiny_application, caplog: pyt
     with caplog.at_level(logging.DEBUG, logger="manygates"):
         ask(tiny_application("random"), body)
     assert caplog.text == ""
+
+
+def test_a_failing_random_batch_leaves_no_gates_in_the_log_either(
+    bundle_dir: Path, card, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # gates beyond the candidates: ONNX Runtime fails, and says which
+    gates = np.array([[1, 7_654_321]])
+    engine = Engine(Bundle.open(bundle_dir), "random", threads=1, gate_source=lambda num_images: gates)
+    application = Application([Model(card=card, mode="random", predictor=engine)])
+
+    async def body(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/v2/models/tiny/infer", json=infer_document())
+        assert answer.status_code == 500
+        assert "7654321" not in answer.text + (await client.get("/metrics")).text
+
+    with caplog.at_level(logging.DEBUG):
+        ask(application, body)
+    logged = caplog.text + "".join(capfd.readouterr())
+    assert "the gated graph failed" in logged
+    assert "out of data bounds, idx=#" in logged
+    assert "7654321" not in logged
 
 
 def test_several_models_are_served_side_by_side(card) -> None:

@@ -245,6 +245,49 @@ def test_a_request_that_waited_too_long_is_refused_when_its_turn_comes() -> None
     run(gate, body, workers=1, queue_timeout=0.01)
 
 
+def test_requests_that_wait_for_a_predictor_that_hangs_are_refused_in_time() -> None:
+    gate = Gate()
+
+    async def body(batcher: Batcher) -> None:
+        running = asyncio.create_task(batcher.submit(marked(0)))
+        while not gate.entered.is_set():
+            await asyncio.sleep(0.001)
+        for _ in range(2):
+            late = [asyncio.create_task(batcher.submit(marked(mark))) for mark in (1, 2)]
+            for task in late:
+                with pytest.raises(WaitedTooLong):
+                    await task
+            assert batcher.waiting == 0
+        gate.opened.set()
+        await running
+        assert (await batcher.submit(marked(3))).probabilities[0, 0] == 3
+
+    run(gate, body, workers=1, queue_timeout=0.02)
+
+
+def test_a_request_in_its_time_is_not_refused_with_the_late_ones() -> None:
+    gate = Gate()
+
+    async def body(batcher: Batcher) -> None:
+        running = asyncio.create_task(batcher.submit(marked(0)))
+        while not gate.entered.is_set():
+            await asyncio.sleep(0.001)
+        late = asyncio.create_task(batcher.submit(marked(1)))
+        await asyncio.sleep(0)
+        batcher._requests[-1].arrived -= 3000
+        fresh = asyncio.create_task(batcher.submit(marked(2)))
+        await asyncio.sleep(0)
+        batcher._sweep()
+        with pytest.raises(WaitedTooLong):
+            await late
+        assert batcher.waiting == 1
+        gate.opened.set()
+        await running
+        assert (await fresh).probabilities[0, 0] == 2
+
+    run(gate, body, workers=1, queue_timeout=2000.0)
+
+
 def test_stopping_finishes_what_waits_and_refuses_what_comes() -> None:
     echo = Echo(pause=0.01)
 

@@ -150,6 +150,27 @@ def test_a_graph_that_does_not_fit_its_card_is_refused(tmp_path: Path, make_card
         engine.warm_up(2)
 
 
+@pytest.mark.parametrize(("key", "said"), [("candidates", "3"), ("gates", "5")])
+def test_a_gated_graph_that_counts_otherwise_than_its_card_is_refused(
+    tmp_path: Path, make_card, make_graph, key: str, said: str
+) -> None:
+    model = onnx.ModelProto.FromString(make_graph(gated=True))
+    onnx.helper.set_model_props(model, {"candidates": "2", "gates": "2"})
+    card = make_card(variants=("gated",))
+    right = write_bundle(tmp_path / "right", card, {"gated.onnx": model.SerializeToString()})
+    assert Engine(right, "random", threads=1).mode == "random"
+    onnx.helper.set_model_props(model, {"candidates": "2", "gates": "2", key: said})
+    wrong = write_bundle(tmp_path / "wrong", card, {"gated.onnx": model.SerializeToString()})
+    with pytest.raises(BundleError, match=f"tiny/gated.onnx has '{said}' {key}, its card says 2; export it again"):
+        Engine(wrong, "random", threads=1)
+
+
+@pytest.mark.parametrize("candidates", [0, -1, 1025, 10**12])
+def test_a_number_of_candidates_that_no_network_has_is_refused(candidates: int) -> None:
+    with pytest.raises(BadInput, match=f"{candidates} candidates per gate, expected 1 to 1024"):
+        SystemGates(2, candidates)
+
+
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers() and Path("/dev/nvidia0").exists(),
     reason="this machine has a GPU",
