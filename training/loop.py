@@ -145,7 +145,7 @@ def train(
             loop.restore()
         elif start is not None:
             load_network_state(loop.model, network_state(start))
-        if world.leads:
+        if world.leads and loop.position.epoch < recipe.epochs:
             _record_start(recipe, run_dir, loop.position.step, world.size)
         loop.run()
     finally:
