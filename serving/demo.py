@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from serving.server import bind, url_of
 from zoo import data, paths
-from zoo.attacks import LinfBudget, fgsm, pgd
+from zoo.attacks import LinfBudget, fgsm, pgd, to_grid
 from zoo.bundle import Bundle
 from zoo.card import Card, Result
 from zoo.catalogue import list_bundled, open_model
@@ -301,11 +301,10 @@ def _as_images(levels: Levels) -> Tensor:
 
 
 def _on_the_grid(adversarial: Tensor, clean: Levels, eps_levels: int) -> Levels:
-    """Round to whole levels, and back into the ball in whole numbers, where nothing is lost."""
-    levels = np.rint(adversarial[0].numpy() * 255).astype(np.int32)
-    centre = clean.astype(np.int32)
-    inside: Levels = levels.clip(centre - eps_levels, centre + eps_levels).clip(0, 255).astype(np.uint8)
-    return inside
+    """Round to whole levels inside the ball."""
+    rounded = to_grid(adversarial, _as_images(clean), eps_levels / 255)
+    levels: Levels = (rounded[0] * 255).round().numpy().astype(np.uint8)
+    return levels
 
 
 # ---------------------------------------------------------------------------------------------------------- one contest

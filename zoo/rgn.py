@@ -157,10 +157,16 @@ class RandomGatedNetwork(nn.Module):
         self, images: Tensor, layer: int, tensors: dict[str, Tensor], *, activated: bool = False, folded: bool = False
     ) -> Tensor:
         """Run only the prefix up to `layer` with the tensors of `select` or `folded`."""
+        return self.runner(layer, tensors, activated=activated, folded=folded)(images)
+
+    def runner(
+        self, layer: int, tensors: dict[str, Tensor], *, activated: bool = False, folded: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the prefix up to `layer` as a function of images, with the tensors of `select` or `folded` bound."""
         graph = self.prefix(layer, activated=activated, folded=folded)
         present = {name for name, _ in graph.named_modules()}
         needed = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in present}
-        return cast(Tensor, functional_call(graph, needed, (images,)))
+        return lambda images: cast(Tensor, functional_call(graph, needed, (images,)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomGatedNetwork:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

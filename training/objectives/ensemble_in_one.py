@@ -13,11 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from training.objectives.base import Batch, Objective, Step
@@ -151,20 +150,16 @@ class EnsembleInOne(Objective):
         self, model: RandomGatedNetwork, path: Path, layer: int, step: Step, device: torch.device
     ) -> Callable[[Tensor], Tensor]:
         """Return the prefix as a function of images alone, its tensors bound and detached."""
-        folded = self.batch_norm == "eval"
-        if folded:
+        if self.batch_norm == "eval":
             tensors = model.folded(path, dtype=None if step.precision == torch.float32 else step.precision)
-        else:
-            tensors = {name: tensor.detach() for name, tensor in {**_shared(model), **model.select(path)}.items()}
-        graph = model.prefix(layer, activated=self.activated, folded=folded)
-        present = {name for name, _ in graph.named_modules()}
-        tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in present}
+            folded = model.runner(layer, tensors, activated=self.activated, folded=True)
+            return lambda images: folded(images.to(step.precision))
+        tensors = {name: tensor.detach() for name, tensor in {**_shared(model), **model.select(path)}.items()}
+        plain = model.runner(layer, tensors, activated=self.activated)
 
         def run(images: Tensor) -> Tensor:
-            if folded:
-                return cast(Tensor, functional_call(graph, tensors, (images.to(step.precision),)))
             with step.autocast(device):
-                return cast(Tensor, functional_call(graph, tensors, (images,)))
+                return plain(images)
 
         return run
 
