@@ -39,7 +39,7 @@ import numpy as np
 import onnxruntime
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # runs from a checkout too
+sys.path.insert(0, str(ROOT))  # first, or `serving` would be this very file
 
 from serving.engine import choose_mode, graph_file, usable_cores  # noqa: E402
 from zoo.bundle import Bundle  # noqa: E402

@@ -32,6 +32,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from training.distributed import World
@@ -396,9 +397,8 @@ class _Loop:
 
     def _check_finite(self, loss: Tensor) -> None:
         """Stop before the weights are ruined: a loss or a gradient that is not finite on any rank."""
-        gradients = [p.grad.abs().amax() for p in self.model.parameters() if p.grad is not None]
-        largest = float(torch.stack([loss.float().abs(), *gradients]).amax())
-        if math.isfinite(largest):
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if math.isfinite(float(loss)) and math.isfinite(float(get_total_norm(gradients, norm_type=math.inf))):
             return
         kept = self.run_dir / LAST
         last = f"{kept} is from before" if kept.exists() else "nothing was saved yet"

@@ -82,7 +82,10 @@ def test_two_sources_of_system_gates_differ() -> None:
 
 def test_warming_up_accepts_a_sound_model(bundle_dir: Path) -> None:
     for mode in ("single", "ensemble", "random"):
-        Engine(Bundle.open(bundle_dir), mode, threads=2).warm_up(4)
+        engine = Engine(Bundle.open(bundle_dir), mode, threads=2)
+        engine.warm_up(4)
+        assert engine.mode == mode
+        assert len(engine.predict(np.zeros((4, 3, 4, 4), np.float32)).probabilities) == 4
 
 
 def test_an_unknown_mode_is_refused_with_the_known_ones(bundle_dir: Path) -> None:
