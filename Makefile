@@ -74,5 +74,5 @@ $(VENV)/installed-demo: $(VENV)/installed-pip pyproject.toml
 	@touch $(VENV)/installed-serve $@
 
 $(VENV)/installed-dev: $(VENV)/installed-demo
-	$(PIP) install --quiet --editable '.[demo]' --group dev
+	$(PIP) install --quiet --editable '.[demo,autoattack,report]' --group dev
 	@touch $@

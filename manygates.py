@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-    from zoo.card import Card, Result, Training
+    from zoo.card import Card, Finding, Result, Training
     from zoo.checkpoint import Architecture
     from zoo.rgn import RandomGatedNetwork
 
@@ -36,6 +37,18 @@ __all__ = ["attacks", "derive", "evaluate", "load", "main", "randomly_gate"]  # 
 
 DONE, NOT_HELD, WRONG = 0, 1, 2
 VARIANTS = ("single", "ensemble", "gated")
+ATTACK_NAMES = ("fgsm", "pgd", "mi-fgsm", "m-di2-fgsm", "apgd", "apgd-t", "square", "rays")
+PROTOCOLS = (
+    "clean",
+    "whitebox",
+    "blackbox",
+    "transfer-matrix",
+    "diversity",
+    "autoattack",
+    "random-gates",
+    "corruptions",
+    "exits",
+)
 ATTACK_FILES = ("clean.png", "adversarial.png", "perturbation.png", "report.json")
 
 # name -> (module, attribute); resolved on first use
@@ -82,14 +95,17 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json([_listed(card) for card in cards])
         return DONE
-    rows: list[tuple[str, ...]] = [("name", "method", "network", "variants", "clean", "eps 0.01", "eps 0.03")]
+    rows: list[tuple[str, ...]] = [("name", "method", "network", "variants", "clean", "eps 0.01", "eps 0.03", "lint")]
     for card in cards:
         numbers = [_number(card, "clean", 0.0), _number(card, "whitebox", 0.01), _number(card, "whitebox", 0.03)]
-        rows.append((card.name, card.method, card.architecture.name, ",".join(card.variants), *numbers))
+        lint = f"ALARM: {', '.join(card.suspect)}" if card.suspect else "ok" if card.lint else "-"
+        rows.append((card.name, card.method, card.architecture.name, ",".join(card.variants), *numbers, lint))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("\nAccuracy of the variant 'single' in per cent, under white-box PGD where an eps is given; see `show NAME`")
+    if any(card.suspect for card in cards):
+        print("ALARM: the robustness linter found that the numbers of these variants may flatter them")
     return DONE
 
 
@@ -103,6 +119,8 @@ def _listed(card: Card) -> dict[str, Any]:
         "dataset": card.dataset,
         "variants": list(card.variants),
         "results": document["results"],
+        "lint": document["lint"],
+        "suspect": list(card.suspect),
     }
 
 
@@ -223,11 +241,56 @@ def _derive(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _together(arguments: argparse.Namespace) -> int:
+    """Export the plain networks of several runs as one ensemble."""
+    import dataclasses
+
+    from zoo.bundle import check_target
+    from zoo.errors import BadInput
+    from zoo.export import Description, export_members
+    from zoo.rgn import RandomGatedNetwork
+
+    check_target(arguments.out)
+    members, first = [], None
+    for source in (arguments.source, *arguments.members):
+        if not _is_run(source):
+            raise BadInput(f"{source!r} is no training run (a folder with a recipe.json); an ensemble is made of runs")
+        network, architecture, training, name, _, _ = _run_source(source, arguments.checkpoint)
+        if isinstance(network, RandomGatedNetwork):
+            raise BadInput(
+                f"{source} is a random gated network; its ensemble is made of its own paths, export it alone"
+            )
+        if first is None:
+            first = (architecture, training, name, [training.seed])
+        elif architecture != first[0]:
+            raise BadInput(f"{source} holds {architecture}, expected {first[0]} like {arguments.source}")
+        else:
+            first[3].append(training.seed)
+        members.append(network)
+    assert first is not None
+    architecture, training, name, seeds = first
+    summary = (
+        f"{len(members)} networks trained separately (seeds {', '.join(map(str, seeds))}); each: {training.summary}"
+    )
+    training = dataclasses.replace(training, summary=summary, recipe={**training.recipe, "seeds": seeds})
+    description = Description(
+        name=arguments.name or f"{name}-ensemble",
+        description=arguments.description or f"{len(members)} separately trained {architecture.network}, averaged",
+        method=_method(training),
+        training=training,
+    )
+    bundle = export_members(arguments.out, members, architecture, description)
+    _say(f"{bundle.card.name}: {', '.join(bundle.card.variants)} in {arguments.out}, checked against the weights")
+    return DONE
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from zoo.bundle import check_target
     from zoo.export import Description, export_members, export_rgn
     from zoo.rgn import RandomGatedNetwork
 
+    if arguments.members:
+        return _together(arguments)
     check_target(arguments.out)
     network, architecture, training, name, chosen, members = _export_source(arguments)
     card = None if _is_run(arguments.source) else _card_of(arguments.source)
@@ -238,6 +301,7 @@ def _export(arguments: argparse.Namespace) -> int:
         method=_method(training),
         training=training,
         results=() if card is None else card.results,  # the same weights and paths, so the same numbers
+        lint=() if card is None else card.lint,
     )
     if isinstance(network, RandomGatedNetwork):
         bundle = export_rgn(arguments.out, network, architecture, description, single=chosen[0], ensemble=chosen[1:])
@@ -248,16 +312,11 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from zoo.catalogue import open_model, resolve
-    from zoo.errors import BadInput
-    from zoo.evaluation import Request, evaluate, parse_eps
+    from zoo.catalogue import open_model
+    from zoo.evaluation import Request, evaluate, parse_eps, resumable
     from zoo.models import weights_file
 
-    if arguments.record and resolve(arguments.model).kind != "local":
-        raise BadInput(
-            f"--record writes into a bundle of yours, and {arguments.model} is the package's or the hub's; "
-            f"first manygates pull {arguments.model} --to DIR, then evaluate local-dir:DIR"
-        )
+    _check_recordable(arguments)
     card = open_model(arguments.model, only=()).card
     bundle = open_model(arguments.model, only=(weights_file(card),))
     request = Request(
@@ -267,13 +326,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         images=arguments.images,
         steps=arguments.steps,
         restarts=arguments.restarts,
+        draws=arguments.draws,
+        paths=arguments.paths,
+        surrogates=tuple(arguments.surrogates),
+        adversarial_set=arguments.set,
+        corrupted=arguments.corrupted,
         seed=arguments.seed,
         command=_command_of(arguments, card.name),
     )
-    results = evaluate(bundle, request, device=_device(arguments.device))
+    device = _device(arguments.device)
+    if not arguments.fresh and (done := resumable(bundle, request, device=device)):
+        _say(f"going on with an interrupted evaluation: {done} batches are done (--fresh begins again)")
+    results = evaluate(bundle, request, device=device, fresh=arguments.fresh)
     document = [_plain_json(result) for result in results]
     if arguments.json:
-        _print_json(document if len(arguments.eps) > 1 and arguments.protocol != "clean" else document[0])
+        _print_json(document if len(results) > 1 else document[0])
     else:
         for result in results:
             _print_result(result)
@@ -290,10 +357,83 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return NOT_HELD if failed else DONE
 
 
+def _lint(arguments: argparse.Namespace) -> int:
+    from zoo.bundle import record_lint
+    from zoo.catalogue import open_model
+    from zoo.evaluation import parse_eps
+    from zoo.evaluation.linted import lint_bundle
+    from zoo.models import weights_file
+
+    _check_recordable(arguments)
+    card = open_model(arguments.model, only=()).card
+    variants = [arguments.variant] if arguments.variant else list(card.variants)
+    files = (weights_file(card), *(f"{variant}.onnx" for variant in variants if variant in card.variants))
+    bundle = open_model(arguments.model, only=files)
+    found = []
+    for variant in variants:
+        parts = [
+            "manygates",
+            "lint",
+            _repeatable_name(arguments, card.name),
+            "--variant",
+            variant,
+            "--eps",
+            arguments.eps,
+        ]
+        parts += ["--images", str(arguments.images)] if arguments.images is not None else []
+        parts += ["--queries", str(arguments.queries)] if arguments.queries is not None else []
+        parts += ["--surrogate", arguments.surrogate] if arguments.surrogate else []
+        options = {} if arguments.queries is None else {"queries": arguments.queries}
+        if not arguments.json:
+            print(f"{card.name} {variant}", flush=True)
+        lint = lint_bundle(
+            bundle,
+            variant,
+            eps=parse_eps(arguments.eps),
+            images=arguments.images,
+            seed=arguments.seed,
+            surrogate=arguments.surrogate,
+            device=_device(arguments.device),
+            command=shlex.join([*parts, "--seed", str(arguments.seed)]),
+            watch=None if arguments.json else _print_finding,
+            **options,
+        )
+        found.append(lint)
+        if arguments.record:
+            record_lint(bundle.folder, lint)
+            _say(f"recorded in {bundle.folder / 'card.json'}")
+    alarms = [finding for lint in found for finding in lint.alarms]
+    if arguments.json:
+        import dataclasses
+
+        _print_json([{**dataclasses.asdict(lint), "passed": not lint.alarms} for lint in found])
+    else:
+        print(f"{len(alarms)} alarm{'' if len(alarms) == 1 else 's'}" if alarms else "no alarm")
+    return NOT_HELD if alarms else DONE
+
+
+def _print_finding(finding: Finding) -> None:
+    verdict = "ALARM" if finding.verdict == "alarm" else finding.verdict
+    print(f"  {verdict:<8}{finding.code:<4}{finding.name}: {finding.figure}", flush=True)
+    if finding.verdict == "alarm":
+        print(f"{'':<14}{finding.meaning}", flush=True)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from zoo.catalogue import open_model
+    from zoo.report import write_report
+
+    page = write_report([open_model(model, only=()).card for model in arguments.models], arguments.out)
+    _say(f"the report is in {page}; its figures and a Markdown version are beside it")
+    return DONE
+
+
 def _attack(arguments: argparse.Namespace) -> int:
     import torch
 
-    from zoo.attacks import LinfBudget, fgsm, pgd, to_grid
+    from zoo.attacks import Budget, L2Budget, LinfBudget, to_grid
+    from zoo.attacks.named import ATTACKS, Settings, attack_named, linf_of
+    from zoo.attacks.remote import RemoteModel, eight_bit
     from zoo.catalogue import open_model
     from zoo.errors import BadInput
     from zoo.evaluation import parse_eps
@@ -309,32 +449,66 @@ def _attack(arguments: argparse.Namespace) -> int:
             "choose an empty or new folder"
         )
     card = open_model(arguments.model, only=()).card
-    bundle = open_model(arguments.model, only=(weights_file(card),))
-    if arguments.variant == "gated":
-        raise BadInput("the attack command takes the variants single and ensemble; the demo attacks random gates")
-    network = load_variant(bundle, arguments.variant)
+    chosen = attack_named(arguments.attack)
+    eps = parse_eps(arguments.eps, arguments.norm)
+    if arguments.norm == "linf":
+        budget: Budget = LinfBudget(eps=float(eps), steps=arguments.steps, restarts=arguments.restarts)
+    else:
+        budget = L2Budget(eps=float(eps), steps=arguments.steps, restarts=arguments.restarts)
     image = torch.from_numpy(read_image(arguments.image, card.input))
-    eps = parse_eps(arguments.eps)
-    budget = LinfBudget(eps=float(eps), steps=arguments.steps, restarts=arguments.restarts)
+    remote = None
+    network: Callable[[torch.Tensor], torch.Tensor]
+    if arguments.server is not None:
+        if chosen.needs == "gradients":
+            known = ", ".join(name for name, entry in ATTACKS.items() if entry.needs != "gradients")
+            raise BadInput(f"{arguments.attack} needs gradients, and a server gives none; use one of {known}")
+        network = remote = RemoteModel(
+            arguments.server, card.name, labels_only=chosen.needs == "labels", allow_remote=arguments.allow_remote
+        )
+        image, budget = eight_bit(image, linf_of(budget, arguments.attack))
+    else:
+        bundle = open_model(arguments.model, only=(weights_file(card),))
+        network = load_variant(bundle, arguments.variant, rng=random.Random(arguments.seed))  # noqa: S311 - repeatable
+    draws = arguments.draws
+    if arguments.variant == "gated" and draws == 1 and remote is None:
+        raise BadInput(
+            "random gates answer differently every time, so one draw per step proves nothing; "
+            "average over several with --draws 20"
+        )
     with torch.no_grad():
         before = network(image).softmax(1)[0]
     label = _label(arguments.label, card.classes, int(before.argmax()))
-    target = torch.tensor([label])
-    generator = torch.Generator().manual_seed(arguments.seed)
-    if not eps:
-        adversarial = image
-    elif arguments.attack == "fgsm":
-        adversarial = fgsm(network, image, target, budget)
-    else:
-        adversarial = pgd(network, image, target, budget, generator=generator)
-    adversarial = to_grid(adversarial, image, float(eps))
+    targets = None
+    if arguments.target is not None:
+        if not chosen.targeted:
+            raise BadInput(f"{arguments.attack} cannot be asked for a class; leave --target out or use pgd")
+        targets = torch.tensor([_label(arguments.target, card.classes, label)])
+    elif arguments.targeted:
+        raise BadInput("a targeted attack needs the class to be reached, got none; name it with --target CLASS")
+    settings = Settings(
+        budget=budget,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        loss=arguments.loss,
+        targets=targets,
+        queries=arguments.queries,
+        draws=draws,
+    )
+    adversarial = chosen.run(network, image, torch.tensor([label]), settings) if eps else image
+    if isinstance(budget, LinfBudget):
+        adversarial = to_grid(adversarial, image, budget.eps)
+    asked = (
+        None if remote is None else {"url": arguments.server, "queries": remote.queries, "requests": remote.requests}
+    )
     with torch.no_grad():
         after = network(adversarial).softmax(1)[0]
+    reached = int(after.argmax())
     difference = adversarial - image
     report = {
         "model": card.name,
         "variant": arguments.variant,
         "attack": arguments.attack,
+        "norm": budget.norm,
+        "loss": arguments.loss,
         "eps": float(eps),
         "eps_fraction": str(eps),
         "steps": 1 if arguments.attack == "fgsm" else arguments.steps,
@@ -342,7 +516,10 @@ def _attack(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
         "label": card.classes[label],
         "linf": float(difference.abs().max()),
-        "succeeded": int(after.argmax()) != label,
+        "l2": float(difference.square().sum().sqrt()),
+        "target": None if targets is None else card.classes[int(targets[0])],
+        "succeeded": reached != label if targets is None else reached == int(targets[0]),
+        "server": asked,
         "before": {name: float(share) for name, share in zip(card.classes, before, strict=True)},
         "after": {name: float(share) for name, share in zip(card.classes, after, strict=True)},
     }
@@ -392,6 +569,26 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 # --- what the commands share ---
+
+
+def _check_recordable(arguments: argparse.Namespace) -> None:
+    from zoo.catalogue import resolve
+    from zoo.errors import BadInput
+
+    if arguments.record and resolve(arguments.model).kind != "local":
+        raise BadInput(
+            f"--record writes into a bundle of yours, and {arguments.model} is the package's or the hub's; "
+            f"first manygates pull {arguments.model} --to DIR, then {arguments.command} local-dir:DIR"
+        )
+
+
+def _repeatable_name(arguments: argparse.Namespace, name: str) -> str:
+    """Return how to name the model in a command that repeats this: a bundle of the catalogue by its name."""
+    from zoo.catalogue import bundled_dir, resolve
+
+    folder = resolve(arguments.model).folder
+    elsewhere = folder is not None and folder.resolve() != (bundled_dir() / name).resolve()
+    return str(arguments.model) if elsewhere else name
 
 
 def _some(models: list[str]) -> list[str]:
@@ -575,16 +772,17 @@ def _label(text: str | None, classes: Sequence[str], predicted: int) -> int:
 
 
 def _command_of(arguments: argparse.Namespace, name: str) -> str:
-    from zoo.catalogue import bundled_dir, resolve
-
-    folder = resolve(arguments.model).folder
-    if folder is not None and folder.resolve() != (bundled_dir() / name).resolve():
-        name = arguments.model  # a bundle elsewhere; one of the catalogue is repeated by its name
+    name = _repeatable_name(arguments, name)
     parts = ["manygates", "evaluate", name, "--protocol", arguments.protocol, "--variant", arguments.variant]
-    if arguments.protocol != "clean":
-        parts += ["--eps", *arguments.eps, "--steps", str(arguments.steps), "--restarts", str(arguments.restarts)]
-    if arguments.images is not None:
-        parts += ["--images", str(arguments.images)]
+    if arguments.protocol not in ("clean", "corruptions", "diversity"):
+        parts += ["--eps", *arguments.eps]
+    for option in ("images", "steps", "restarts", "draws"):
+        if getattr(arguments, option) is not None:
+            parts += [f"--{option}", str(getattr(arguments, option))]
+    if arguments.paths != 5:
+        parts += ["--paths", str(arguments.paths)]
+    if arguments.surrogates:
+        parts += ["--surrogates", *arguments.surrogates]
     return shlex.join([*parts, "--seed", str(arguments.seed)])
 
 
@@ -672,6 +870,7 @@ def parser() -> argparse.ArgumentParser:
 
     added = command("export", _export, "Write the bundle of a run or a model, its graphs checked against the weights.")
     added.add_argument("source", metavar="RUN|MODEL")
+    added.add_argument("members", nargs="*", metavar="RUN", help="further runs: all of them become one ensemble")
     added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that will hold the bundle")
     added.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which of a run's checkpoints")
     added.add_argument("--name", metavar="NAME", help="the model's name; the recipe's by default")
@@ -679,26 +878,62 @@ def parser() -> argparse.ArgumentParser:
 
     added = command("evaluate", _evaluate, "Measure a model by a protocol.")
     added.add_argument("model", metavar="MODEL")
-    added.add_argument("--protocol", required=True, metavar="P", help="clean or whitebox")
+    added.add_argument("--protocol", required=True, metavar="P", help=f"one of {', '.join(PROTOCOLS)}")
     added.add_argument("--variant", choices=VARIANTS, default="single")
     added.add_argument("--eps", nargs="+", default=["0.01", "0.03"], metavar="EPS", help="radii such as 8/255 or 0.03")
     added.add_argument(
         "--images", type=int, metavar="N", help="test images; 10,000 clean and 1,000 attacked by default"
     )
-    added.add_argument("--steps", type=int, default=50, metavar="N")
-    added.add_argument("--restarts", type=int, default=5, metavar="N")
+    added.add_argument("--steps", type=int, metavar="N", help="gradient steps; the protocol's own number by default")
+    added.add_argument("--restarts", type=int, metavar="N", help="random starts; the protocol's own number by default")
+    added.add_argument("--draws", type=int, metavar="N", help="draws of the gates on which a random model is judged")
+    added.add_argument("--paths", type=int, default=5, metavar="K", help="paths that a transfer matrix compares")
+    added.add_argument(
+        "--surrogates", nargs="+", default=[], metavar="MODEL", help="models on which transfer attacks are made"
+    )
+    added.add_argument(
+        "--set", type=Path, metavar="DIR", help="stored adversarial set: reused, or made if DIR is empty"
+    )
+    added.add_argument("--corrupted", type=Path, metavar="DIR", help="folder with the official CIFAR-10-C files")
     added.add_argument("--seed", type=int, default=0, metavar="S")
     added.add_argument("--device", default="cpu", metavar="DEVICE")
+    added.add_argument("--fresh", action="store_true", help="begin again instead of going on with an interrupted run")
     added.add_argument("--record", action="store_true", help="write the results into the card of a local bundle")
     json_flag(added)
+
+    added = command("lint", _lint, "Ask whether a model's robustness is real: the sanity checks of honest evaluation.")
+    added.add_argument("model", metavar="MODEL")
+    added.add_argument("--variant", choices=VARIANTS, help="one variant; all of the model's by default")
+    added.add_argument("--eps", default="8/255", metavar="EPS")
+    added.add_argument("--images", type=int, metavar="N", help="test images; 100 by default")
+    added.add_argument("--queries", type=int, metavar="N", help="of the Square attack, per image")
+    added.add_argument("--surrogate", metavar="MODEL", help="another model for transfer attacks")
+    added.add_argument("--seed", type=int, default=0, metavar="S")
+    added.add_argument("--device", default="cpu", metavar="DEVICE")
+    added.add_argument("--record", action="store_true", help="write the findings into the card of a local bundle")
+    json_flag(added)
+
+    added = command("report", _report, "Draw what the cards of models say, side by side: HTML, Markdown and figures.")
+    added.add_argument("models", nargs="+", metavar="MODEL")
+    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for report.html and the rest")
 
     added = command("attack", _attack, "Attack a model on one picture and keep what came out.")
     added.add_argument("model", metavar="MODEL")
     added.add_argument("--image", type=Path, required=True, metavar="FILE")
-    added.add_argument("--attack", choices=("fgsm", "pgd"), default="pgd")
+    added.add_argument("--attack", default="pgd", metavar="NAME", help=f"one of {', '.join(ATTACK_NAMES)}")
     added.add_argument("--variant", choices=VARIANTS, default="single")
     added.add_argument("--label", metavar="CLASS", help="the true class; what the model says by default")
+    added.add_argument("--target", metavar="CLASS", help="the class to be reached; any wrong one by default")
+    added.add_argument("--targeted", action="store_true", help="insist on a --target")
+    added.add_argument("--norm", choices=("linf", "l2"), default="linf")
     added.add_argument("--eps", default="8/255", metavar="EPS")
+    added.add_argument("--loss", default="cross_entropy", metavar="LOSS", help="cross_entropy, margin or dlr")
+    added.add_argument("--queries", type=int, default=1000, metavar="N", help="of square and rays")
+    added.add_argument("--draws", type=int, default=1, metavar="N", help="forwards of random gates per step")
+    added.add_argument("--server", metavar="URL", help="attack MODEL as this server answers, by square or rays")
+    added.add_argument(
+        "--allow-remote", action="store_true", help="the server is another machine, and you may attack it"
+    )
     added.add_argument("--steps", type=int, default=20, metavar="N")
     added.add_argument("--restarts", type=int, default=1, metavar="N")
     added.add_argument("--seed", type=int, default=0, metavar="S")

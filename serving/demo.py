@@ -626,11 +626,16 @@ def _trace_html(trace: Sequence[Sequence[float]], label: str) -> str:
 
 
 def card_html(card: Card, variant: str) -> str:
-    """Show what a card has measured of a variant: clean accuracy and white-box accuracy at eps 0.01 and 0.03."""
+    """Show what a card has measured of a variant: clean accuracy, white-box and transfer accuracy, the linter's word.
+
+    White-box means PGD on a deterministic variant, and for random gates the worst of the attacks of random-gates.
+    """
+    known = ("random gates", "random-gates") if variant == "gated" else ("white-box", "whitebox")
     wanted = (
         ("clean", "clean", 0.0),
-        ("white-box, eps 0.01", "whitebox", 0.01),
-        ("white-box, eps 0.03", "whitebox", 0.03),
+        (f"{known[0]}, eps 0.01", known[1], 0.01),
+        (f"{known[0]}, eps 0.03", known[1], 0.03),
+        ("transfer, eps 0.03", "blackbox", 0.03),
     )
     rows = "".join(
         f'<tr><th scope="row">{name}</th>{_result_cells(_measured(card, variant, protocol, eps))}</tr>'
@@ -639,7 +644,25 @@ def card_html(card: Card, variant: str) -> str:
     return (
         f'<p class="note">{html.escape(card.description)}. '
         f"Variant {html.escape(variant)}: {_described(card, variant)}.</p>"
-        f"<table><caption>Accuracy on the card</caption><tbody>{rows}</tbody></table>"
+        f"<table><caption>Accuracy on the card</caption><tbody>{rows}</tbody></table>{_lint_html(card, variant)}"
+    )
+
+
+def _lint_html(card: Card, variant: str) -> str:
+    """Say what the robustness linter found; an alarm is shown with its figure and what it means."""
+    lint = next((lint for lint in card.lint if lint.variant == variant), None)
+    if lint is None:
+        return '<p class="note">The robustness linter has not looked at this variant.</p>'
+    asked = sum(finding.verdict != "skipped" for finding in lint.findings)
+    if not lint.alarms:
+        return f'<p class="note">The robustness linter asked {asked} questions and found nothing ({lint.date}).</p>'
+    found = "".join(
+        f"<li><strong>{html.escape(f'{finding.code} {finding.name}')}</strong>: {html.escape(finding.figure)}. "
+        f"{html.escape(finding.meaning)}</li>"
+        for finding in lint.alarms
+    )
+    return (
+        f'<p class="alarm"><strong>Failed the robustness linter: the numbers may flatter.</strong></p><ul>{found}</ul>'
     )
 
 
@@ -653,11 +676,19 @@ def _measured(card: Card, variant: str, protocol: str, eps: float) -> Result | N
     return max(fitting, key=lambda result: result.date, default=None)
 
 
+def _attack_text(result: Result) -> str:
+    if result.attack == "none":
+        return ""
+    if result.attack == "PGD":
+        return f"PGD-{result.steps} x {result.restarts}, "
+    return f"{result.attack}, "
+
+
 def _result_cells(result: Result | None) -> str:
     if result is None:
         return '<td colspan="2">not measured</td>'
     low, high = (100 * bound for bound in result.interval)
-    attack = "" if result.attack == "none" else f"{result.attack}-{result.steps} x {result.restarts}, "
+    attack = _attack_text(result)
     failed = [check.name for check in result.checks if not check.held]
     alarm = f"<br><strong>a sanity check failed: {html.escape('; '.join(failed))}</strong>" if failed else ""
     return (

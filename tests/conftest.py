@@ -53,6 +53,12 @@ def _one_thread_and_one_seed() -> None:
         torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another left half done, and none writes into the user's cache."""
+    monkeypatch.setenv("MANYGATES_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 # --- a data set of a few small images that can be learnt: a picture's class is its strongest colour ---
 
 TINY_SIZE, TINY_SPLITS = 16, {"train": 200, "test": 120}

@@ -29,8 +29,8 @@ from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS, load_members, load_rgn
 
 ROOT = Path(__file__).parents[1]
 RESULT_KEYS = {
-    "protocol", "variant", "attack", "eps", "eps_fraction", "steps", "step_size", "restarts", "images", "seed",
-    "accuracy", "interval", "note", "checks", "date", "command",
+    "protocol", "variant", "attack", "norm", "eps", "eps_fraction", "steps", "step_size", "restarts", "draws", "images", "seed",
+    "accuracy", "interval", "note", "checks", "tables", "date", "command",
 }  # fmt: skip
 SMALL = [
     "dataset=tiny", "network=resnet8", 'network_options={"width": 4}', "train_images=none", "held_out=20",
@@ -498,7 +498,7 @@ def test_a_picture_of_another_kind_is_refused(model: Path, tmp_path: Path) -> No
         (("--eps", "small"), "eps 'small' is not a number; write 8/255 or 0.03"),
         (("--label", "read"), "unknown class 'read'; did you mean 'red'? (known: blue, green, red)"),
         (("--steps", "0"), "need at least 1 step and 1 restart, got steps=0"),
-        (("--variant", "gated"), "takes the variants single and ensemble"),
+        (("--variant", "gated"), "one draw per step proves nothing; average over several with --draws 20"),
     ],
 )
 def test_an_attack_that_makes_no_sense_is_refused(
@@ -511,8 +511,12 @@ def test_an_attack_that_makes_no_sense_is_refused(
     ("words", "message"),
     [
         (("whitebox", "--eps", "8"), "so write 8/255, not 8"),
-        (("blackbox",), "unknown protocol 'blackbox'"),
-        (("whitebox", "--variant", "gated"), "white-box PGD on one path says nothing about random gates"),
+        (("blackbx",), "unknown protocol 'blackbx'; did you mean 'blackbox'?"),
+        (("blackbox",), "needs surrogates, got none; name models with --surrogates"),
+        (("exits",), "has one exit; the protocol exits is for multi-exit networks"),
+        (("random-gates",), "measures the variant gated, got 'single'"),
+        (("corruptions", "--corrupted", "."), "holds CIFAR-10-C, and smoke was trained on tiny"),
+        (("whitebox", "--variant", "gated"), "says nothing about random gates; measure the variants"),
         (("clean", "--images", "0"), "cannot measure 0 images, expected 1 to 120"),
         (("whitebox", "--steps", "0", "--images", "9"), "need at least 1 step"),
         (("clean", "--device", "gpu"), "device 'gpu' cannot be used here"),
@@ -579,7 +583,7 @@ def test_a_result_whose_checks_do_not_hold_is_not_recorded(
 ) -> None:
     changed(model, tmp_path / "model")
     alarm = Check(name="gradients are not zero", held=False, detail="all are")
-    monkeypatch.setattr("zoo.evaluation.protocols._sanity", lambda *_: (alarm,))
+    monkeypatch.setattr("zoo.evaluation.whitebox.sanity", lambda *_: (alarm,))
     words = ("--protocol", "whitebox", "--eps", "0.01", "--images", "9", "--steps", "1", "--restarts", "1", "--record")
     said = manygates_("evaluate", tmp_path / "model", *words, "--json")
     assert said.code == 1

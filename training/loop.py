@@ -325,7 +325,8 @@ class _Loop:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = data.load(recipe.dataset, "train")
         if recipe.train_images is not None:
-            images = data.evaluation_subset(images, recipe.train_images, recipe.seed)
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed))
+            images = images[order[: recipe.train_images]]
         self.images, self.held_out = (part.to(device) for part in data.hold_out(images, recipe.held_out, HOLD_OUT_SEED))
         self.batches = len(self.images) // recipe.batch_size
         if self.batches == 0:

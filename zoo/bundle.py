@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from zoo.card import VARIANTS, Card, FileEntry, Result, check_file_name
+from zoo.card import VARIANTS, Card, FileEntry, Lint, Result, check_file_name
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
 from zoo.files import replace_directory, sha256_of
 from zoo.model_card import model_card
@@ -178,10 +178,12 @@ def record_results(folder: Path, results: Sequence[Result]) -> Bundle:
             result.protocol,
             result.variant,
             result.attack,
+            result.norm,
             result.eps_fraction,
             result.steps,
             result.step_size,
             result.restarts,
+            result.draws,
             result.images,
             result.seed,
         )
@@ -190,6 +192,19 @@ def record_results(folder: Path, results: Sequence[Result]) -> Bundle:
     kept = [result for result in bundle.card.results if terms(result) not in measured]
     ordered = sorted([*kept, *results], key=lambda r: (VARIANTS.index(r.variant), r.protocol, r.eps))
     card = replace(bundle.card, results=tuple(ordered))
+    return write_bundle(folder, card, {name: bundle.read(name) for name in card.files})
+
+
+def record_lint(folder: Path, lint: Lint) -> Bundle:
+    """Put what the linter found on one variant into a bundle's card, in the place of what it found before.
+
+    Raises:
+        BundleError: as `Bundle.open`.
+    """
+    bundle = Bundle.open(folder)
+    kept = [other for other in bundle.card.lint if other.variant != lint.variant]
+    ordered = sorted([*kept, lint], key=lambda entry: VARIANTS.index(entry.variant))
+    card = replace(bundle.card, lint=tuple(ordered))
     return write_bundle(folder, card, {name: bundle.read(name) for name in card.files})
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import zoo.paths
 from zoo.errors import BadPath, BundleError
 
-SCHEMA = 1
+SCHEMA = 2
+NORMS = ("linf", "l2")
+VERDICTS = ("ok", "alarm", "skipped")
 VARIANTS = ("single", "ensemble", "gated")
 SHARINGS = ("independent", "shared_conv")
 RESIZES = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -128,6 +130,30 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """Numbers behind a result: a transfer matrix, accuracy against steps, accuracy per corruption and severity."""
+
+    name: str
+    """What the numbers are: "transfer", "steps", "corruptions", "sources", "draws", "paths", "attacks", "exits"."""
+    row_axis: str
+    column_axis: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    """One tuple per row; None where nothing was measured."""
+
+    def __post_init__(self) -> None:
+        _expect(self.name != "", "tables.name", self.name, "a name")
+        shape = (len(self.values), {len(row) for row in self.values})
+        _expect(
+            shape == (len(self.rows), {len(self.columns)}),
+            f"tables.{self.name}.values",
+            shape,
+            f"{len(self.rows)} rows of {len(self.columns)} numbers",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
     """One measured accuracy, with everything needed to measure it again."""
 
@@ -135,6 +161,8 @@ class Result:
     variant: str
     attack: str
     """`none` for clean accuracy."""
+    norm: str = "linf"
+    """In which norm `eps` is measured: "linf" or "l2"."""
     eps: float
     """In pixel units for l_inf: 1.0 is black to white."""
     eps_fraction: str
@@ -142,6 +170,8 @@ class Result:
     steps: int
     step_size: float
     restarts: int
+    draws: int = 0
+    """Fresh draws of the gates that each image was judged on; 0 for a deterministic model."""
     images: int
     seed: int
     accuracy: float
@@ -150,13 +180,15 @@ class Result:
     """95 % confidence interval of `accuracy`."""
     note: str
     checks: tuple[Check, ...]
+    tables: tuple[Table, ...] = ()
     date: str
     command: str
 
     def __post_init__(self) -> None:
         for key in ("protocol", "variant", "attack"):
             _expect(getattr(self, key) != "", f"results.{key}", getattr(self, key), "a name")
-        for key in ("steps", "restarts"):
+        _expect(self.norm in NORMS, "results.norm", self.norm, f"one of {', '.join(NORMS)}")
+        for key in ("steps", "restarts", "draws"):
             _expect(getattr(self, key) >= 0, f"results.{key}", getattr(self, key), "0 or more")
         for key in ("eps", "step_size"):
             _expect(getattr(self, key) >= 0, f"results.{key}", getattr(self, key), "0 or more")
@@ -181,6 +213,45 @@ class Result:
             f"[low, high] within [0, 1] around the accuracy {self.accuracy}",
         )
         _expect_date("results.date", self.date)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One question that the linter asked a model, its figure and its verdict."""
+
+    code: str
+    """"S1", "G2", ...; docs/robustness.md lists them."""
+    name: str
+    verdict: str
+    """"ok", "alarm", or "skipped" where the question does not apply."""
+    figure: str
+    """What was measured, in words."""
+    meaning: str
+    """What an alarm usually means."""
+
+    def __post_init__(self) -> None:
+        _expect(self.verdict in VERDICTS, f"lint.{self.code}", self.verdict, f"one of {', '.join(VERDICTS)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lint:
+    """What the robustness linter found on one variant of a model."""
+
+    variant: str
+    images: int
+    seed: int
+    findings: tuple[Finding, ...]
+    date: str
+    command: str
+
+    def __post_init__(self) -> None:
+        _expect(self.variant in VARIANTS, "lint.variant", self.variant, f"one of {', '.join(VARIANTS)}")
+        _expect_date("lint.date", self.date)
+
+    @property
+    def alarms(self) -> tuple[Finding, ...]:
+        """The findings that raise an alarm; empty for a model that passed."""
+        return tuple(finding for finding in self.findings if finding.verdict == "alarm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,6 +285,8 @@ class Card:
     """Which graphs there are: variant V is the file V.onnx."""
     training: Training
     results: tuple[Result, ...]
+    lint: tuple[Lint, ...] = ()
+    """At most one per variant; a variant that is not here was not linted."""
     files: Mapping[str, FileEntry]
 
     def __post_init__(self) -> None:
@@ -231,6 +304,7 @@ class Card:
         for variant in self.variants:
             _expect(variant in VARIANTS, "variants", variant, f"one of {', '.join(VARIANTS)}")
         _expect_unique("variants", self.variants)
+        _expect_unique("lint", tuple(lint.variant for lint in self.lint))
         self._check_paths()
         for file_name in self.files:
             check_file_name(file_name)
@@ -252,6 +326,11 @@ class Card:
         if gates and "ensemble" in self.variants:
             _expect(bool(self.paths.ensemble), "paths.ensemble", [], "the paths of the variant 'ensemble'")
 
+    @property
+    def suspect(self) -> tuple[str, ...]:
+        """The variants that failed the robustness linter: their numbers may flatter them."""
+        return tuple(lint.variant for lint in self.lint if lint.alarms)
+
     @classmethod
     def from_json(cls, text: str) -> "Card":
         """Read a card.
@@ -271,12 +350,23 @@ class Card:
                     f"card.json has schema {schema}, this version reads up to {SCHEMA}; upgrade with "
                     "`pip install --upgrade manygates`"
                 )
+            if schema == 1:
+                document = _upgraded(document)
         card: Card = _decode(cls, document, "")
         return card
 
     def to_json(self) -> str:
         """Return the card as indented JSON that ends in a newline; the same card gives the same text."""
         return json.dumps(_encode(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
+    """Turn a card of schema 1 into one of schema 2, which added norms, draws, tables and the linter's findings."""
+    results = document.get("results")
+    if isinstance(results, list):
+        added: dict[str, Any] = {"norm": "linf", "draws": 0, "tables": []}
+        results = [{**added, **entry} if isinstance(entry, dict) else entry for entry in results]
+    return {**document, "schema": SCHEMA, "results": results, "lint": []}
 
 
 def check_file_name(name: str) -> None:

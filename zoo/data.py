@@ -8,6 +8,7 @@ been fetched).
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -216,14 +217,32 @@ def hold_out(images: Images, number: int, seed: int) -> tuple[Images, Images]:
     return images[order[number:]], images[order[:number]]
 
 
-def evaluation_subset(images: Images, number: int, seed: int = 0) -> Images:
-    """Return the fixed subset of a test set that robustness is measured on: the first `number` of a seeded permutation.
+def evaluation_order(number: int) -> Tensor:
+    """Return the fixed order in which the images of a test set of this size are taken for evaluation.
+
+    For 10,000 images, as CIFAR-10 and MNIST have, it is a list stored with the package, else a seeded permutation.
+    """
+    stored = Path(__file__).parent / "evaluation_order" / f"{number}.json"
+    if stored.is_file():
+        return torch.tensor(json.loads(stored.read_text(encoding="utf-8")), dtype=torch.int64)
+    return torch.randperm(number, generator=torch.Generator().manual_seed(0))
+
+
+def evaluation_index(total: int, number: int) -> Tensor:
+    """Return the positions of `number` evaluation images among `total`; all of them stay in their own order.
 
     Raises:
         BadInput: more images than there are, or fewer than one.
     """
-    if not 1 <= number <= len(images):
-        raise BadInput(f"cannot measure {number} images, expected 1 to {len(images)}")
-    if number == len(images):
-        return images
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:number]]
+    if not 1 <= number <= total:
+        raise BadInput(f"cannot measure {number} images, expected 1 to {total}")
+    return torch.arange(total) if number == total else evaluation_order(total)[:number]
+
+
+def evaluation_subset(images: Images, number: int) -> Images:
+    """Return the fixed subset of a test set that robustness is measured on: the first `number` in `evaluation_order`.
+
+    Raises:
+        BadInput: more images than there are, or fewer than one.
+    """
+    return images[evaluation_index(len(images), number)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import zoo.card
 from zoo import data, onnx_graphs, paths
 from zoo.bundle import Bundle, write_bundle
-from zoo.card import Card, Check, InputFormat, Paths, Result, Training
+from zoo.card import Card, Check, InputFormat, Lint, Paths, Result, Training
 from zoo.checkpoint import Architecture, load_network, save_network
 from zoo.derive import Ensemble, derive, folded_copy
 from zoo.errors import BadInput, BundleError, DataMissing
@@ -52,6 +52,8 @@ class Description:
     license: str = LICENSE
     results: tuple[Result, ...] = ()
     """What was measured on these very weights and paths before."""
+    lint: tuple[Lint, ...] = ()
+    """What the linter found on them."""
 
 
 def export_rgn(
@@ -226,6 +228,7 @@ def _card(
         variants=variants,
         training=description.training,
         results=description.results,
+        lint=description.lint,
         files={},
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -87,20 +87,48 @@ def _is(node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Module], ...], modu
 
 def _projections(graph_module: fx.GraphModule, conv_nodes: set[fx.Node]) -> set[fx.Node]:
     """Convolutions on the shorter side of an addition, between the fork and the sum."""
+    projections: set[fx.Node] = set()
+    for _, (_, shortcut), _ in _forks(graph_module, conv_nodes):
+        projections |= shortcut
+    return projections
+
+
+def _forks(
+    graph_module: fx.GraphModule, conv_nodes: set[fx.Node]
+) -> Iterator[tuple[fx.Node, tuple[fx.Node, set[fx.Node]], tuple[fx.Node, set[fx.Node]]]]:
+    """Yield every addition of two branches of one fork with (operand, its convolutions since the fork), shorter first.
+
+    Branches of equal length are left out: neither is a shortcut of the other.
+    """
     ancestors: dict[fx.Node, set[fx.Node]] = {}
     for node in graph_module.graph.nodes:
         ancestors[node] = {node}.union(*(ancestors[source] for source in node.all_input_nodes))
-    projections: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
         operands = node.all_input_nodes
         if node.target not in _ADDITIONS or len(operands) != 2:
             continue
         left, right = (ancestors[operand] for operand in operands)
-        branches = [(left - right) & conv_nodes, (right - left) & conv_nodes]
-        shorter, longer = sorted(branches, key=len)
-        if len(shorter) < len(longer):
-            projections |= shorter
-    return projections
+        branches = [(operands[0], (left - right) & conv_nodes), (operands[1], (right - left) & conv_nodes)]
+        shorter, longer = sorted(branches, key=lambda branch: len(branch[1]))
+        if len(shorter[1]) < len(longer[1]):
+            yield node, shorter, longer
+
+
+def residual_branches(graph_module: fx.GraphModule, *, projections: bool) -> list[tuple[fx.Node, fx.Node]]:
+    """Return (addition, its residual operand) of every residual block: the operand with convolutions of its own.
+
+    Args:
+        graph_module: a traced network.
+        projections: include blocks whose shortcut has convolutions too, fewer than the branch; else the shortcut must
+            be an identity.
+    """
+    modules = dict(graph_module.named_modules())
+    conv_nodes = {node for node in graph_module.graph.nodes if _is(node, nn.Conv2d, modules)}
+    found = []
+    for addition, shorter, longer in _forks(graph_module, conv_nodes):
+        if longer[1] and (projections or not shorter[1]):
+            found.append((addition, longer[0]))
+    return found
 
 
 def feature_nodes(graph_module: fx.GraphModule, layers: Sequence[Convolution], *, activated: bool) -> list[str]:

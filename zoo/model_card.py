@@ -90,7 +90,8 @@ def _facts(card: Card) -> str:
 def _results(card: Card) -> str:
     if not card.results:
         return "None yet. `manygates evaluate` measures this model."
-    lines = [
+    lines = [_lint(card), ""] if card.variants else []
+    lines += [
         "| protocol | variant | attack | eps | steps x restarts | images | seed | accuracy (95 % interval) | date |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -114,6 +115,27 @@ def _results(card: Card) -> str:
             lines.append(f"\n{result.note}")
         lines += [f"\n- **Check that did not hold:** {check.name}: {check.detail}" for check in _failed(result)]
     return "\n".join(lines)
+
+
+def _lint(card: Card) -> str:
+    """Say per variant what the robustness linter found."""
+    said = []
+    for variant in card.variants:
+        lint = next((lint for lint in card.lint if lint.variant == variant), None)
+        if lint is None:
+            said.append(f"- `{variant}`: the robustness linter has not looked at it")
+        elif not lint.alarms:
+            asked = sum(finding.verdict != "skipped" for finding in lint.findings)
+            said.append(
+                f"- `{variant}`: passed the robustness linter ({asked} checks on {lint.images} images, {lint.date})"
+            )
+        else:
+            said.append(f"- `{variant}`: **failed the robustness linter; its numbers may flatter it**")
+            said += [
+                f"  - {finding.code} {_cell(finding.name)}: {_cell(finding.figure)}. {_cell(finding.meaning)}"
+                for finding in lint.alarms
+            ]
+    return "\n".join(said)
 
 
 def _failed(result: Result) -> list[Check]:

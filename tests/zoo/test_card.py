@@ -57,15 +57,32 @@ def test_a_card_cannot_be_changed_in_place() -> None:
         Card.from_json(GOLDEN).name = "other"  # type: ignore[misc]
 
 
+def test_a_card_of_the_first_schema_is_read_as_one_of_today() -> None:
+    document = json.loads(GOLDEN)
+    document["schema"] = 1
+    del document["lint"]
+    for result in document["results"]:
+        del result["norm"], result["draws"], result["tables"]
+    card = Card.from_json(json.dumps(document))
+    assert card.schema == 2
+    assert card.lint == ()
+    assert all((result.norm, result.draws, result.tables) == ("linf", 0, ()) for result in card.results)
+
+
+def test_a_model_is_suspect_where_the_linter_raised_an_alarm() -> None:
+    assert Card.from_json(GOLDEN).suspect == ("single",)
+    assert Card.from_json(changed("lint.0.findings.1.verdict", "ok")).suspect == ()
+
+
 def test_a_newer_schema_says_to_upgrade() -> None:
-    with pytest.raises(BundleError, match="schema 2, this version reads up to 1; upgrade"):
-        Card.from_json('{"schema": 2, "whatever": "the future brings"}')
+    with pytest.raises(BundleError, match="schema 3, this version reads up to 2; upgrade"):
+        Card.from_json('{"schema": 3, "whatever": "the future brings"}')
 
 
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("schema", 0, "schema is 0, expected 1"),
+        ("schema", 0, "schema is 0, expected 2"),
         ("schema", "1", "schema is '1', expected an integer"),
         ("name", ..., "lacks the key 'name', expected a string"),
         ("training.seed", ..., "lacks the key 'training.seed', expected an integer"),

@@ -1,22 +1,28 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import manygates
 from zoo import data, evaluation, networks
 from zoo.bundle import Bundle, record_results, write_bundle
 from zoo.card import Architecture as CardArchitecture
 from zoo.card import Card, InputFormat, Paths, Result, Training
 from zoo.checkpoint import Architecture, save_network
-from zoo.errors import BadInput, DataMissing, UnknownName
-from zoo.evaluation import Request, evaluate, parse_eps
-from zoo.evaluation.protocols import wilson
+from zoo.errors import BadInput, ChecksumMismatch, DataMissing, MissingFile, UnknownName
+from zoo.evaluation import Request, evaluate, gates, parse_eps
+from zoo.evaluation import whitebox as evaluation_whitebox
+from zoo.evaluation.ledger import Ledger
+from zoo.evaluation.run import Run, terms_of, wilson
+from zoo.evaluation.transfer import AdversarialSet, open_surrogate
 from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS, save_members
 
 SHARP = 40.0
@@ -118,6 +124,7 @@ def plain(folder: Path, name: str, *, members: list[nn.Module] | None = None, **
     """Write a bundle of plain networks; evaluation reads its weights, so its graphs can be anything."""
     architecture = Architecture(network=name, options=dict(options), dataset="tiny")
     found = members or [architecture.build()]
+    folder.mkdir(exist_ok=True)
     variants = ("single", "ensemble") if len(found) > 1 else ("single",)
     save_members(folder / "weights", found, architecture)
     graphs = {f"{variant}.onnx": b"graph" for variant in variants}
@@ -240,7 +247,8 @@ def test_random_gates_are_measured_over_draws(gated: Bundle) -> None:
     assert single.accuracy > 0.95
     (result,) = evaluate(gated, Request(protocol="clean", variant="gated"))
     assert 0.2 < result.accuracy < 0.8  # 30 coins
-    assert result.note == "mean over 10 draws, each with a fresh random path per 50 images"
+    assert result.draws == 10
+    assert result.note.startswith("mean over 10 draws (standard error 0.0920)")
     assert result == evaluate(gated, Request(protocol="clean", variant="gated"))[0]
     seeds = {evaluate(gated, Request(protocol="clean", variant="gated", seed=seed))[0].accuracy for seed in range(4)}
     assert len(seeds) > 1
@@ -252,7 +260,7 @@ def test_white_box_on_random_gates_is_refused_with_its_reason(gated: Bundle) -> 
 
 
 def test_an_unknown_protocol_is_refused_with_the_known_ones(linear: Bundle) -> None:
-    with pytest.raises(UnknownName, match=r"protocol 'white'; .*known: clean, .*whitebox"):
+    with pytest.raises(UnknownName, match=r"protocol 'white'; .*known: autoattack, .*clean, .*whitebox"):
         evaluate(linear, Request(protocol="white"))
     assert set(evaluation.PROTOCOLS) >= {"clean", "whitebox"}
 
@@ -263,8 +271,8 @@ def test_an_unknown_protocol_is_refused_with_the_known_ones(linear: Bundle) -> N
         ({"images": 0}, "cannot measure 0 images, expected 1 to 120"),
         ({"images": -1}, "cannot measure -1 images"),
         ({"images": 121}, "cannot measure 121 images, expected 1 to 120"),
-        ({"steps": 0}, "at least 1 step and 1 restart, got steps=0 restarts=1"),
-        ({"restarts": 0}, "got steps=10 restarts=0"),
+        ({"steps": 0}, "need at least 1 step, got steps=0"),
+        ({"restarts": 0}, "need at least 1 restart, got restarts=0"),
         ({"variant": "gated"}, "no variant 'gated'; it has single"),
     ],
 )
@@ -375,3 +383,328 @@ def test_results_are_kept_in_the_order_of_variant_protocol_and_eps(tmp_path: Pat
     other = replace(clean, variant="ensemble")
     card = record_results(bundle.folder, [other, large, clean, small]).card
     assert card.results == (clean, small, large, other)
+
+
+# --- an interrupted evaluation ---
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was_and_finds_the_same_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = plain(tmp_path, "mean_colour")
+    request = Request(protocol="whitebox", eps=(Fraction(29, 255),), images=ALL, steps=5, restarts=2)
+    monkeypatch.setattr("zoo.evaluation.run.BATCH", 30)
+    monkeypatch.setattr(Run.judged, "__kwdefaults__", {"size": 30})
+    (expected,) = evaluate(bundle, request)
+    attacks: list[int] = []
+    whole = evaluation_whitebox.pgd
+
+    def counted(*given: Any, **options: Any) -> Tensor:
+        if given[3].restarts == 2:  # the protocol's own attack, not one of its checks
+            attacks.append(len(given[1]))
+            if len(attacks) == 3:
+                raise KeyboardInterrupt
+        return whole(*given, **options)
+
+    monkeypatch.setattr(evaluation_whitebox, "pgd", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(bundle, request)
+    assert evaluation.resumable(bundle, request) == 2
+    (found,) = evaluate(bundle, request)
+    assert attacks == [30] * 5, "two of the four batches were done, and the third begun"
+    assert found == expected
+    assert evaluation.resumable(bundle, request) == 0, "what is done is forgotten, so asking again measures again"
+
+
+def test_a_torn_line_of_the_ledger_is_measured_again(tmp_path: Path) -> None:
+    ledger = Ledger({"a": 1}, tmp_path)
+    ledger.put("stage/0", torch.tensor([True, False]))
+    ledger.put("stage/1", torch.tensor([0.5, 0.25]))
+    content = ledger.file.read_text()
+    ledger.file.write_text(content[:-20])
+    again = Ledger({"a": 1}, tmp_path)
+    assert len(again) == 1
+    kept = again.get("stage/0")
+    assert kept is not None
+    assert torch.equal(kept, torch.tensor([True, False]))
+    assert len(Ledger({"a": 2}, tmp_path)) == 0
+
+
+def test_other_terms_are_another_evaluation(linear: Bundle) -> None:
+    def file_of(**changes: object) -> Path:
+        request = replace(Request(protocol="whitebox", images=ALL), **changes)  # type: ignore[arg-type]
+        return Ledger(terms_of(linear, request, torch.device("cpu"))).file
+
+    assert file_of() == file_of(command="said otherwise")
+    others = [{"seed": 1}, {"images": 40}, {"steps": 7}, {"eps": (Fraction(1, 100),)}, {"protocol": "autoattack"}]
+    assert len({file_of(), *(file_of(**changes) for changes in others)}) == 1 + len(others)
+
+
+# --- matrices ---
+
+
+def test_a_transfer_matrix_says_how_far_an_attack_on_one_path_carries(gated: Bundle) -> None:
+    """Both candidates see the same colours, the second one rotated: no image is answered correctly by both."""
+    with pytest.raises(BadInput, match="none of 120 images is answered correctly by all 2 networks"):
+        evaluate(gated, Request(protocol="transfer-matrix", variant="gated", paths=2))
+
+
+def test_members_that_are_alike_share_every_adversarial_image(tmp_path: Path) -> None:
+    bundle = plain(tmp_path, "mean_colour", members=[MeanColour(), MeanColour(2 * SHARP)])
+    eps = Fraction(29, 255)
+    request = Request(protocol="transfer-matrix", variant="ensemble", eps=(eps,), images=ALL, steps=15, restarts=1)
+    (result,) = evaluate(bundle, request)
+    (matrix,) = result.tables
+    (clean,) = evaluate(bundle, Request(protocol="clean"))
+    right = round(clean.accuracy * ALL)
+    expected = worst_case_accuracy(float(eps)) * ALL / right  # judged are images that both answer correctly
+    assert result.images == right
+    assert result.accuracy == pytest.approx(expected, abs=1e-5)
+    assert [value for row in matrix.values for value in row] == pytest.approx([expected] * 4, abs=1e-5)
+    assert (matrix.name, matrix.rows, matrix.columns) == (
+        "transfer",
+        ("member 1", "member 2"),
+        ("member 1", "member 2"),
+    )
+
+
+def test_a_single_plain_network_has_no_matrix(linear: Bundle) -> None:
+    with pytest.raises(BadInput, match="is one plain network; this protocol compares several paths or members"):
+        evaluate(linear, Request(protocol="transfer-matrix"))
+    with pytest.raises(BadInput, match="is one plain network"):
+        evaluate(linear, Request(protocol="diversity"))
+
+
+@pytest.fixture
+def alike(tmp_path: Path) -> Bundle:
+    """Random gates whose candidates are the same network, so that nothing about them is random but the path."""
+    architecture = Architecture(network="convolved", dataset="tiny", candidates=2, sharing="independent")
+    rgn = architecture.build()
+    with torch.no_grad():
+        for alternative in rgn.bank[0]:
+            alternative["conv"].weight.copy_(torch.eye(3)[:, :, None, None])
+    save_network(tmp_path / "weights", rgn, architecture)
+    variants = ("single", "ensemble", "gated")
+    files: dict[str, bytes | Path | str] = {f"{variant}.onnx": b"graph" for variant in variants}
+    described = card(architecture, variants, Paths(single="0", ensemble=("0", "1")), ("conv",))
+    return write_bundle(tmp_path / "bundle", described, {RGN_WEIGHTS: tmp_path / "weights", **files})
+
+
+def test_the_diversity_of_equal_paths_is_that_of_a_path_with_itself(alike: Bundle) -> None:
+    (result,) = evaluate(alike, Request(protocol="diversity", variant="gated", images=60))
+    values = {value for table in result.tables if table.name == "diversity" for row in table.values for value in row}
+    assert len(values) == 1
+    assert (result.eps, result.steps, result.step_size) == (0.07, 10, 0.007)
+
+
+# --- random gates ---
+
+
+def random_gates(bundle: Bundle, **changes: object) -> Result:
+    request = Request(protocol="random-gates", variant="gated", eps=(Fraction(29, 255),), images=20, steps=10, draws=12)
+    (result,) = evaluate(bundle, replace(request, **changes))  # type: ignore[arg-type]
+    return result
+
+
+def test_random_gates_that_are_all_alike_are_exactly_as_robust_as_one_path(
+    alike: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "SQUARE_QUERIES", 4)
+    result = random_gates(alike)
+    (single,) = evaluate(alike, Request(protocol="whitebox", eps=(Fraction(29, 255),), images=20, steps=10, restarts=1))
+    assert result.accuracy == single.accuracy
+    (table,) = result.tables
+    rows = dict(zip(table.rows, table.values, strict=True))
+    mean, error, of_ten, of_all, averaged = range(5)
+    for name, row in rows.items():
+        assert row[error] == 0, name
+        assert row[mean] == row[of_ten] == row[of_all] == row[averaged], name
+    assert rows["EOT-20"][mean] == single.accuracy
+    assert {"PGD on fixed path 1", "PGD, fresh gates per step", "EOT-5", "EOT-50", "ARC on 8 paths"} <= rows.keys()
+    assert {"APGD-CE, EOT-20", "APGD-DLR, EOT-20", "PGD on the relaxed gates", "random noise"} <= rows.keys()
+    assert failed(result) == set()
+
+
+def test_an_attacker_who_retries_gets_through_where_half_the_paths_are_wrong(
+    gated: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "_attacks", lambda run: {name: lambda on: on.images for name in NO_ATTACKS})
+    result = random_gates(gated, draws=40)
+    (table,) = result.tables
+    clean = dict(zip(table.columns, table.values[0], strict=True))
+    assert clean["mean"] is not None
+    assert 0.3 < clean["mean"] < 0.7, "a coin decides which path an image takes"
+    assert clean["worst of 10"] == pytest.approx(0, abs=0.02)
+    assert clean["worst of all"] == 0
+    assert result.draws == 40
+
+
+NO_ATTACKS = ("FGSM on the relaxed gates", "EOT-5", "EOT-20", "EOT-50", "Square, 0 queries")
+
+
+def test_random_gates_is_for_random_gates(linear: Bundle) -> None:
+    with pytest.raises(BadInput, match="measures the variant gated, got 'single'"):
+        evaluate(linear, Request(protocol="random-gates"))
+
+
+# --- transfer ---
+
+
+def blackbox(target: Bundle, *surrogates: Bundle, **changes: object) -> list[Result]:
+    request = Request(
+        protocol="blackbox",
+        eps=(Fraction(29, 255),),
+        images=40,
+        steps=5,
+        surrogates=tuple(f"local-dir:{surrogate.folder}" for surrogate in surrogates),
+    )
+    return evaluate(target, replace(request, **changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def surrogate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    # linear networks have no residual block, so the skip gradient is the plain one
+    monkeypatch.setattr("zoo.evaluation.transfer.skip_gradient", lambda network: network)
+    return plain(tmp_path / "surrogate", "mean_colour", sharpness=3 * SHARP)
+
+
+def test_what_breaks_a_surrogate_that_sees_the_same_breaks_the_target(linear: Bundle, surrogate: Bundle) -> None:
+    (result,) = blackbox(linear, surrogate, images=ALL, steps=15)
+    assert result.accuracy == pytest.approx(worst_case_accuracy(29 / 255), abs=0.01)
+    (sources,) = result.tables
+    assert sources.rows == ("colours",)
+    assert sources.columns[-1] == "all"
+    assert len(sources.columns) == 11
+    values = [value for value in sources.values[0] if value is not None]
+    assert min(values[:-1]) >= values[-1], "all-or-nothing is at most the worst version"
+
+
+def test_an_adversarial_set_is_made_once_and_used_again(
+    linear: Bundle, surrogate: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "set"
+    first = blackbox(linear, surrogate, adversarial_set=folder)
+    monkeypatch.setattr("zoo.evaluation.transfer.pgd", None)  # nothing is attacked again
+    assert blackbox(linear, surrogate, adversarial_set=folder) == first
+    other = plain(tmp_path / "other", "contrary")
+    (contrary,) = blackbox(other, surrogate, adversarial_set=folder)
+    assert contrary.accuracy == 0
+
+
+def test_stored_adversarial_images_stay_in_the_ball_and_in_range(linear: Bundle, surrogate: Bundle) -> None:
+    images = data.evaluation_subset(data.load("tiny", "test"), 40)
+    opened = open_surrogate(f"local-dir:{surrogate.folder}")
+    stored = AdversarialSet(
+        folder=None,
+        dataset="tiny",
+        images=images,
+        index=data.evaluation_index(ALL, 40),
+        surrogates=[opened],
+        steps=5,
+        seed=0,
+    )
+    eps = Fraction(1, 100)
+    for pixels in stored.versions(opened, eps, torch.device("cpu")):
+        assert float((pixels - data.as_float(images.pixels)).abs().max()) <= float(eps) + 1e-7
+        assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": 41}, "made with another index"),
+        ({"steps": 6}, "made with another steps: 5, this evaluation has 6"),
+        ({"seed": 1}, "made with another seed"),
+    ],
+)
+def test_a_stored_set_that_does_not_fit_is_refused(
+    linear: Bundle, surrogate: Bundle, tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    blackbox(linear, surrogate, adversarial_set=tmp_path / "set")
+    with pytest.raises(BadInput, match=message):
+        blackbox(linear, surrogate, adversarial_set=tmp_path / "set", **changes)
+
+
+def test_a_stored_set_that_was_changed_is_refused(linear: Bundle, surrogate: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    blackbox(linear, surrogate, adversarial_set=folder)
+    (file,) = folder.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ChecksumMismatch, match="damaged or changed; delete the folder to make it again"):
+        blackbox(linear, surrogate, adversarial_set=folder)
+    file.unlink()
+    with pytest.raises(MissingFile, match=r"is listed in set\.json and not there"):
+        blackbox(linear, surrogate, adversarial_set=folder)
+
+
+def test_a_folder_with_other_things_is_no_adversarial_set(linear: Bundle, surrogate: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "thesis.tex").write_text("years of work")
+    with pytest.raises(BadInput, match=r"holds no set\.json, so it is no adversarial set"):
+        blackbox(linear, surrogate, adversarial_set=tmp_path / "set")
+
+
+def test_surrogates_must_be_others_than_the_target(linear: Bundle, surrogate: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="needs surrogates, got none"):
+        blackbox(linear)
+    with pytest.raises(BadInput, match="is the target itself or shares a member with it"):
+        blackbox(linear, linear)
+    members = plain(tmp_path / "members", "mean_colour", members=[MeanColour(), MeanColour(7.0)])
+    with pytest.raises(BadInput, match="is the target itself or shares a member with it"):
+        blackbox(linear, members)
+    with pytest.raises(BadInput, match="is named twice"):
+        blackbox(linear, surrogate, surrogate)
+    with pytest.raises(BadInput, match="surrogate nobody: unknown model"):
+        blackbox(linear, surrogates=("nobody",))
+
+
+def test_what_a_target_was_trained_from_is_no_black_box(linear: Bundle, surrogate: Bundle, tmp_path: Path) -> None:
+    document = json.loads((linear.folder / "card.json").read_text())
+    document["training"]["recipe"] = {"start_from": "colours"}
+    (linear.folder / "card.json").write_text(json.dumps(document))
+    with pytest.raises(BadInput, match="is what colours was trained from"):
+        blackbox(Bundle.open(linear.folder), surrogate)
+
+
+# --- corruptions, and what a protocol refuses ---
+
+
+def test_a_model_that_no_corruption_disturbs_keeps_its_accuracy(
+    linear: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.evaluation.corrupted.corrupt", lambda pixels, name, severity, seed: pixels)
+    (clean,) = evaluate(linear, Request(protocol="clean"))
+    (result,) = evaluate(linear, Request(protocol="corruptions"))
+    assert result.accuracy == clean.accuracy
+    (table,) = result.tables
+    assert (len(table.rows), table.columns) == (15, ("1", "2", "3", "4", "5"))
+    assert result.note.startswith("synthetic: corrupted by manygates, not CIFAR-10-C")
+
+
+def test_official_corruptions_belong_to_their_data_set(linear: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="holds CIFAR-10-C, and colours was trained on tiny"):
+        evaluate(linear, Request(protocol="corruptions", corrupted=tmp_path))
+
+
+def test_a_random_model_given_to_a_deterministic_protocol_is_refused(tmp_path: Path) -> None:
+    class Noisy(MeanColour):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images + 0.1 * torch.rand_like(images))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(networks.NETWORKS, "mean_colour", lambda images, classes, **options: Noisy(**options))
+        patch.setattr("zoo.evaluation.run.folded_copy", lambda network: network)
+        bundle = plain(tmp_path, "mean_colour")
+        with pytest.raises(BadInput, match=r"answers the same image differently .*use --protocol random-gates"):
+            attacked(bundle, Fraction(1, 100))
+
+
+def test_a_network_with_one_exit_has_no_exits_to_compare(linear: Bundle) -> None:
+    with pytest.raises(BadInput, match="has one exit; the protocol exits is for multi-exit networks"):
+        evaluate(linear, Request(protocol="exits", images=20))
+
+
+def test_the_command_line_names_the_protocols_there_are() -> None:
+    assert set(manygates.PROTOCOLS) == set(evaluation.PROTOCOLS)

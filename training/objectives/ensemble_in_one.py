@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from training.objectives.base import Batch, Objective, Step
 from training.randomness import gate_generator, tensor_generator
 from zoo import paths
+from zoo.attacks.budget import LinfBudget
+from zoo.attacks.distillation import distil
 from zoo.errors import BadInput
 from zoo.paths import Path
 from zoo.rgn import RandomGatedNetwork
@@ -120,31 +122,26 @@ class EnsembleInOne(Objective):
         valid), and gradients are taken for the images alone.
         """
         run = self._runner(model, path, layer, step, source.device)
-        step_size = self.eps / self.distillation_steps if self.step_size is None else self.step_size
-        images = source
-        if self.random_start:
-            generator = tensor_generator(step.seed, "distil", step.number, number, step.rank)
-            noise = torch.rand(source.shape, generator=generator).to(source.device)
-            images = (source + self.eps * (2 * noise - 1)).clamp(0, 1)
-        low, high = (source - self.eps).clamp_(min=0), (source + self.eps).clamp_(max=1)
-        velocity = torch.zeros_like(source)
+        budget = LinfBudget(
+            eps=self.eps,
+            steps=self.distillation_steps,
+            step_size=self.step_size or self.eps / self.distillation_steps or None,
+            random_start=self.random_start,
+        )
+        generator = tensor_generator(step.seed, "distil", step.number, number, step.rank)
         training = model.training
         model.train(self.batch_norm == "train")
-        wanted: Tensor | None = None
-        for _ in range(self.distillation_steps):
-            if wanted is None or self.batch_norm == "train":  # statistics move with every forward, as in DVERGE
-                with torch.no_grad():
-                    wanted = run(target)
-            images = images.detach().requires_grad_(True)
-            distance = (run(images).float() - wanted.float()).square().sum()
-            (gradient,) = torch.autograd.grad(distance, images)
-            if self.momentum:
-                norm = gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
-                velocity = self.momentum * velocity + gradient / norm
-                gradient = velocity
-            images = torch.minimum(torch.maximum(images.detach() - step_size * gradient.sign(), low), high)
+        images = distil(
+            run,
+            source,
+            target,
+            budget,
+            momentum=self.momentum,
+            fixed=self.batch_norm == "eval",  # else statistics move with every forward, as in DVERGE
+            generator=generator,
+        )
         model.train(training)
-        return images.detach()
+        return images
 
     def _runner(
         self, model: RandomGatedNetwork, path: Path, layer: int, step: Step, device: torch.device

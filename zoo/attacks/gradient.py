@@ -1,4 +1,9 @@
-"""White-box attacks in the l_inf ball: FGSM (Goodfellow et al. 2015) and PGD (Madry et al. 2018, arXiv:1706.06083).
+"""Gradient attacks on a model that is known and deterministic: FGSM, PGD and their momentum and input-diversity kin.
+
+    FGSM        Goodfellow et al. 2015, arXiv:1412.6572
+    PGD         Madry et al. 2018, arXiv:1706.06083
+    MI-FGSM     Dong et al. 2018, arXiv:1710.06081           PGD with momentum=1
+    M-DI2-FGSM  Xie et al. 2019, arXiv:1803.06978            momentum=1 and diversity=InputDiversity()
 
 An attack leaves no gradient on the model, switches no mode, and draws from the generator it is given.
 """
@@ -7,130 +12,194 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.attacks.budget import Budget
+from zoo.attacks.inputs import Model, checked, full_precision
+from zoo.attacks.losses import Ascent, Loss, ascent, succeeded
 from zoo.errors import BadInput
 
-Model = Callable[[Tensor], Tensor]
 Watch = Callable[[int, Tensor, Tensor], None]
+Keep = Literal["last", "first broken"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinfBudget:
-    """How far an attack may move each pixel, in pixel units (1.0 is black to white), and how it gets there."""
+class InputDiversity:
+    """Shrink each image with a probability and pad it back with zeros, differently at every step (Xie et al. 2019).
 
-    eps: float = 8 / 255
-    """Radius of the ball."""
-    steps: int = 10
-    """Gradient steps."""
-    step_size: float | None = None
-    """Length of one step; eps / 5 if None, as in the DVERGE protocol."""
-    restarts: int = 1
-    """Attempts, each from its own start; an image is broken if any of them breaks it."""
-    random_start: bool = True
-    """Start each attempt uniformly in the ball instead of at the image."""
+    DVERGE does not give the sizes for 32x32 pixels; ours are those from 7/8 of the side up.
+    """
+
+    probability: float = 0.5
+    smallest: float = 7 / 8
+    """The smallest side that an image is shrunk to, as a share of its own."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps <= 1:
-            raise BadInput(f"need 0 <= eps <= 1, got {self.eps}; pixels are in [0, 1], so write 8/255, not 8")
-        if self.step_size is not None and not 0 < self.step_size <= 1:
+        if not (0 <= self.probability <= 1 and 0 < self.smallest <= 1):
             raise BadInput(
-                f"need 0 < step_size <= 1, got {self.step_size}; pixels are in [0, 1], so write 2/255, not 2"
+                f"need 0 <= probability <= 1 and 0 < smallest <= 1, got {self.probability} and {self.smallest}"
             )
-        if self.steps < 1 or self.restarts < 1:
-            raise BadInput(f"need at least 1 step and 1 restart, got steps={self.steps} restarts={self.restarts}")
 
-    @property
-    def step(self) -> float:
-        """The length of one step, resolved."""
-        return self.eps / 5 if self.step_size is None else self.step_size
+    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return the images, some of them shrunk (bilinear) to a random size at a random offset; differentiable."""
+        side = images.shape[-1]
+        shrunk = torch.rand(len(images), generator=generator) < self.probability
+        if not bool(shrunk.any()):
+            return images
+        # one size for the images of this call that are shrunk, an offset for each: sizes differ from step to step
+        low = max(1, round(self.smallest * side))
+        size = int(torch.randint(low, side + 1, (1,), generator=generator))
+        height = max(1, round(size * images.shape[-2] / side))
+        small = F.interpolate(images, size=(height, size), mode="bilinear", align_corners=False)
+        top = torch.randint(0, images.shape[-2] - height + 1, (len(images),), generator=generator)
+        left = torch.randint(0, side - size + 1, (len(images),), generator=generator)
+        padded = F.pad(small, (side - size, side - size, images.shape[-2] - height, images.shape[-2] - height))
+        rows = (images.shape[-2] - height - top)[:, None] + torch.arange(images.shape[-2])
+        columns = (side - size - left)[:, None] + torch.arange(side)
+        index = torch.arange(len(images))[:, None, None]
+        placed = padded.permute(0, 2, 3, 1)[
+            index.to(images.device), rows[:, :, None].to(images.device), columns[:, None, :].to(images.device)
+        ].permute(0, 3, 1, 2)
+        return torch.where(shrunk.to(images.device)[:, None, None, None], placed, images)
 
 
-def fgsm(model: Model, images: Tensor, labels: Tensor, budget: LinfBudget) -> Tensor:
-    """One step of length eps along the sign of the gradient: clip(x + eps * sign(grad L(x, y))).
+def fgsm(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    budget: Budget,
+    *,
+    loss: str | Loss = "cross_entropy",
+    targets: Tensor | None = None,
+) -> Tensor:
+    """One step of length eps along the steepest ascent: for l_inf clip(x + eps * sign(grad L(x, y))).
 
-    Args and returns as `pgd`; only `budget.eps` is read.
+    Args, returns and raises as `pgd`; only `budget.eps` is read.
     """
-    images = _checked(images)
-    return _project(images + budget.eps * _gradient(model, images, labels).sign(), images, budget.eps)
+    images, labels, targets = checked(model, images, labels, targets)
+    if not len(images):
+        return images.clone()
+    gradient, _, _ = ascent(model, loss)(images, labels, targets)
+    return budget.project(images + budget.eps * budget.direction(gradient), images)
 
 
 def pgd(
     model: Model,
     images: Tensor,
     labels: Tensor,
-    budget: LinfBudget,
+    budget: Budget,
     *,
+    loss: str | Loss = "cross_entropy",
+    targets: Tensor | None = None,
+    momentum: float = 0.0,
+    diversity: InputDiversity | None = None,
+    keep: Keep = "last",
     generator: torch.Generator | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Projected gradient ascent on the cross-entropy in an l_inf ball, with restarts.
+    """Projected gradient ascent in a ball, with restarts.
 
     x[t+1] = clip(project(x[t] + step * sign(grad L(x[t], y))))    Madry et al. 2018, section 2.1
+    with momentum: g[t+1] = momentum * g[t] + grad / |grad|_1 in the gradient's place    Dong et al. 2018, equation 6
 
     Args:
-        model: images -> logits (log-probabilities of an ensemble serve as well). Used in the mode it is in; its
-            parameters collect no gradient.
+        model: images -> logits (log-probabilities of an ensemble serve as well), deterministic; a module must be in
+            evaluation mode. Its parameters collect no gradient.
         images: float (batch, channel, height, width) in [0, 1].
         labels: int64 (batch,).
         budget: radius, steps, restarts.
-        generator: draws the random starts, on the CPU; torch's global generator if None.
+        loss: one of `LOSSES` or a function like them.
+        targets: int64 (batch,) for a targeted attack: the class to be reached.
+        momentum: 0 for plain PGD, 1 for MI-FGSM.
+        diversity: shrink and pad at random before every gradient.
+        keep: "last" judges an attempt by its last iterate, as DVERGE does; "first broken" returns the first iterate
+            that reached the goal and goes on without that image, which is stricter and faster.
+        generator: draws the random starts and the diversity, on the CPU; torch's global generator if None.
         watch: called after each step with (step, iterate, logits at the iterate before the step).
 
     Returns:
-        The last iterate of the first attempt that broke the image, else of the last attempt; within `budget.eps` of
-        the image and in [0, 1]. An iterate is returned even where the model still answers correctly: a transfer
-        attack is scored on another model.
+        For each image what `keep` says of the first attempt that reached the goal, else the last iterate of the last
+        attempt; within `budget.eps` of the image and in [0, 1]. An iterate is returned even where the model still
+        answers correctly: a transfer attack is scored on another model.
 
     Raises:
-        BadInput: a pixel outside [0, 1].
+        BadInput: see `inputs.checked` and `inputs.check_logits`.
     """
-    images = _checked(images)
+    images, labels, targets = checked(model, images, labels, targets)
+
+    def seen(pixels: Tensor) -> Tensor:
+        return model(pixels if diversity is None else diversity(pixels, generator))
+
+    rise = ascent(seen, loss)
     result = images.clone()
     remaining = torch.arange(len(images), device=images.device)
     for _ in range(budget.restarts):
-        start, target = images[remaining], labels[remaining]
-        adversarial = start
-        if budget.random_start:
-            noise = torch.rand(images.shape, generator=generator, dtype=images.dtype).to(images.device)[remaining]
-            adversarial = _project(start + budget.eps * (2 * noise - 1), start, budget.eps)
-        for step in range(budget.steps):
-            gradient, logits = _gradient_and_logits(model, adversarial, target)
-            adversarial = _project(adversarial + budget.step * gradient.sign(), start, budget.eps)
-            if watch is not None:
-                watch(step, adversarial, logits)
-        result[remaining] = adversarial
-        with torch.no_grad():
-            remaining = remaining[model(adversarial).argmax(1) == target]
         if not len(remaining):
             break
+        # drawn for all images, so that a start does not depend on which others are still unbroken
+        starts = budget.start(images, generator) if budget.random_start else images
+        rows, adversarial = _attempt(
+            rise,
+            model,
+            images[remaining],
+            starts[remaining],
+            labels[remaining],
+            None if targets is None else targets[remaining],
+            budget,
+            momentum=momentum,
+            keep=keep,
+            exact=diversity is None,
+            watch=watch,
+        )
+        result[remaining] = adversarial
+        remaining = remaining[rows]
     return result
 
 
-def _gradient_and_logits(model: Model, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        images = images.detach().requires_grad_(True)
-        logits = model(images)
-        # The sum, not the mean: a mean over a large batch may underflow an image's gradient.
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, images)
-    return gradient, logits.detach()
-
-
-def _gradient(model: Model, images: Tensor, labels: Tensor) -> Tensor:
-    return _gradient_and_logits(model, images, labels)[0]
-
-
-def _project(adversarial: Tensor, images: Tensor, eps: float) -> Tensor:
-    return torch.minimum(torch.maximum(adversarial, images - eps), images + eps).clamp_(0, 1).detach()
-
-
-def _checked(images: Tensor) -> Tensor:
-    images = images.detach()
-    low, high = (float(bound) for bound in images.aminmax()) if images.numel() else (0.0, 0.0)
-    if not (low >= 0 and high <= 1):  # NaN fails too
-        raise BadInput(f"pixels must be in [0, 1], got [{low:g}, {high:g}]; divide bytes by 255 and do not normalise")
-    return images
+def _attempt(
+    rise: Ascent,
+    model: Model,
+    images: Tensor,
+    adversarial: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    budget: Budget,
+    *,
+    momentum: float,
+    keep: Keep,
+    exact: bool,
+    watch: Watch | None,
+) -> tuple[Tensor, Tensor]:
+    """One attempt from the given starts; returns which images did not reach the goal, and where each one ended."""
+    result = adversarial.clone()
+    active = torch.arange(len(images), device=images.device)
+    velocity = torch.zeros_like(images)
+    for step in range(budget.steps):
+        gradient, _, logits = rise(adversarial, labels, targets)
+        if keep == "first broken" and exact:  # these logits are the model's own answer to this iterate
+            broken = succeeded(logits, labels, targets)
+            if bool(broken.any()):
+                result[active[broken]] = adversarial[broken]
+                left = ~broken
+                active, images, adversarial, labels = active[left], images[left], adversarial[left], labels[left]
+                gradient, velocity, logits = gradient[left], velocity[left], logits[left]
+                targets = None if targets is None else targets[left]
+                if not len(active):
+                    break
+        if momentum:
+            # the norm is clamped: after one gradient of zero, 0/0 would freeze the image for ever
+            size = gradient.flatten(1).abs().sum(1).clamp_min(1e-12)
+            velocity = momentum * velocity + gradient / size.reshape(-1, *[1] * (gradient.dim() - 1))
+            gradient = velocity
+        adversarial = budget.project(adversarial + budget.step * budget.direction(gradient), images)
+        if watch is not None:
+            watch(step, adversarial, logits)
+    result[active] = adversarial
+    if len(active):
+        with torch.no_grad():
+            active = active[~succeeded(full_precision(model(adversarial)), labels, targets)]
+    return active, result

@@ -1,0 +1,341 @@
+"""AutoAttack (Croce and Hein 2020, arXiv:2003.01690) and FAB, by the authors' implementation: the package pyautoattack.
+
+The attacks and the checks are the library's; the loop over them is ours, because the library reseeds the global random
+numbers, fills the gradients of parameters, only logs what it warns of, and does not say which attack broke which image.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoo.attacks.budget import LinfBudget
+from zoo.attacks.inputs import Model, checked, first_logits, full_precision
+from zoo.attacks.random_gates import Sampler
+from zoo.errors import BadInput, UnknownName
+
+Version = Literal["standard", "rand"]
+
+ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""The attacks of the version "standard", each on what the ones before have left."""
+RANDOM_ATTACKS = ("apgd-ce", "apgd-dlr")
+"""The attacks of the version "rand", with 20 draws per gradient."""
+TARGETS = 9
+CLASSES_NEEDED = {"standard": 4, "rand": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAttackResult:
+    """What AutoAttack found."""
+
+    adversarial: Tensor
+    """The images, moved where an attack broke them, else as they were; in the ball and in [0, 1]."""
+    clean: Tensor
+    """Where the model answered correctly before any attack (batch,) bool."""
+    robust: Mapping[str, Tensor]
+    """For each attack, in their order, where the model still answered correctly after it and those before it."""
+    flags: tuple[str, ...]
+    """What the library warns of, each once: the result may claim too much robustness."""
+
+    @property
+    def broken_by(self) -> tuple[str, ...]:
+        """For each image the attack that broke it, "clean" if it was wrong without one, "" if it is robust."""
+        names = ["" if right else "clean" for right in self.clean.tolist()]
+        for attack, robust in self.robust.items():
+            for row, right in enumerate(robust.tolist()):
+                if not right and not names[row]:
+                    names[row] = attack
+        return tuple(names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recheck:
+    """How a random model answers to adversarial images on draws that no attack has seen."""
+
+    accuracy: float
+    """Mean over images and draws."""
+    always_right: float
+    """Share of the images that every draw answers correctly: what is left of them by an attacker who retries."""
+
+
+def autoattack(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    budget: LinfBudget,
+    *,
+    version: Version = "standard",
+    seed: int = 0,
+    batch: int = 250,
+    log: Callable[[str], None] | None = None,
+) -> AutoAttackResult:
+    """Run AutoAttack; with the same seed and batch, on a deterministic model, it breaks the images the library breaks.
+
+    Args:
+        model: images -> logits; a module must be in evaluation mode. Its parameters collect no gradient.
+        images: float32 (batch, channel, height, width) in [0, 1].
+        labels: int64 (batch,).
+        budget: only `eps` is read; the attacks bring their own steps.
+        version: "standard" for a deterministic model. "rand" for a random one; its verdict counts an image as broken
+            after one unlucky draw, so judge `adversarial` by `recheck`.
+        seed: every attack begins each of its batches with it. The global random numbers are as before afterwards.
+        batch: images attacked at once.
+        log: called with a line after each attack.
+
+    Raises:
+        BadInput: pyautoattack is not installed; images that are not float32; fewer than 4 classes (rand: 3), which the
+            DLR loss needs; see `inputs.checked` and `inputs.check_logits`.
+        UnknownName: no such version.
+    """
+    if version not in get_args(Version):
+        raise UnknownName(version, get_args(Version), kind="AutoAttack version")
+    names = ATTACKS if version == "standard" else RANDOM_ATTACKS
+    package = _package()
+    images, labels = _ready(model, images, labels, batch)
+    robust: dict[str, Tensor] = {}
+    adversarial = images.clone()
+    with _guarded():
+        classes = _classes(model, images, labels, batch)
+        if classes < CLASSES_NEEDED[version]:
+            raise BadInput(
+                f"AutoAttack {version!r} needs at least {CLASSES_NEEDED[version]} classes for its DLR loss, got "
+                f"{classes}; use apgd with the margin loss"
+            )
+        warned = _Warnings()
+        seen = _input_gradients_only(model)
+        attacks = package.AutoAttack(seen, eps=budget.eps, seed=seed, version=version, device=images.device)
+        for part in (attacks.apgd, attacks.apgd_targeted):
+            part.logger = warned.logger
+        for part in (attacks.apgd_targeted, attacks.fab):
+            part.n_target_classes = min(TARGETS, classes - 1)
+        clean = _correct(seen, images, labels, batch)
+        if budget.eps:
+            _check_model(seen, images[:batch], labels[:batch], batch, version, warned)
+        left = clean.clone()
+        for name in names:
+            for rows in torch.split(left.nonzero()[:, 0], batch) if budget.eps else ():
+                attack = _prepared(attacks, name)
+                with torch.no_grad():
+                    found = attack.perturb(images[rows].clone(), labels[rows].clone()).to(images.dtype)
+                    found = budget.project(found, images[rows])
+                    broken = seen(found).argmax(1) != labels[rows]
+                adversarial[rows[broken]] = found[broken]
+                left[rows[broken]] = False
+            robust[name] = left.clone()
+            if log is not None:
+                log(f"{name}: {int(left.sum())} of {len(images)} images are still answered correctly")
+        if len(images):
+            accuracies = {"clean": clean, **robust}
+            _library("checks").check_square_sr(
+                {name: float(mask.double().mean()) for name, mask in accuracies.items()}, logger=warned.logger
+            )
+    return AutoAttackResult(adversarial=adversarial, clean=clean, robust=robust, flags=warned.messages)
+
+
+def fab(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    budget: LinfBudget,
+    *,
+    num_targets: int = TARGETS,
+    seed: int = 0,
+    batch: int = 250,
+) -> Tensor:
+    """Run targeted FAB (Croce and Hein 2020, arXiv:1907.02044), which looks for the nearest wrong image.
+
+    Args, guarantees and raises as `autoattack`, and
+        budget: `eps`, `steps` (100 in AutoAttack) and `restarts` for each target; the first begins at the image.
+        num_targets: how many wrong classes it moves towards, in the order of their logits on the image.
+
+    Returns:
+        For each image the nearest wrong image found, if it lies within `budget.eps`, else the image.
+    """
+    if num_targets < 1:
+        raise BadInput(f"need at least 1 target class, got num_targets={num_targets}; 9 is usual with 10 classes")
+    _package()
+    images, labels = _ready(model, images, labels, batch)
+    adversarial = images.clone()
+    if not budget.eps:
+        return adversarial
+    with _guarded(), torch.no_grad():
+        classes = _classes(model, images, labels, batch)
+        attack = _library("fab_pt").FABAttack_PT(
+            _input_gradients_only(model),
+            n_restarts=budget.restarts,
+            n_iter=budget.steps,
+            eps=budget.eps,
+            seed=seed,
+            targeted=True,
+            device=images.device,
+            n_target_classes=min(num_targets, classes - 1),
+        )
+        for rows in torch.split(torch.arange(len(images), device=images.device), batch):
+            found = attack.perturb(images[rows].clone(), labels[rows].clone())
+            adversarial[rows] = budget.project(found, images[rows])
+    return adversarial
+
+
+@torch.no_grad()
+def recheck(sampler: Sampler, adversarial: Tensor, labels: Tensor, draws: int = 40) -> Recheck:
+    """Judge adversarial images on fresh draws of a random model.
+
+    Args:
+        sampler: returns one fresh deterministic draw of the model at each call.
+        adversarial: float (batch, channel, height, width) in [0, 1].
+        labels: int64 (batch,).
+        draws: how many models answer.
+
+    Raises:
+        BadInput: no draw, or no image.
+    """
+    if draws < 1 or not len(adversarial):
+        raise BadInput(f"need at least 1 draw and 1 image, got draws={draws} and {len(adversarial)} images")
+    adversarial, labels, _ = checked(None, adversarial, labels)
+    right = torch.stack([sampler()(adversarial).argmax(1) == labels for _ in range(draws)])
+    return Recheck(accuracy=float(right.double().mean()), always_right=float(right.all(0).double().mean()))
+
+
+def _package() -> Any:
+    try:
+        return importlib.import_module("pyautoattack")
+    except ModuleNotFoundError as error:
+        if error.name != "pyautoattack":
+            raise
+        raise BadInput(
+            "AutoAttack and FAB need the package pyautoattack, which is not installed; "
+            "run: pip install 'manygates[autoattack]'"
+        ) from error
+
+
+def _library(module: str) -> Any:
+    return importlib.import_module(f"pyautoattack.{module}")
+
+
+def _ready(model: Model, images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    if batch < 1:
+        raise BadInput(f"need at least 1 image per batch, got batch={batch}")
+    images, labels, _ = checked(model, images, labels)
+    if images.dtype != torch.float32:
+        raise BadInput(f"pyautoattack computes in float32, got images of {images.dtype}; convert images and model")
+    return images, labels
+
+
+def _classes(model: Model, images: Tensor, labels: Tensor, batch: int) -> int:
+    """Return the number of classes, from one checked answer; 10 where there is no image to ask about."""
+    if not len(images):
+        return TARGETS + 1
+    return first_logits(model, images[:batch], labels).shape[1]
+
+
+def _correct(model: Model, images: Tensor, labels: Tensor, batch: int) -> Tensor:
+    with torch.no_grad():
+        right = [
+            model(pixels).argmax(1) == wanted
+            for pixels, wanted in zip(torch.split(images, batch), torch.split(labels, batch), strict=True)
+            if len(pixels)
+        ]
+    return torch.cat(right) if right else torch.zeros(0, dtype=torch.bool, device=images.device)
+
+
+def _prepared(attacks: Any, name: str) -> Any:
+    """Return one of the library's attacks, set as `AutoAttack.run_standard_evaluation` sets it."""
+    if name in ("apgd-ce", "apgd-dlr"):
+        attack = attacks.apgd
+        attack.loss = name.removeprefix("apgd-")
+    elif name == "apgd-t":
+        attack = attacks.apgd_targeted
+    elif name == "fab-t":
+        attack = attacks.fab
+        attack.targeted, attack.n_restarts = True, 1
+    else:
+        attack = attacks.square
+    attack.seed = attacks.seed
+    return attack
+
+
+def _check_model(model: Model, images: Tensor, labels: Tensor, batch: int, version: Version, warned: _Warnings) -> None:
+    """Run the library's checks of the model; probabilities we refuse ourselves."""
+    checks = _library("checks")
+    with torch.no_grad():
+        if version != "rand":
+            checks.check_randomized(model, images, labels, bs=batch, logger=warned.logger)
+        # the library counts calls in a global that it never resets, and ends any other tracing (a debugger's, coverage)
+        tracing = sys.gettrace()
+        checks.funcs.update(dict.fromkeys(checks.funcs, 0))
+        try:
+            checks.check_dynamic(model, images, False, logger=warned.logger)
+        finally:
+            sys.settrace(tracing)
+
+
+class _Warnings(logging.Handler):
+    """Collects what is logged as a warning, and shows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._messages: dict[str, None] = {}
+        # on purpose outside the global tree of loggers, which belongs to the caller
+        self.logger = logging.Logger("autoattack")
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._messages[record.getMessage().removesuffix(" See flags_doc.md for details.")] = None
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        return tuple(self._messages)
+
+
+@contextmanager
+def _guarded() -> Iterator[None]:
+    """Give back the global random numbers as they were: the library seeds those of torch."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+def _input_gradients_only(model: Model) -> Model:
+    """Return the model as a function whose backward pass reaches the images and nothing else.
+
+    FAB calls `backward()`, which would fill the gradients of every parameter.
+    """
+
+    def call(images: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and images.requires_grad):
+            return full_precision(model(images))
+        logits: Tensor = _Boundary.apply(images, model)  # type: ignore[no-untyped-call]
+        return logits
+
+    return call
+
+
+class _Boundary(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, images: Tensor, model: Model) -> Tensor:
+        with torch.enable_grad():
+            context.images = images.detach().requires_grad_(True)
+            context.logits = full_precision(model(context.images))
+        logits: Tensor = context.logits.detach()
+        return logits
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> tuple[Tensor, None]:
+        # retained: the library's untargeted attacks go back once per class
+        (gradient,) = torch.autograd.grad(context.logits, context.images, gradients[0], retain_graph=True)
+        return gradient, None

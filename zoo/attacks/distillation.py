@@ -1,0 +1,66 @@
+"""Feature distillation (DVERGE, Yang et al. 2020, arXiv:2009.14720, equation 1): an image that looks like another.
+
+Within the ball around its source, the distilled image minimises the squared distance between its feature at one layer
+and that of an unrelated target. What it shows is what that layer confuses: the features a model relies on and that are
+not robust. Ensemble-in-One trains each path on what the others confuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zoo.attacks.budget import Budget
+from zoo.attacks.inputs import checked_images
+from zoo.errors import BadInput
+
+
+def distil(
+    feature: Callable[[Tensor], Tensor],
+    source: Tensor,
+    target: Tensor,
+    budget: Budget,
+    *,
+    momentum: float = 0.0,
+    fixed: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return images in the ball around `source` whose feature imitates that of `target`.
+
+    min_{x'} |f(x') - f(x_t)|_2^2  subject to  |x' - x_s| <= eps
+
+    Args:
+        feature: images -> any feature (batch, ...), such as `RandomGatedNetwork.runner(layer, ...)`.
+        source: float (batch, channel, height, width) in [0, 1].
+        target: as `source`; row i is imitated by image i.
+        budget: radius, steps, step size, random start; one attempt, whatever its `restarts`.
+        momentum: of the gradient divided by its mean absolute value; 1 in DVERGE's code, 0 in Ensemble-in-One's.
+        fixed: the feature of the target stays the same, so it is computed once. Not so with BatchNorm in training mode,
+            where every forward moves the statistics.
+        generator: draws the random start, on the CPU.
+
+    Raises:
+        BadInput: a pixel outside [0, 1], or sources and targets of different shapes.
+    """
+    source, target = checked_images(source), checked_images(target)
+    if source.shape != target.shape:
+        raise BadInput(f"source and target must be alike, got {tuple(source.shape)} and {tuple(target.shape)}")
+    images = budget.start(source, generator) if budget.random_start else source
+    velocity = torch.zeros_like(source)
+    wanted: Tensor | None = None
+    for _ in range(budget.steps):
+        if wanted is None or not fixed:
+            with torch.no_grad():
+                wanted = feature(target).float()
+        with torch.enable_grad():
+            images = images.detach().requires_grad_(True)
+            distance = (feature(images).float() - wanted).square().sum()
+            (gradient,) = torch.autograd.grad(distance, images)
+        if momentum:
+            size = gradient.flatten(1).abs().mean(1).clamp_min(1e-12)
+            velocity = momentum * velocity + gradient / size.reshape(-1, *[1] * (gradient.dim() - 1))
+            gradient = velocity
+        images = budget.project(images.detach() - budget.step * budget.direction(gradient), source)
+    return images.detach()

@@ -1,0 +1,111 @@
+"""Attacks on networks with several exits, as Triple Wins and NEO-KD use them (Hu et al. 2020, arXiv:2002.10025).
+
+A multi-exit network returns the logits of all its exits, first exit first. The single attack maximises the loss of one
+exit, the average attack the mean loss of all; the max-average attack makes the single attack on every exit and keeps,
+for each image, the one with the largest loss summed over all exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.attacks.budget import Budget
+from zoo.attacks.gradient import pgd
+from zoo.attacks.losses import Loss, cross_entropy, loss_named
+from zoo.errors import BadInput
+
+MultiExit = Callable[[Tensor], Any]
+"""images -> the logits of every exit: a sequence of (batch, class), or (exit, batch, class)."""
+
+
+def exits_of(model: MultiExit, images: Tensor) -> list[Tensor]:
+    """Return the logits of every exit, each (batch, class).
+
+    Raises:
+        BadInput: the model returns one tensor of logits, so it has a single exit.
+    """
+    outputs = model(images)
+    if isinstance(outputs, Tensor):
+        if outputs.dim() != 3:
+            raise BadInput(
+                f"the model returns logits of shape {tuple(outputs.shape)}, so it has one exit; expected the logits of "
+                "several, (exit, batch, class) or a list"
+            )
+        return list(outputs)
+    return list(outputs)
+
+
+def single_exit(
+    model: MultiExit,
+    images: Tensor,
+    labels: Tensor,
+    budget: Budget,
+    exit_index: int,
+    *,
+    loss: str | Loss = "cross_entropy",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """PGD on the loss of one exit; see `pgd`.
+
+    Raises:
+        BadInput: no such exit.
+    """
+
+    def one(pixels: Tensor) -> Tensor:
+        outputs = exits_of(model, pixels)
+        if not 0 <= exit_index < len(outputs):
+            raise BadInput(f"exit {exit_index} is out of range, expected 0 to {len(outputs) - 1}")
+        return outputs[exit_index]
+
+    return pgd(one, images, labels, budget, loss=loss, generator=generator)
+
+
+def average_exits(
+    model: MultiExit,
+    images: Tensor,
+    labels: Tensor,
+    budget: Budget,
+    *,
+    loss: str | Loss = "cross_entropy",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """PGD on the mean loss of all exits; an image counts as broken when the last exit is wrong."""
+    chosen = loss_named(loss)
+    seen: list[Tensor] = []
+
+    def last(pixels: Tensor) -> Tensor:
+        seen[:] = exits_of(model, pixels)
+        return seen[-1]
+
+    def mean_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+        return torch.stack([chosen(outputs, labels, targets) for outputs in seen]).mean(0)
+
+    return pgd(last, images, labels, budget, loss=mean_loss, generator=generator)
+
+
+def max_average_exits(
+    model: MultiExit,
+    images: Tensor,
+    labels: Tensor,
+    budget: Budget,
+    *,
+    loss: str | Loss = "cross_entropy",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return, per image, the single-exit attack that does most harm to all exits together, in cross-entropy."""
+    with torch.no_grad():
+        number = len(exits_of(model, images))
+    best = images.clone()
+    most = torch.full((len(images),), -torch.inf, device=images.device)
+    for index in range(number):
+        adversarial = single_exit(model, images, labels, budget, index, loss=loss, generator=generator)
+        with torch.no_grad():
+            harm = torch.stack([cross_entropy(outputs, labels) for outputs in exits_of(model, adversarial)]).sum(0)
+        worse = harm > most
+        best = torch.where(worse[:, None, None, None], adversarial, best)
+        most = torch.where(worse, harm.to(most.dtype), most)
+    return best

@@ -1,0 +1,122 @@
+"""What an attack maximises, per image: cross-entropy, margin (Carlini and Wagner 2017) and DLR (Croce and Hein 2020).
+
+Every loss takes logits (batch, class), labels (batch,) and, for a targeted attack, targets (batch,), and returns
+(batch,), larger where the attack is nearer to its goal. All are unchanged by a constant added to the logits, so the
+log-probabilities of an ensemble serve as well. Cross-entropy vanishes on saturated logits; margin and DLR do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.attacks.inputs import check_logits, full_precision
+from zoo.errors import BadInput, UnknownName
+
+
+class Loss(Protocol):
+    """See the module."""
+
+    def __call__(self, logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return the loss of each image (batch,)."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return -log p_y; targeted: log p_t."""
+    if targets is not None:
+        return -F.cross_entropy(logits, targets, reduction="none")
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def margin(logits: Tensor, labels: Tensor, targets: Tensor | None = None, *, confidence: float = math.inf) -> Tensor:
+    """Return min(max_{j != y} z_j - z_y, confidence); targeted: min(z_t - max_{j != t} z_j, confidence).
+
+    The true class is left out of the maximum by -inf. DVERGE's released code multiplies it by zero instead, which is a
+    constant 0 among log-probabilities, all negative, and so has no gradient as soon as p_y < exp(-confidence).
+    """
+    pivot = labels if targets is None else targets
+    other = logits.scatter(1, pivot[:, None], -math.inf).amax(1)
+    chosen = logits.gather(1, pivot[:, None])[:, 0]
+    return (other - chosen if targets is None else chosen - other).clamp_max(confidence)
+
+
+def dlr(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return the difference of logits ratio: -(z_y - max_{j != y} z_j) / (z_(1) - z_(3)); targeted below.
+
+    Targeted: -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2). Unchanged by a positive factor on the logits (Croce and Hein
+    2020, arXiv:2003.01690, equations 6 and 7).
+
+    Raises:
+        BadInput: fewer than 3 classes, or than 4 if targeted.
+    """
+    needed = 3 if targets is None else 4
+    if logits.shape[1] < needed:
+        raise BadInput(f"the DLR loss needs at least {needed} classes, got {logits.shape[1]}; use the margin loss")
+    ordered = logits.topk(needed, dim=1).values
+    true = logits.gather(1, labels[:, None])[:, 0]
+    if targets is None:
+        other = logits.scatter(1, labels[:, None], -math.inf).amax(1)
+        return (other - true) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+    wanted = logits.gather(1, targets[:, None])[:, 0]
+    return (wanted - true) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": cross_entropy,
+    "margin": margin,
+    "margin-0.1": partial(margin, confidence=0.1),
+    "dlr": dlr,
+}
+
+
+def loss_named(loss: str | Loss) -> Loss:
+    """Return the loss of a name; a loss is returned as it is.
+
+    Raises:
+        UnknownName: the message lists the known losses.
+    """
+    if not isinstance(loss, str):
+        return loss
+    if loss not in LOSSES:
+        raise UnknownName(loss, LOSSES, kind="loss")
+    return LOSSES[loss]
+
+
+def succeeded(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Return where the attack reached its goal: another class than the label, or the target (batch,) bool."""
+    predicted = logits.argmax(1)
+    return predicted != labels if targets is None else predicted == targets
+
+
+Ascent = Callable[[Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor, Tensor]"]
+"""(images, labels, targets) -> (gradient of the loss shaped like images, loss (batch,), logits (batch, class))."""
+
+
+def ascent(model: Callable[[Tensor], Tensor], loss: str | Loss = "cross_entropy") -> Ascent:
+    """Return the function that gives an attack the gradient of `loss` on `model`; parameters collect none.
+
+    The model's first answer is checked (`inputs.check_logits`); later ones would only wait for the device.
+    """
+    chosen = loss_named(loss)
+    first = True
+
+    def step(images: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal first
+        with torch.enable_grad():
+            images = images.detach().requires_grad_(True)
+            logits = full_precision(model(images))
+            if first:
+                check_logits(logits.detach(), labels, targets)
+                first = False
+            losses = chosen(logits, labels, targets)
+            # The sum, not the mean: a mean over a large batch may underflow an image's gradient.
+            (gradient,) = torch.autograd.grad(losses.sum(), images)
+        return gradient, losses.detach(), logits.detach()
+
+    return step

@@ -1,0 +1,63 @@
+"""Accuracy under common corruptions (Hendrycks and Dietterich 2019, arXiv:1903.12261): 15 kinds in 5 severities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo import data
+from zoo.card import Result
+from zoo.corruptions import CORRUPTIONS, SEVERITIES, corrupt, find_official, official, official_labels
+from zoo.data import Images
+from zoo.errors import BadInput
+from zoo.evaluation.run import GROUP, Run, correct, share, table
+
+
+def corruptions(run: Run) -> list[Result]:
+    """Mean accuracy over the 75 cells, 1,000 images each by default; 1 minus it is the corruption error of the papers.
+
+    On CIFAR-10 the official files are read where they are (`request.corrupted`, or a folder CIFAR-10-C among the data);
+    elsewhere test images are corrupted here by `zoo.corruptions`, and the note says that it is not CIFAR-10-C.
+    """
+    card = run.bundle.card
+    folder = run.request.corrupted or (find_official() if card.dataset == "cifar10" else None)
+    if folder is not None and card.dataset != "cifar10":
+        raise BadInput(f"{folder} holds CIFAR-10-C, and {card.name} was trained on {card.dataset}")
+    images = run.images(1000) if folder is None else None
+    cells, counted = [], 0
+    for name in CORRUPTIONS:
+        for severity in SEVERITIES:
+            if images is not None:
+                pixels = corrupt(images.pixels.cpu(), name, severity, seed=run.request.seed).to(run.device)
+                corrupted = Images(pixels, images.labels)
+            else:
+                assert folder is not None
+                whole = Images(official(folder, name, severity), official_labels(folder))
+                corrupted = data.evaluation_subset(whole, run.request.images or len(whole)).to(run.device)
+            counted = len(corrupted)
+            cells.append(share(_judged(run, f"{name}, severity {severity}", corrupted)))
+    values = torch.tensor(cells, dtype=torch.float64).reshape(len(CORRUPTIONS), len(SEVERITIES))
+    said = "CIFAR-10-C, the official files" if folder else "synthetic: corrupted by manygates, not CIFAR-10-C"
+    columns = [str(severity) for severity in SEVERITIES]
+    return [
+        run.result(
+            attack="corruptions",
+            accuracy=float(values.mean()),
+            images=counted,
+            draws=1 if run.request.variant == "gated" else 0,
+            note=f"{said}; mean over {len(CORRUPTIONS)} corruptions x {len(SEVERITIES)} severities",
+            tables=[table("corruptions", ("corruption", "severity"), list(CORRUPTIONS), columns, values)],
+        )
+    ]
+
+
+def _judged(run: Run, stage: str, images: Images) -> Tensor:
+    if run.request.variant != "gated":
+        return run.judged(stage, images, lambda pixels, labels, _: correct(run.network, pixels, labels))
+
+    def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
+        from zoo.attacks.random_gates import path_sampler
+
+        return correct(path_sampler(run.rgn, run.rng(stage, batch))(), pixels, labels)
+
+    return run.judged(stage, images, judge, size=GROUP)

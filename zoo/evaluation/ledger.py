@@ -1,0 +1,87 @@
+"""What an evaluation has measured so far, on disk: interrupted, it goes on where it was, and finds the same numbers.
+
+The ledger is a file of JSON lines in the cache, named by everything that determines the numbers (weights, protocol,
+attack, images, seed, versions). Each line holds one batch of one stage. It is removed when the evaluation is done, so
+asking again measures again.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CACHE_VARIABLE = "MANYGATES_CACHE"
+
+
+def cache_dir() -> Path:
+    """Return the folder for what can be made again: `MANYGATES_CACHE`, else `manygates` in the user's cache."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "manygates"
+
+
+def digest_of(terms: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of terms that can be written as JSON, the same for the same terms."""
+    return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
+
+
+class Ledger:
+    """Stages and batches that are done; a context that removes its file when the work ends without an exception."""
+
+    def __init__(self, terms: Mapping[str, Any], folder: Path | None = None) -> None:
+        self.file = (folder or cache_dir() / "evaluations") / f"{digest_of(terms)[:24]}.jsonl"
+        self._known: dict[str, Tensor] = {}
+        if self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                    content = np.frombuffer(base64.b64decode(entry["values"]), dtype=entry["type"])
+                    self._known[entry["key"]] = torch.from_numpy(content.reshape(entry["shape"]).copy())
+                except (ValueError, KeyError, TypeError):  # the line at which it was interrupted
+                    continue
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, key: str) -> Tensor | None:
+        """Return what was measured under `key`, or None."""
+        return self._known.get(key)
+
+    def put(self, key: str, values: Tensor) -> None:
+        """Keep what was measured, at once."""
+        array = np.ascontiguousarray(values.cpu().numpy())
+        self._known[key] = torch.from_numpy(array.copy())
+        entry = {
+            "key": key,
+            "type": array.dtype.str,
+            "shape": list(array.shape),
+            "values": base64.b64encode(array.tobytes()).decode(),
+        }
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._known.clear()
+        self.file.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.file.unlink(missing_ok=True)

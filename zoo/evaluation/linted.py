@@ -1,0 +1,109 @@
+"""The linter on a variant of a bundle: what is deployed, on test images, beside the graph that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from fractions import Fraction
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from zoo import data
+from zoo.attacks.inputs import Model
+from zoo.attacks.random_gates import path_sampler
+from zoo.bundle import Bundle
+from zoo.card import Finding, Lint
+from zoo.evaluation.ledger import Ledger
+from zoo.evaluation.lint import QUERIES, lint_model
+from zoo.evaluation.request import Request
+from zoo.evaluation.run import Run
+from zoo.evaluation.transfer import check_surrogates, open_surrogate
+from zoo.export import session
+from zoo.models import check_variant
+
+IMAGES = 100
+
+
+def lint_bundle(
+    bundle: Bundle,
+    variant: str,
+    *,
+    eps: Fraction = Fraction(8, 255),
+    images: int | None = None,
+    seed: int = 0,
+    queries: int = QUERIES,
+    surrogate: str | None = None,
+    device: str = "cpu",
+    command: str = "",
+    watch: Callable[[Finding], None] | None = None,
+) -> Lint:
+    """Ask every question of the linter about one variant, on the first test images of the fixed order.
+
+    Args:
+        bundle: its weights are attacked; where its graph of the variant is there, it is compared with them (P1).
+        variant: "single", "ensemble" or "gated".
+        eps: radius of the l_inf ball.
+        images: how many; 100 by default.
+        seed: of starts, noise, squares and gates.
+        queries: of Square, per image.
+        surrogate: another model (MODEL) for transfer and for a direction from outside.
+        device: where to compute.
+        command: repeats this, for the record.
+        watch: called with each finding.
+
+    Raises:
+        BadInput: no such variant, a surrogate that is the target; see `lint_model`.
+    """
+    check_variant(bundle, variant)
+    number = IMAGES if images is None else images
+    request = Request(
+        protocol="lint",
+        variant=variant,
+        eps=(eps,),
+        images=number,
+        seed=seed,
+        surrogates=() if surrogate is None else (surrogate,),
+    )
+    run = Run(bundle=bundle, request=request, device=torch.device(device), ledger=Ledger({"lint": "keeps none"}))
+    chosen = run.images(IMAGES)
+    other: Model | None = None
+    if surrogate is not None:
+        opened = open_surrogate(surrogate)
+        check_surrogates(run, [opened])
+        other = opened.deployed(run.device)
+    sampler = path_sampler(run.rgn, run.rng("lint", 0)) if variant == "gated" else None
+    model: Model = run.network if sampler is None else lambda pixels: sampler()(pixels)
+    findings = lint_model(
+        model,
+        data.as_float(chosen.pixels),
+        chosen.labels,
+        eps=float(eps),
+        sampler=sampler,
+        surrogate=other,
+        served=None if sampler is not None else _served(bundle, variant),
+        seed=seed,
+        queries=queries,
+        watch=watch,
+    )
+    return Lint(
+        variant=variant,
+        images=len(chosen),
+        seed=seed,
+        findings=findings,
+        date=datetime.now(UTC).date().isoformat(),
+        command=command,
+    )
+
+
+def _served(bundle: Bundle, variant: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """Return the graph that serves a variant, as a function of pixels."""
+    opened = session(bundle.read(f"{variant}.onnx"))
+
+    def answer(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        (logits,) = opened.run(["logits"], {"images": np.ascontiguousarray(pixels)})
+        return cast("NDArray[np.float32]", logits)
+
+    return answer

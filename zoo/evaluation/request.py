@@ -1,0 +1,74 @@
+"""What to measure: the request, and how radii are written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from zoo.errors import BadInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to measure. A number that is None takes the protocol's own default, which its docstring says."""
+
+    protocol: str
+    variant: str = "single"
+    eps: tuple[Fraction, ...] = (Fraction(1, 100), Fraction(3, 100))
+    """Radii of the l_inf ball, exact, in pixel units."""
+    images: int | None = None
+    """Test images; all 10,000 without an attack and 1,000 under one if None."""
+    steps: int | None = None
+    restarts: int | None = None
+    draws: int | None = None
+    """Fresh draws of the gates on which a random model is judged."""
+    paths: int = 5
+    """Paths of a random gated network that a matrix compares."""
+    surrogates: tuple[str, ...] = ()
+    """Models (MODEL) on which transfer attacks are made."""
+    adversarial_set: Path | None = None
+    """Folder of a stored adversarial set: made there if it is empty, reused if it fits; the cache's if None."""
+    corrupted: Path | None = None
+    """Folder with the official CIFAR-10-C files; images are corrupted here if None and none are found."""
+    seed: int = 0
+    command: str = ""
+    """The command that repeats this, for the record."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "restarts", "draws"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"need at least 1 {name.removesuffix('s')}, got {name}={value}")
+        if self.paths < 2:
+            raise BadInput(f"a matrix compares at least 2 paths, got {self.paths}")
+        if not self.eps:
+            raise BadInput("need at least one eps, got none; for example 8/255")
+
+
+def parse_eps(text: str, norm: str = "linf") -> Fraction:
+    """Read eps exactly, written as `8/255` or `0.03`.
+
+    Raises:
+        BadInput: not a number, or outside [0, 1]; for "l2", outside [0, 1000].
+    """
+    try:
+        # the exponent first: Fraction would spend minutes on "1e300000000"
+        eps = Fraction("none" if re.search(r"e[+-]?\d{3}", text.lower()) else text[:64])
+    except (ValueError, ZeroDivisionError) as error:
+        raise BadInput(f"eps {text[:40]!r} is not a number; write 8/255 or 0.03") from error
+    if eps.denominator >= 10**9:
+        raise BadInput(f"eps {text} has too many digits; write it as a fraction, such as 8/255")
+    if norm == "l2":
+        if not 0 <= eps <= 1000:
+            raise BadInput(f"eps {text} is no length in l2, expected 0 to 1000; 0.5 is usual for small images")
+    elif not 0 <= eps <= 1:
+        raise BadInput(f"eps {text} is outside [0, 1]; pixels are in [0, 1], so write 8/255, not 8")
+    return eps
+
+
+def listed(eps: Sequence[Fraction]) -> list[str]:
+    """Return radii as exact texts: "1/100", "8/255"."""
+    return [str(one) for one in eps]

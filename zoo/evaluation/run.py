@@ -1,0 +1,250 @@
+"""One evaluation in progress: what is deployed, the images it is judged on, progress, and what is done already."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from fractions import Fraction
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from zoo import data, paths
+from zoo.attacks.budget import LinfBudget
+from zoo.attacks.inputs import Model, check_logits
+from zoo.attacks.random_gates import path_model
+from zoo.bundle import Bundle
+from zoo.card import Check, Result, Table
+from zoo.data import Images
+from zoo.derive import Ensemble, folded_copy
+from zoo.errors import BadInput
+from zoo.evaluation.ledger import Ledger
+from zoo.evaluation.request import Request
+from zoo.models import load_rgn, member_networks, weights_file
+from zoo.rgn import RandomGatedNetwork
+
+BATCH = 250
+GROUP = 50
+"""Images that share a path where random gates are judged: the mean over draws is the same, and it takes less time."""
+
+Judge = Callable[[Tensor, Tensor, int], Tensor]
+"""(images in [0, 1], labels, number of the batch) -> values with the images as their first dimension."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """An evaluation of one variant of a bundle."""
+
+    bundle: Bundle
+    request: Request
+    device: torch.device
+    ledger: Ledger
+
+    def images(self, default: int | None) -> Images:
+        """Return the fixed subset of the test set: `request.images`, else `default`, at most all."""
+        images = data.load(self.bundle.card.dataset, "test")
+        number = self.request.images if self.request.images is not None else min(default or len(images), len(images))
+        return data.evaluation_subset(images, number).to(self.device)
+
+    @cached_property
+    def members(self) -> list[nn.Module]:
+        """The deployed plain networks, BatchNorms folded as in their graphs, laid out for the fastest convolutions."""
+        found = [ready(member, self.device) for member in member_networks(self.bundle, self.request.variant)]
+        return found
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """What a deterministic variant deploys.
+
+        Raises:
+            BadInput: random gates.
+        """
+        if self.request.variant == "gated":
+            raise BadInput(
+                f"random gates answer differently every time, and the protocol {self.request.protocol} attacks one "
+                "deterministic network, so it says nothing about random gates; measure the variants single and "
+                "ensemble, or random gates by --protocol random-gates"
+            )
+        if len(self.members) == 1:
+            return self.members[0]
+        return Ensemble(self.members).eval().requires_grad_(False)
+
+    @cached_property
+    def rgn(self) -> RandomGatedNetwork:
+        """The random gated network behind the bundle."""
+        rgn = load_rgn(self.bundle).to(self.device)
+        return rgn.requires_grad_(False)
+
+    def path_models(self, number: int) -> tuple[list[str], list[Model]]:
+        """Return several deployed networks to compare: members of an ensemble, or distinct paths, published first.
+
+        Raises:
+            BadInput: a single plain network.
+        """
+        card = self.bundle.card
+        if not card.architecture.gated_layers:
+            members = self.members if self.request.variant == "ensemble" else []
+            if len(members) < 2:
+                raise BadInput(
+                    f"{card.name} ({self.request.variant}) is one plain network; this protocol compares several paths "
+                    "or members, so name a random gated network or --variant ensemble"
+                )
+            return [f"member {index + 1}" for index in range(len(members))], list(members)
+        texts = [card.paths.single, *card.paths.ensemble]
+        chosen = [self.rgn.check(paths.parse(text, self.rgn.num_gates, self.rgn.candidates)) for text in texts if text]
+        rng = random.Random(self.request.seed)  # noqa: S311 - which paths are compared is no secret
+        wanted = min(number, self.rgn.candidates**self.rgn.num_gates)
+        chosen += paths.sample_distinct(wanted, self.rgn.num_gates, self.rgn.candidates, rng)
+        distinct = list(dict.fromkeys(chosen))[:wanted]
+        return [paths.format_path(path) for path in distinct], [path_model(self.rgn, path) for path in distinct]
+
+    def check_deterministic(self, pixels: Tensor, labels: Tensor) -> None:
+        """Check that the deployed network answers alike twice, and with logits.
+
+        Raises:
+            BadInput: it does not, so that a deterministic protocol would mistake luck for robustness.
+        """
+        with torch.no_grad():
+            first, second = (self.network(pixels) for _ in range(2))
+        if not torch.equal(first, second):
+            raise BadInput(
+                f"{self.bundle.card.name} answers the same image differently (by up to "
+                f"{float((first - second).abs().max()):.2g}), so it is random; {self.request.protocol} is for "
+                "deterministic models, use --protocol random-gates"
+            )
+        check_logits(first, labels)
+
+    def judged(self, stage: str, images: Images, judge: Judge, *, size: int = BATCH) -> Tensor:
+        """Judge all images in batches, with a progress bar; a batch that is in the ledger is not judged again.
+
+        Args:
+            stage: what is being done; unique within the evaluation, and part of every generator's seed.
+            images: what to judge.
+            judge: see `Judge`; draws only from `generator(stage, batch)`, so that going on changes nothing.
+            size: images per batch.
+        """
+        parts = []
+        batches = list(images.batches(size))
+        for number, (pixels, labels) in enumerate(
+            tqdm(batches, desc=stage, disable=not sys.stderr.isatty(), leave=False)
+        ):
+            known = self.ledger.get(f"{stage}/{number}")
+            if known is None:
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+                known = judge(pixels, labels, number).detach().cpu()
+                self.ledger.put(f"{stage}/{number}", known)
+            parts.append(known)
+        return torch.cat(parts)
+
+    def generator(self, stage: str, batch: int) -> torch.Generator:
+        """Return the generator of one batch of one stage, on the CPU."""
+        return torch.Generator().manual_seed(self._number(stage, batch))
+
+    def rng(self, stage: str, batch: int) -> random.Random:
+        """Return the source of gates of one batch of one stage."""
+        return random.Random(self._number(stage, batch))  # noqa: S311 - repeatable, unlike a deployed model's gates
+
+    def _number(self, stage: str, batch: int) -> int:
+        text = f"{self.request.seed}/{stage}/{batch}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+    def result(
+        self,
+        *,
+        attack: str,
+        accuracy: float,
+        images: int,
+        eps: Fraction = Fraction(0),
+        steps: int = 0,
+        step_size: float = 0.0,
+        restarts: int = 0,
+        draws: int = 0,
+        note: str = "",
+        checks: Sequence[Check] = (),
+        tables: Sequence[Table] = (),
+    ) -> Result:
+        """Return the result as the card keeps it, with its 95 % interval."""
+        low, high = wilson(accuracy, images)
+        return Result(
+            protocol=self.request.protocol,
+            variant=self.request.variant,
+            attack=attack,
+            norm=LinfBudget.norm,
+            eps=float(eps),
+            eps_fraction=str(eps),
+            steps=steps,
+            step_size=round(step_size, 9),
+            restarts=restarts,
+            draws=draws,
+            images=images,
+            seed=self.request.seed,
+            accuracy=round(accuracy, 6),
+            interval=(round(min(low, accuracy), 6), round(max(high, accuracy), 6)),
+            note=note,
+            checks=tuple(checks),
+            tables=tuple(tables),
+            date=datetime.now(UTC).date().isoformat(),
+            command=self.request.command,
+        )
+
+
+def terms_of(bundle: Bundle, request: Request, device: torch.device) -> dict[str, object]:
+    """Return everything that determines the numbers of an evaluation, for its ledger."""
+    card = bundle.card
+    asked = {key: value for key, value in asdict(request).items() if key != "command"}
+    asked["eps"] = [str(eps) for eps in request.eps]
+    for key in ("adversarial_set", "corrupted"):
+        asked[key] = str(asked[key])
+    return {
+        "request": asked,
+        "weights": card.files[weights_file(card)].sha256,
+        "paths": [card.paths.single, *card.paths.ensemble],
+        "device": device.type,
+        "torch": torch.__version__,
+    }
+
+
+def ready(network: nn.Module, device: torch.device) -> nn.Module:
+    """Return a plain network as it is attacked: folded, in evaluation mode, no parameter gradients, channels last."""
+    folded = folded_copy(network).to(device)
+    folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return folded.requires_grad_(False)
+
+
+def correct(model: Model, pixels: Tensor, labels: Tensor) -> Tensor:
+    """Return where the model answers with the label (batch,) bool."""
+    with torch.no_grad():
+        return model(pixels).argmax(1) == labels
+
+
+def share(kept: Tensor) -> float:
+    """Return the mean of a mask or of shares."""
+    return float(kept.double().mean())
+
+
+def wilson(accuracy: float, images: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share measured on `images` images."""
+    z = 1.959964
+    centre = (accuracy + z * z / (2 * images)) / (1 + z * z / images)
+    half = z / (1 + z * z / images) * math.sqrt(accuracy * (1 - accuracy) / images + z * z / (4 * images**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def table(name: str, axes: tuple[str, str], rows: Sequence[str], columns: Sequence[str], values: Tensor) -> Table:
+    """Return a table of a (rows, columns) tensor, rounded to six digits; NaN is "nothing was measured"."""
+    numbers = [[None if math.isnan(value) else round(value, 6) for value in row] for row in values.double().tolist()]
+    return Table(
+        name=name,
+        row_axis=axes[0],
+        column_axis=axes[1],
+        rows=tuple(rows),
+        columns=tuple(columns),
+        values=tuple(tuple(row) for row in numbers),
+    )

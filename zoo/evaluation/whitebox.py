@@ -1,0 +1,171 @@
+"""Clean accuracy, and PGD on the deployed network, as DVERGE and Ensemble-in-One measure them (their sections 4)."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from zoo import data, paths
+from zoo.attacks.budget import LinfBudget
+from zoo.attacks.gradient import fgsm, pgd
+from zoo.attacks.random_gates import path_model
+from zoo.card import Check, Result, Table
+from zoo.data import Images
+from zoo.evaluation.run import GROUP, Run, correct, share, table
+
+CHECKED_IMAGES = 100
+CLEAN_DRAWS = 10
+STEPS_SHOWN = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+def clean(run: Run) -> list[Result]:
+    """Accuracy on unperturbed test images, all of them by default; for random gates the mean over ten draws."""
+    images = run.images(None)
+    if run.request.variant != "gated":
+        right = run.judged("clean", images, lambda pixels, labels, _: correct(run.network, pixels, labels))
+        return [run.result(attack="none", accuracy=share(right), images=len(images))]
+    draws = run.request.draws or CLEAN_DRAWS
+
+    def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
+        rng = run.rng("clean", batch)
+        drawn = [paths.sample(run.rgn.num_gates, run.rgn.candidates, rng) for _ in range(draws)]
+        return torch.stack([correct(path_model(run.rgn, path), pixels, labels) for path in drawn], dim=1)
+
+    right = run.judged("clean", images, judge, size=GROUP)
+    per_draw = right.double().mean(0)
+    error = float(per_draw.std()) / draws**0.5 if draws > 1 else 0.0
+    return [
+        run.result(
+            attack="none",
+            accuracy=share(right),
+            images=len(images),
+            draws=draws,
+            note=f"mean over {draws} draws (standard error {error:.4f}), each with a fresh path per {GROUP} images",
+        )
+    ]
+
+
+def whitebox(run: Run) -> list[Result]:
+    """PGD on the deployed network: 50 steps of eps / 5, 5 random starts, cross-entropy, 1,000 images, all-or-nothing.
+
+    An image counts if it is answered correctly at *every* iterate of every restart, which is stricter than DVERGE's
+    last iterate of every restart.
+    """
+    steps, restarts = run.request.steps or 50, run.request.restarts or 5
+    network = run.network
+    images = run.images(1000)
+    first = images[slice(0, CHECKED_IMAGES)]
+    run.check_deterministic(data.as_float(first.pixels), first.labels)
+    checks = sanity(run, first)
+    results = []
+    for eps in run.request.eps:
+        budget = LinfBudget(eps=float(eps), steps=steps, restarts=restarts)
+        stage = f"PGD-{steps} x {restarts}, eps {eps}"
+
+        def judge(
+            pixels: Tensor, labels: Tensor, batch: int, stage: str = stage, budget: LinfBudget = budget
+        ) -> Tensor:
+            generator = run.generator(stage, batch)
+            return correct(
+                network, pgd(network, pixels, labels, budget, keep="first broken", generator=generator), labels
+            )
+
+        right = run.judged(stage, images, judge)
+        results.append(
+            run.result(
+                attack="PGD",
+                accuracy=share(right),
+                images=len(images),
+                eps=eps,
+                steps=steps,
+                step_size=budget.step,
+                restarts=restarts,
+                note="all-or-nothing over restarts and iterates",
+                checks=checks,
+                tables=[_against_steps(run, first, eps, steps)],
+            )
+        )
+    return results
+
+
+def _against_steps(run: Run, images: Images, eps: Fraction, steps: int) -> Table:
+    """Accuracy after ever more steps of one attempt, and after FGSM, on the first images."""
+    network = run.network
+
+    def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
+        right = [correct(network, pixels, labels)]
+        if not eps:
+            return torch.stack(right * (steps + 1), dim=1)
+        budget = LinfBudget(eps=float(eps), steps=steps)
+        generator = run.generator(f"steps {eps}", batch)
+
+        def watch(step: int, adversarial: Tensor, logits: Tensor) -> None:
+            if step:
+                right.append(logits.argmax(1) == labels)
+
+        last = pgd(network, pixels, labels, budget, generator=generator, watch=watch)
+        right.append(correct(network, last, labels))
+        return torch.stack(right, dim=1)
+
+    right = run.judged(f"accuracy against steps, eps {eps}", images, judge)
+    shown = [step for step in STEPS_SHOWN if step < steps] + [steps]
+    values = right.double().mean(0)[[0, *shown]]
+    columns = ["0", *map(str, shown)]
+    return table("steps", ("attack", "steps"), [f"PGD, eps {eps}, {len(images)} images"], columns, values[None])
+
+
+def sanity(run: Run, images: Images) -> tuple[Check, ...]:
+    """Check on a few images what must hold of an honest number (Carlini et al. 2019, arXiv:1902.06705).
+
+    The linter (`zoo.evaluation.lint`) asks more; these few run with every evaluation.
+    """
+    network, request = run.network, run.request
+    pixels, labels = data.as_float(images.pixels), images.labels
+    eps = float(max(request.eps)) or 8 / 255
+
+    def attacked(eps: float, steps: int, step_size: float | None = None) -> Tensor:
+        budget = LinfBudget(eps=eps, steps=steps, step_size=step_size)
+        adversarial = pgd(
+            network, pixels, labels, budget, keep="first broken", generator=run.generator(f"sanity {eps}", steps)
+        )
+        return correct(network, adversarial, labels)
+
+    unharmed = correct(network, pixels, labels)
+    none = correct(network, pgd(network, pixels, labels, LinfBudget(eps=0.0, steps=1)), labels)
+    one_step = correct(network, fgsm(network, pixels, labels, LinfBudget(eps=eps)), labels)
+    few, many = attacked(eps, 10), attacked(eps, 50)
+    huge = attacked(0.5, 50, 0.05)
+    noise = torch.rand(pixels.shape, generator=run.generator("sanity noise", 0)).to(pixels.device)
+    noisy = correct(network, (pixels + eps * (2 * noise - 1).sign()).clamp(0, 1), labels)
+    with torch.enable_grad():
+        probe = pixels.clone().requires_grad_(True)
+        loss = nn.functional.cross_entropy(network(probe), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, probe)
+    silent = float((gradient.flatten(1).abs().amax(1) == 0).float().mean())
+    number = len(images)
+    return (
+        Check(name="eps 0 equals clean", held=bool((none == unharmed).all()), detail=f"{number} images"),
+        Check(
+            name="PGD is at least as strong as one step",
+            held=int((~one_step & many).sum()) <= 0.03 * number,
+            detail=f"eps {eps:g}: FGSM leaves {share(one_step):.3f}, PGD-50 {share(many):.3f} of {number} images",
+        ),
+        Check(
+            name="more steps do not help the defender",
+            held=share(many) <= share(few) + 0.03,
+            detail=f"eps {eps:g}: PGD-10 leaves {share(few):.3f}, PGD-50 {share(many):.3f}",
+        ),
+        Check(
+            name="a large eps reaches zero",
+            held=share(huge) <= 0.02,
+            detail=f"eps 0.5: PGD-50 leaves {share(huge):.3f}",
+        ),
+        Check(
+            name="random noise is weaker than the gradient",
+            held=share(noisy) >= share(many) - 0.03,
+            detail=f"eps {eps:g}: random signs leave {share(noisy):.3f}, PGD-50 {share(many):.3f}",
+        ),
+        Check(name="gradients are not zero", held=silent <= 0.05, detail=f"{silent:.3f} of the images have none"),
+    )

@@ -1,0 +1,104 @@
+"""A report, or its summary alone, as Markdown that GitHub and PyPI render alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from zoo.card import Card
+from zoo.errors import BadInput
+from zoo.report.content import Cell, Exhibit, Grid, Report, entries_of, legend, summary_grids
+from zoo.report.wording import plain
+
+
+def markdown_table(cards: Sequence[Card]) -> str:
+    """Return a compact table for a README, one row per variant of each model, with the terms and the marks below it.
+
+    Returns:
+        Markdown that ends in a newline; one table per data set.
+
+    Raises:
+        BadInput: without cards.
+    """
+    if not cards:
+        raise BadInput("no cards to tabulate, expected at least one; name a model")
+    entries = entries_of(cards)
+    blocks = []
+    for grid in summary_grids(entries, compact=True):
+        said = [f"{_text(grid.caption)}."]
+        said += [f"{_text(group.text)}: {_text(group.detail)}." for group in grid.groups if group.detail]
+        blocks += ["\n".join(_table(grid, groups_below=True)), " ".join(said)]
+    blocks += [_text(line) for line in legend(entries)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def markdown_of(report: Report) -> str:
+    """Return a whole report as Markdown; its figures are the files in `figures/`."""
+    blocks = [f"# {_text(report.title)}", _text(report.subtitle)]
+    for section in report.sections:
+        blocks.append(f"## {_text(section.title)}")
+        blocks += [_text(section.intro)] if section.intro else []
+        for exhibit in section.exhibits:
+            blocks += _exhibit(exhibit)
+    return "\n\n".join(blocks) + "\n"
+
+
+def _exhibit(exhibit: Exhibit) -> Iterator[str]:
+    if exhibit.title:
+        yield f"### {_text(exhibit.title)}"
+    if exhibit.picture is not None:
+        yield f"![{_text(exhibit.picture.alt)}](figures/{exhibit.picture.name}.svg)"
+    for grid in exhibit.grids:
+        if len(exhibit.grids) > 1:
+            yield f"{_text(grid.caption)}:"
+        yield "\n".join(_table(grid))
+    if exhibit.remarks:
+        yield "\n".join(f"- {_text(remark)}" for remark in exhibit.remarks)
+    for command in exhibit.commands:
+        yield f"{_text(_capital(command.about))}:"
+        # indented on one line: nothing in it can end the block
+        yield f"    {plain(command.line)}"
+
+
+def _table(grid: Grid, *, groups_below: bool = False) -> Iterator[str]:
+    """Yield the lines of a table; a group's name goes into each of its columns.
+
+    Args:
+        grid: the table.
+        groups_below: leave the terms of groups to a line below the table.
+    """
+    above: list[Cell] = []
+    for group in grid.groups:
+        above += [group] * group.span
+    header = []
+    for index, cell in enumerate(grid.header):
+        group = above[index] if above else Cell(text="")
+        name = ", ".join(part for part in (group.text, cell.text) if part and part != "accuracy")
+        details = [cell.detail] if groups_below else [group.detail, cell.detail]
+        header.append(_cell(Cell(text=name, detail="; ".join(detail for detail in details if detail))))
+    yield f"| {' | '.join(header)} |"
+    yield f"|{'|'.join('---' if index < grid.headings else _align(grid, index) for index in range(len(header)))}|"
+    for row in grid.rows:
+        yield f"| {' | '.join(_cell(cell) for cell in row)} |"
+
+
+def _align(grid: Grid, index: int) -> str:
+    """Return the mark that sets columns of numbers to the right."""
+    return "---:" if any(row[index].value is not None for row in grid.rows) else "---"
+
+
+def _cell(cell: Cell) -> str:
+    details = "; ".join(_text(detail) for detail in (cell.detail, cell.apart) if detail)
+    return f"{_text(cell.text)} ({details})" if details else _text(cell.text)
+
+
+def _text(text: str) -> str:
+    """Escape what Markdown or the HTML inside it would take for its own."""
+    escaped = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escaped)
+    # at the start of a line these would open a heading, a list or a rule
+    return re.sub(r"^([#+=-])", r"\\\1", escaped)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

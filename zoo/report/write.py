@@ -1,0 +1,82 @@
+"""Writing a report to a folder: all of it or nothing, and never over what is not a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from zoo.card import Card
+from zoo.errors import BadInput
+from zoo.files import replace_directory
+from zoo.report.content import report_of
+from zoo.report.figures import Rendered, render
+from zoo.report.markdown import markdown_of
+from zoo.report.page import MARK, figure_files, page_of
+
+TITLE = "Robustness report"
+HTML_FILE = "report.html"
+MARKDOWN_FILE = "report.md"
+FIGURES_DIR = "figures"
+
+
+def write_report(cards: Sequence[Card], folder: Path, *, title: str = TITLE) -> Path:
+    """Write `report.html` (one self-contained page), `report.md` and `figures/` to `folder`.
+
+    An older report there is replaced as a whole; the same cards give the same bytes.
+
+    Returns:
+        The page.
+
+    Raises:
+        BadInput: without cards, if `folder` holds anything but a report, or if matplotlib is not installed.
+    """
+    if not cards:
+        raise BadInput("no cards to report on, expected at least one; name a model")
+    check_report_target(folder)
+    report = report_of(cards, title=title)
+    figures: dict[str, Rendered] = {}
+    for name_of_figure, picture in report.pictures:
+        try:
+            figures[picture.name] = render(picture.drawing, name=picture.name, title=name_of_figure, alt=picture.alt)
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+            raise BadInput(
+                "the figures of a report need matplotlib, which is not installed; pip install 'manygates[report]'"
+            ) from error
+    with replace_directory(folder) as new_dir:
+        (new_dir / HTML_FILE).write_bytes(page_of(report, figures).encode())
+        (new_dir / MARKDOWN_FILE).write_bytes(markdown_of(report).encode())
+        if figures:
+            (new_dir / FIGURES_DIR).mkdir()
+        for name, figure in figures.items():
+            (new_dir / FIGURES_DIR / f"{name}.svg").write_bytes(figure.svg)
+            (new_dir / FIGURES_DIR / f"{name}.png").write_bytes(figure.png)
+    return folder / HTML_FILE
+
+
+def check_report_target(folder: Path) -> None:
+    """Check that a report may be written to `folder`; for callers that do long work before they write.
+
+    Raises:
+        BadInput: if it is a file, or holds something that is not part of a report (it would be lost).
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file, expected a directory or nothing; choose another place")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    page = folder / HTML_FILE
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    if MARK not in text:
+        raise BadInput(
+            f"{folder} is not empty and holds no report, so its content would be lost; choose an empty or new folder"
+        )
+    written = {HTML_FILE, MARKDOWN_FILE, *(f"{FIGURES_DIR}/{name}" for name in figure_files(text))}
+    for place in sorted(folder.rglob("*")):
+        name = place.relative_to(folder).as_posix()
+        known = name == FIGURES_DIR if place.is_dir() else name in written
+        if not known or place.is_symlink():
+            raise BadInput(
+                f"{folder} holds {name!r}, which is no part of its report and would be lost; "
+                "choose an empty or new folder"
+            )
