@@ -94,7 +94,7 @@ def test_no_variant_leaves_the_ball_or_the_pixel_range(
     adversarial = attack_of(restarts=2)(bumpy, images, labels)
     assert adversarial.shape == images.shape
     assert float((adversarial - images).abs().max()) <= EPS + 1e-6
-    assert 0 <= float(adversarial.min())
+    assert float(adversarial.min()) >= 0
     assert float(adversarial.max()) <= 1
 
 
@@ -222,7 +222,7 @@ def test_on_a_linear_model_it_breaks_what_can_be_broken_and_nothing_else() -> No
     model, labels, best = two_classes(images)
     with torch.no_grad():
         possible = model(best).argmax(1) != labels
-        assert 0.1 < float(possible.float().mean()) < 0.9
+        assert 10 < int(possible.sum()) < 290
         found = apgd(model, images, labels, LinfBudget(eps=EPS, steps=10), generator=generator())
         assert torch.equal(model(found).argmax(1) != labels, possible)
 
@@ -322,7 +322,7 @@ def test_the_targeted_attack_tries_the_likeliest_classes_first_and_only_survivor
         assert torch.equal(starts[2], ranked[robust, 3])
 
 
-def test_the_targeted_attack_breaks_what_the_untargeted_one_leaves_in_its_hollow(
+def test_the_targeted_attack_breaks_no_fewer_images_than_the_untargeted_one(
     bumpy: Bumpy, images: Tensor, labels: Tensor
 ) -> None:
     def robust(adversarial: Tensor) -> float:

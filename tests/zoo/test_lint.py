@@ -264,3 +264,367 @@ def test_a_planted_defect_raises_its_alarm_and_not_that_of_others(plain: nn.Modu
     assert defect.raises <= alarms(findings), render(list(findings.values()))
     assert not alarms(findings) & set(defect.leaves), render(list(findings.values()))
     assert not passed(list(findings.values()))
+
+
+@pytest.mark.parametrize("differentiate", [by_grad, by_another_name, by_backward])
+def test_a_gradient_in_the_forward_is_seen_by_whatever_name_it_is_called(
+    plain: nn.Module, differentiate: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    model = Purified(copy.deepcopy(plain))
+    model.differentiate = differentiate  # type: ignore[method-assign]
+    before = torch.autograd._engine_run_backward
+    finding = linted(model)["D1"]
+    assert finding.verdict == "alarm"
+    assert finding.figure.startswith("1 backward pass")
+    assert torch.autograd._engine_run_backward is before
+
+
+def test_the_watch_on_gradients_ends_when_a_forward_fails() -> None:
+    before = torch.autograd._engine_run_backward
+
+    def broken(images: Tensor) -> Tensor:
+        raise RuntimeError("no such model")
+
+    with pytest.raises(RuntimeError, match="no such model"):
+        linted(broken)
+    assert torch.autograd._engine_run_backward is before
+
+
+# --- what is served, and surrogates ---
+
+
+def test_a_served_model_that_answers_otherwise_raises_an_alarm(plain: nn.Module, robust: nn.Module) -> None:
+    finding = linted(plain, served=lambda pixels: served(robust, pixels))["P1"]
+    assert finding.verdict == "alarm"
+    assert "of 177 answers" in finding.figure  # 59 clean images, and the same after FGSM and after PGD
+
+
+def test_served_probabilities_are_compared_as_such(plain: nn.Module) -> None:
+    finding = linted(plain, served=lambda pixels: plain(torch.from_numpy(pixels)).softmax(1).detach())["P1"]
+    assert finding.verdict == "ok"
+
+
+def test_a_served_model_of_other_classes_is_refused(plain: nn.Module) -> None:
+    with pytest.raises(BadInput, match=r"served returned shape \(59, 3\) for 59 images, expected \(59, 4\)"):
+        linted(plain, served=lambda pixels: np.zeros((len(pixels), 3), np.float32))
+
+
+def test_a_surrogate_that_its_own_examples_do_not_fool_raises_an_alarm(plain: nn.Module, robust: nn.Module) -> None:
+    assert alarms(linted(plain, surrogate=robust)) == {"T1"}
+
+
+def test_transfer_unmasks_a_model_whose_gradients_are_hidden(plain: nn.Module) -> None:
+    findings = linted(Rounded(plain), surrogate=plain, queries=1)
+    assert "transfer (PGD-20) 58" in findings["W1"].figure  # one of 59 fell to a random start
+    assert findings["W1"].verdict == "alarm"
+
+
+# --- random models ---
+
+
+class OnePerDraw(nn.Module):
+    """Adds the same noise to every image; a draw of a noisy model."""
+
+    def __init__(self, network: nn.Module, noise: Tensor) -> None:
+        super().__init__()
+        self.network, self.noise = network, noise
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images + self.noise)
+
+
+class _RoughGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context: torch.autograd.function.FunctionCtx, images: Tensor, seed: int) -> Tensor:
+        context.seed = seed  # type: ignore[attr-defined]
+        return images.clone()
+
+    @staticmethod
+    def backward(context: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        generator = torch.Generator().manual_seed(context.seed)  # type: ignore[attr-defined]
+        size = gradient.flatten(1).std(1)[:, None, None, None]
+        return gradient + 3 * size * torch.randn(gradient.shape[1:], generator=generator), None
+
+
+def choosing(networks: Sequence[nn.Module]) -> tuple[Model, Callable[[], Model]]:
+    """Random gates with one layer: every call, or draw, takes one of the networks."""
+    rng = random.Random(0)
+    return lambda images: rng.choice(networks)(images), lambda: rng.choice(networks)
+
+
+def noisy(network: nn.Module, size: float) -> tuple[Model, Callable[[], Model]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> Model:
+        return OnePerDraw(network, size * torch.randn(3, 8, 8, generator=generator))
+
+    return lambda images: draw()(images), draw
+
+
+def rough(network: nn.Module) -> tuple[Model, Callable[[], Model]]:
+    rng = random.Random(0)
+
+    def draw() -> Model:
+        seed = rng.randrange(2**31)
+        return lambda images: network(_RoughGradient.apply(images, seed))
+
+    return lambda images: draw()(images), draw
+
+
+def test_a_random_model_with_a_sampler_is_asked_about_its_draws(networks: dict[str, nn.Module]) -> None:
+    model, sampler = choosing(list(networks.values()))
+    findings = linted(model, sampler=sampler, served=lambda pixels: served(networks["plain"], pixels))
+    assert findings["R1"].verdict == "ok"
+    assert "see E1 to E3" in findings["R1"].figure
+    for code in ("E1", "E2", "E3"):
+        assert findings[code].verdict in ("ok", "alarm")
+        assert "n = " in findings[code].figure
+    assert findings["P1"].verdict == "skipped"
+    assert not alarms(findings) - {"E1", "E2"}, render(list(findings.values()))
+
+
+def test_the_same_random_model_without_a_sampler_is_an_alarm(networks: dict[str, nn.Module]) -> None:
+    model, _ = choosing(list(networks.values()))
+    finding = linted(model)["R1"]
+    assert finding.verdict == "alarm"
+    assert "Randomness is mistaken for robustness" in finding.meaning
+
+
+def test_much_noise_makes_an_attack_report_its_luck(robust: nn.Module) -> None:
+    model, sampler = noisy(robust, 0.1)
+    findings = linted(model, sampler=sampler)
+    assert findings["E2"].verdict == "alarm", render(list(findings.values()))
+    assert findings["R1"].verdict == findings["B1"].verdict == findings["G1"].verdict == "ok"
+
+
+def test_averaging_that_finds_more_raises_an_alarm(plain: nn.Module) -> None:
+    model, sampler = rough(plain)
+    findings = linted(model, sampler=sampler, eps=4 / 255)
+    assert {"E1", "E3"} <= alarms(findings), render(list(findings.values()))
+
+
+def test_a_sampler_of_a_model_that_is_not_random_is_no_alarm(robust: nn.Module) -> None:
+    findings = linted(robust, sampler=lambda: robust)
+    assert alarms(findings) == set(), render(list(findings.values()))
+    assert "not random" in findings["R1"].figure
+
+
+# --- checks of the attack itself, which is ours: a broken one is put in its place ---
+
+
+def test_an_attack_that_leaves_the_ball_raises_an_alarm(plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lint, "fgsm", lambda model, images, labels, budget: (images + 2 * budget.eps).clamp(0, 1))
+    assert alarms(linted(plain)) == {"S7"}
+
+
+def test_an_attack_that_makes_nan_raises_an_alarm_and_does_not_count_as_success(
+    robust: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lint, "fgsm", lambda model, images, labels, budget: images * torch.nan)
+    findings = linted(robust)
+    assert alarms(findings) == {"S7"}
+    assert "FGSM breaks 0" in findings["S2"].figure
+
+
+def test_an_attack_that_moves_images_without_a_budget_raises_an_alarm(
+    plain: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def careless(model: Model, images: Tensor, labels: Tensor, budget: LinfBudget, **options: object) -> Tensor:
+        adversarial = pgd(model, images, labels, budget, **options)  # type: ignore[arg-type]
+        return adversarial if budget.eps else (adversarial + 1 / 255).clamp(0, 1)
+
+    monkeypatch.setattr(lint, "pgd", careless)
+    assert alarms(linted(plain)) == {"S1"}
+
+
+def traced(wrong: Tensor, losses: Tensor | None = None) -> lint.Trace:
+    losses = torch.zeros(wrong.shape) if losses is None else losses
+    return lint.Trace(wrong=wrong, losses=losses, first=IMAGES, last=IMAGES)
+
+
+@pytest.fixture
+def evidence(plain: nn.Module) -> lint.Evidence:
+    """The evidence on a network that answers every image correctly, to which tests add made-up attacks."""
+    return lint.Evidence(
+        lambda images: F.one_hot(LABELS, 4).float()[: len(images)] * 5 - 1,
+        IMAGES,
+        LABELS,
+        eps=EPS,
+        sampler=None,
+        surrogate=None,
+        served=None,
+        seed=0,
+        queries=QUERIES,
+    )
+
+
+def ask(code: str, evidence: lint.Evidence) -> bool | None:
+    return next(check for check in CHECKS if check.code == code).ask(evidence)[0]
+
+
+@pytest.mark.parametrize(("broken", "alarm"), [(0, False), (2, False), (12, True)])
+def test_what_one_step_alone_breaks_is_judged_image_by_image(
+    evidence: lint.Evidence, broken: int, alarm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence.trace = traced(torch.zeros(40, 60, dtype=torch.bool))
+    evidence.one_step = IMAGES
+    monkeypatch.setattr(evidence, "wrong", lambda images: torch.arange(60) < broken)
+    assert ask("S2", evidence) == alarm
+
+
+@pytest.mark.parametrize(("late", "second", "alarm"), [(0, 0, False), (1, 1, False), (6, 0, True), (0, 6, True)])
+def test_images_broken_only_by_more_steps_or_another_start_raise_an_alarm(
+    evidence: lint.Evidence, late: int, second: int, alarm: bool
+) -> None:
+    wrong = torch.zeros(40, 60, dtype=torch.bool)
+    wrong[30:, :late] = True
+    evidence.trace = traced(wrong)
+    evidence.second_start = torch.arange(60) < second
+    assert ask("S3", evidence) == alarm
+
+
+@pytest.mark.parametrize(("power", "alarm"), [(0.1, False), (1.0, True)])
+def test_a_loss_that_still_rises_at_the_end_raises_an_alarm(evidence: lint.Evidence, power: float, alarm: bool) -> None:
+    losses = torch.arange(1, 41.0).pow(power)[:, None].expand(40, 60)
+    evidence.trace = traced(torch.zeros(40, 60, dtype=torch.bool), losses)
+    evidence.second_start = torch.zeros(60, dtype=torch.bool)
+    assert ask("S3", evidence) == alarm
+
+
+@pytest.mark.parametrize(
+    ("curve", "alarm"),
+    [([1.0, 0.5, 0.0], False), ([0.5, 0.52, 0.0], False), ([0.2, 0.6, 0.0], True), ([0.9, 0.8, 0.7], True)],
+)
+def test_a_curve_that_rises_or_ends_above_chance_raises_an_alarm(
+    evidence: lint.Evidence, curve: list[float], alarm: bool
+) -> None:
+    evidence.curve = list(zip((0.1, 0.2, 0.5), curve, strict=True))
+    assert ask("S4", evidence) == alarm
+
+
+@pytest.mark.parametrize(("lost", "alarm"), [(0, False), (1, False), (6, True)])
+def test_images_that_were_adversarial_on_the_way_only_raise_an_alarm(
+    evidence: lint.Evidence, lost: int, alarm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = torch.ones(40, 60, dtype=torch.bool)
+    wrong[-1, :lost] = False
+    evidence.trace = traced(wrong)
+    monkeypatch.setattr(evidence, "wrong", lambda images: torch.ones(60, dtype=torch.bool))
+    assert ask("S6", evidence) == alarm
+
+
+def test_a_threshold_is_exceeded_only_with_the_whole_interval() -> None:
+    assert not lint._exceeds(2, 50, 0.02)
+    assert lint._exceeds(5, 100, 0.02)
+    assert not lint._exceeds(0, 0, 0.02)
+
+
+# --- odd models, odd input, and what is left behind ---
+
+
+@pytest.mark.parametrize("logits", [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 0.0]])
+def test_a_constant_model_is_an_alarm_and_no_crash(logits: list[float]) -> None:
+    findings = lint_model(
+        lambda images: torch.tensor(logits).expand(len(images), -1), IMAGES, LABELS % len(logits), eps=EPS, queries=5
+    )
+    assert {"G1", "S5"} <= {finding.code for finding in findings if finding.verdict == "alarm"}
+    assert {finding.code: finding.verdict for finding in findings}["G3"] == "skipped"
+
+
+def test_an_untrained_model_is_linted_like_any_other() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    findings = linted(model)
+    assert set(findings) == {check.code for check in CHECKS}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("eps", [1 / 255, 0.5, 1.0])
+def test_every_radius_can_be_asked_about(plain: nn.Module, eps: float) -> None:
+    assert not {"S1", "S7", "G1", "G3", "R1", "B1", "M1"} & alarms(linted(plain, eps=eps))
+
+
+def test_one_image_is_enough(plain: nn.Module) -> None:
+    findings = lint_model(plain, IMAGES[:1], LABELS[:1], queries=5)
+    assert {finding.code: finding.verdict for finding in findings}["B1"] == "skipped"
+
+
+def test_more_images_than_a_batch_are_attacked_in_parts(plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lint, "BATCH", 16)
+    assert alarms(linted(plain, surrogate=plain)) == set()
+
+
+def test_double_precision_images_are_judged_alike(plain: nn.Module) -> None:
+    model = copy.deepcopy(plain).double()
+    findings = lint_model(model, IMAGES.double(), LABELS, queries=5)
+    assert passed(findings), render(findings)
+
+
+def test_a_model_that_is_never_right_is_refused_with_the_likely_reasons(plain: nn.Module) -> None:
+    with pytest.raises(BadInput, match=r"none of the 60 images correctly.*normalisation inside"):
+        lint_model(lambda images: torch.eye(4).repeat(60, 1)[1 : len(images) + 1], IMAGES, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": 8}, "write 8/255, not 8"),
+        ({"eps": 0}, "need 0 < eps"),
+        ({"queries": 0}, "at least 1 query"),
+    ],
+)
+def test_nonsense_is_refused(plain: nn.Module, options: dict[str, float], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        linted(plain, **options)
+
+
+def test_a_label_that_is_no_class_and_a_net_in_training_mode_are_refused(plain: nn.Module) -> None:
+    with pytest.raises(BadInput, match="label 5 is out of range, expected 0 to 3"):
+        lint_model(plain, IMAGES, LABELS + 2)
+    with pytest.raises(BadInput, match=r"call \.eval\(\) first"):
+        linted(nn.Sequential(nn.BatchNorm2d(3), plain).train())
+
+
+def test_the_same_seed_gives_the_same_findings_and_global_random_states_are_left_alone(robust: nn.Module) -> None:
+    model = Noisy(robust)  # draws from torch's global generator
+    runs = []
+    for start in (1, 2):
+        torch.manual_seed(start)
+        random.seed(start)
+        np.random.seed(start)
+        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+        runs.append(lint_model(model, IMAGES, LABELS, queries=5, seed=4))
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert random.getstate() == states[1]
+        assert (np.random.get_state()[1] == states[2]).all()
+    assert runs[0] == runs[1]
+    assert runs[0] != lint_model(model, IMAGES, LABELS, queries=5, seed=5)
+
+
+def test_linting_changes_nothing_about_a_model(plain: nn.Module) -> None:
+    model = copy.deepcopy(plain)
+    linted(model, surrogate=model)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), plain.parameters(), strict=True))
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_each_finding_is_announced_as_soon_as_it_is_there(plain: nn.Module) -> None:
+    seen: list[Finding] = []
+    findings = lint_model(plain, IMAGES[:8], LABELS[:8], queries=5, watch=seen.append)
+    assert tuple(seen) == findings
+    assert [finding.code for finding in findings] == [check.code for check in CHECKS]
+
+
+def test_findings_are_rendered_a_line_each_and_alarms_explained() -> None:
+    ok = Finding(code="S1", name="eps 0 is clean", verdict="ok", figure="0 of 9", meaning="Never shown.")
+    bad = Finding(code="G1", name="gradients", verdict="alarm", figure="9 of 9", meaning="Rounding.")
+    none = Finding(code="T1", name="surrogate", verdict="skipped", figure="none given", meaning="Never shown.")
+    assert render([ok, bad, none]) == (
+        "ok      S1  eps 0 is clean: 0 of 9\n"
+        "ALARM   G1  gradients: 9 of 9\n"
+        "            Rounding.\n"
+        "skipped T1  surrogate: none given\n"
+        "1 alarm (G1), 1 ok, 1 skipped"
+    )
+    assert not passed([ok, bad, none])
+    assert passed([ok, none])

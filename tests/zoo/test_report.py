@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -11,16 +12,28 @@ from typing import Any
 
 import pytest
 
+import zoo.report
 from zoo.card import Architecture, Card, Check, Finding, Lint, Paths, Result, Table
 from zoo.errors import BadInput
 from zoo.report import check_report_target, markdown_table, write_report
-from zoo.report.content import Entry, entries_of, report_of
-from zoo.report.figures import Bars, Heat, Lines, Series, Spread, Style, render
+from zoo.report.content import report_of
+from zoo.report.entries import Entry, entries_of
+from zoo.report.figures import INK, MUTED, PAGE, SERIES, VARIABLES, Bars, Heat, Lines, Series, Spread, Style, render
 from zoo.report.wording import accuracy, apart, plain, slug, terms, usual_terms
+
+pytest.importorskip("matplotlib", reason="the figures of a report need manygates[report]")
 
 GOLDEN = Card.from_json((Path(__file__).parent / "golden_card.json").read_text(encoding="utf-8"))
 CLEAN, ATTACKED = GOLDEN.results
 EMPTY_TAGS = {"meta", "link", "br", "hr", "img"}
+
+
+STYLE = (Path(zoo.report.__file__).parent / "page.css").read_text(encoding="utf-8")
+LIGHT, DARK, PRINT = (
+    dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", rule))
+    for rule in re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)
+)
+CHROMIUM = Path("/usr/bin/chromium")
 
 
 class Page(HTMLParser):
@@ -657,6 +670,57 @@ def test_drawing_leaves_the_user_s_matplotlib_settings_as_they_were() -> None:
 def test_reading_and_tabulating_cards_loads_neither_torch_nor_matplotlib() -> None:
     code = "import sys, zoo.report; sys.exit(bool({'torch', 'matplotlib', 'huggingface_hub'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast ratio of two colours (WCAG 2.2)."""
+    luminance = []
+    for colour in (one, other):
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        luminance.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    low, high = sorted(luminance)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [LIGHT, DARK, PRINT], ids=["light", "dark", "print"])
+def test_text_and_lines_stand_out_from_the_page(scheme: dict[str, str]) -> None:
+    for name in ("ink", "muted", "link", "good", "alarm", "unknown"):
+        assert contrast(scheme[name], scheme["page"]) >= 4.5, name
+    for index in range(len(SERIES)):
+        assert contrast(scheme[f"series-{index}"], scheme["page"]) >= 3, index
+    assert contrast(scheme["ink"], scheme["panel"]) >= 4.5
+
+
+def test_the_page_s_light_scheme_has_the_colours_of_the_files() -> None:
+    assert (LIGHT["ink"], LIGHT["muted"], LIGHT["page"]) == (INK, MUTED, PAGE)
+    assert {f"var(--{name})": colour for name, colour in LIGHT.items()}.items() >= {
+        variable: colour for colour, variable in VARIABLES.items()
+    }.items()
+    assert set(DARK) == set(LIGHT) == set(PRINT)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}; `apt-get install chromium` on Debian")
+def test_a_browser_shows_the_page_at_any_width_and_in_both_schemes(tmp_path: Path) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    page_file = write_report([with_table("one", *EVERY_TABLE), with_table("two", *EVERY_TABLE)], tmp_path / "report")
+    complaints: list[str] = []
+    seen = {}
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        for width, scheme in itertools.product((1280, 400), ("light", "dark")):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            page.on("console", lambda message: complaints.append(message.text))
+            page.on("request", lambda request: complaints.append(request.url) if "http" in request.url[:5] else None)
+            page.goto(page_file.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            sizes = page.evaluate("[...document.querySelectorAll('figure svg')].map(svg => svg.clientWidth)")
+            assert all(300 < size <= width for size in sizes)
+            seen[scheme] = page.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
+        browser.close()
+    assert not complaints
+    assert seen["light"] != seen["dark"]
 
 
 def test_words_of_a_report() -> None:

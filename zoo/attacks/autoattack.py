@@ -119,11 +119,11 @@ def autoattack(
         for part in (attacks.apgd_targeted, attacks.fab):
             part.n_target_classes = min(TARGETS, classes - 1)
         clean = _correct(seen, images, labels, batch)
-        if budget.eps:
+        if budget.eps and len(images):
             _check_model(seen, images[:batch], labels[:batch], batch, version, warned)
         left = clean.clone()
         for name in names:
-            for rows in torch.split(left.nonzero()[:, 0], batch) if budget.eps else ():
+            for rows in _batches(left, batch) if budget.eps else ():
                 attack = _prepared(attacks, name)
                 with torch.no_grad():
                     found = attack.perturb(images[rows].clone(), labels[rows].clone()).to(images.dtype)
@@ -180,7 +180,7 @@ def fab(
             device=images.device,
             n_target_classes=min(num_targets, classes - 1),
         )
-        for rows in torch.split(torch.arange(len(images), device=images.device), batch):
+        for rows in _batches(torch.ones_like(labels), batch):
             found = attack.perturb(images[rows].clone(), labels[rows].clone())
             adversarial[rows] = budget.project(found, images[rows])
     return adversarial
@@ -225,7 +225,7 @@ def _library(module: str) -> Any:
 def _ready(model: Model, images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     if batch < 1:
         raise BadInput(f"need at least 1 image per batch, got batch={batch}")
-    images, labels, _ = checked(model, images, labels)
+    images, labels, _ = checked(model, images.contiguous(), labels)
     if images.dtype != torch.float32:
         raise BadInput(f"pyautoattack computes in float32, got images of {images.dtype}; convert images and model")
     return images, labels
@@ -238,14 +238,18 @@ def _classes(model: Model, images: Tensor, labels: Tensor, batch: int) -> int:
     return first_logits(model, images[:batch], labels).shape[1]
 
 
+@torch.no_grad()
 def _correct(model: Model, images: Tensor, labels: Tensor, batch: int) -> Tensor:
-    with torch.no_grad():
-        right = [
-            model(pixels).argmax(1) == wanted
-            for pixels, wanted in zip(torch.split(images, batch), torch.split(labels, batch), strict=True)
-            if len(pixels)
-        ]
-    return torch.cat(right) if right else torch.zeros(0, dtype=torch.bool, device=images.device)
+    right = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    for rows in _batches(torch.ones_like(labels), batch):
+        right[rows] = model(images[rows]).argmax(1) == labels[rows]
+    return right
+
+
+def _batches(chosen: Tensor, batch: int) -> list[Tensor]:
+    """Return the positions where `chosen` is not 0, in groups, none of them empty."""
+    rows = chosen.nonzero()[:, 0]
+    return [rows[start : start + batch] for start in range(0, len(rows), batch)]
 
 
 def _prepared(attacks: Any, name: str) -> Any:
@@ -338,4 +342,4 @@ class _Boundary(torch.autograd.Function):
     def backward(context: Any, *gradients: Any) -> tuple[Tensor, None]:
         # retained: the library's untargeted attacks go back once per class
         (gradient,) = torch.autograd.grad(context.logits, context.images, gradients[0], retain_graph=True)
-        return gradient, None
+        return gradient.contiguous(), None  # the library flattens by view, which channels last does not allow

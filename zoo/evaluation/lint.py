@@ -55,7 +55,8 @@ CURVE_STEPS = 10
 QUERIES = 300
 NOISES = 16
 """Pairs of random corners of the ball, x + eps u and x - eps u."""
-REPEATED_IMAGES = 16
+REPEATED_IMAGES, REPEATS = 8, 8
+"""R1 asks so often, because a model of two paths answers alike half the time."""
 SLOPE_IMAGES, SLOPE_POINTS = 50, 12
 PLANTED_IMAGES, INNER_POINTS = 32, 32
 EOT_IMAGES, EOT_STEPS, EOT_DRAWS, FRESH_DRAWS = 50, 10, 16, 20
@@ -499,9 +500,9 @@ class Evidence:
 
     @cached_property
     def repeated_difference(self) -> float:
-        """The largest difference between three answers to the same images, as part of the mean size of a logit."""
+        """The largest difference between answers to the same images, as part of the mean size of a logit."""
         images = self.images[:REPEATED_IMAGES]
-        answers = [self._plain(images) for _ in range(3)]
+        answers = [self._plain(images) for _ in range(REPEATS)]
         return max(_relative(answers[0], other) for other in answers[1:])
 
     def _plain(self, images: Tensor) -> Tensor:
@@ -743,7 +744,7 @@ def _r1(evidence: Evidence) -> Answer:
     number = min(REPEATED_IMAGES, evidence.number)
     difference = evidence.repeated_difference
     differs = not difference <= REPEATED
-    figure = f"three answers to the same {number} images differ by at most {difference:.2g} of a mean logit"
+    figure = f"{REPEATS} answers to the same {number} images differ by at most {difference:.2g} of a mean logit"
     if evidence.sampler is not None:
         return False, figure + ("; random, and given with a sampler: see E1 to E3" if differs else "; not random")
     return differs, figure

@@ -254,7 +254,9 @@ def _draw_bars(figure: Figure, drawing: Bars) -> None:
                 linewidth=0,
                 label=_legible(series.label, 70),
             )
-            axes.plot(values, places, "|", color=series.style.ink, markersize=max(3.0, 8.0 / number))
+            # a bar of no length must not look like one that is missing
+            nought = [place for place, value in zip(places, values, strict=True) if value < 0.005]
+            axes.plot([0.0] * len(nought), nought, "|", color=series.style.ink, markersize=max(3.0, 8.0 / number))
         else:
             offset = (index + 0.5) / number * 0.6 - 0.3
             axes.plot(

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from zoo.card import Card
 from zoo.errors import BadInput
-from zoo.report.content import Cell, Exhibit, Grid, Report, entries_of, legend, summary_grids
-from zoo.report.wording import plain
+from zoo.report.document import Cell, Exhibit, Grid, Report
+from zoo.report.entries import entries_of
+from zoo.report.summary import legend, summary_grids
+from zoo.report.wording import capital, plain
 
 
 def markdown_table(cards: Sequence[Card]) -> str:
@@ -55,7 +57,7 @@ def _exhibit(exhibit: Exhibit) -> Iterator[str]:
     if exhibit.remarks:
         yield "\n".join(f"- {_text(remark)}" for remark in exhibit.remarks)
     for command in exhibit.commands:
-        yield f"{_text(_capital(command.about))}:"
+        yield f"{_text(capital(command.about))}:"
         # indented on one line: nothing in it can end the block
         yield f"    {plain(command.line)}"
 
@@ -98,7 +100,3 @@ def _text(text: str) -> str:
     escaped = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escaped)
     # at the start of a line these would open a heading, a list or a rule
     return re.sub(r"^([#+=-])", r"\\\1", escaped)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -7,7 +7,7 @@ import importlib.resources
 import re
 from collections.abc import Iterator, Mapping
 
-from zoo.report.content import Cell, Command, Exhibit, Grid, Report, Section
+from zoo.report.document import Cell, Command, Exhibit, Grid, Report, Section
 from zoo.report.figures import Rendered
 from zoo.report.wording import MISSING, plain
 

@@ -13,6 +13,7 @@ EN_DASH = "\N{EN DASH}"
 MISSING = EN_DASH
 FAILED = "†"
 SUSPECT = "‡"
+UNLESS = ", unless said otherwise"
 
 _PROTOCOLS = {
     "clean": "clean",
@@ -88,12 +89,12 @@ def terms(result: Result) -> str:
     """Write on what terms an accuracy was measured; two numbers compare only if these are the same."""
     parts = []
     if result.steps:
-        parts.append(f"{_count(result.steps, 'step')}{_step_size(result)}")
+        parts.append(f"{plural(result.steps, 'step')}{_step_size(result)}")
     if result.restarts > 1 or (result.restarts and result.steps):
-        parts.append(_count(result.restarts, "restart"))
+        parts.append(plural(result.restarts, "restart"))
     if result.draws:
-        parts.append(_count(result.draws, "draw"))
-    parts += [_count(result.images, "image"), f"seed {result.seed}"]
+        parts.append(plural(result.draws, "draw"))
+    parts += [plural(result.images, "image"), f"seed {result.seed}"]
     return ", ".join(parts)
 
 
@@ -144,5 +145,30 @@ def _step_size(result: Result) -> str:
     return f" of {result.step_size:g}"
 
 
-def _count(many: int, noun: str) -> str:
-    return f"{many:,} {noun}{'' if many == 1 else 's'}"
+def measured_at(result: Result) -> str:
+    """Name what was measured, with eps."""
+    return ", ".join(part for part in (measured(result), eps(result)) if part)
+
+
+def only(values: Iterable[str]) -> str | None:
+    """Return the one value that there is, None if there are several."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
+
+
+def plural(many: int, noun: str, several: str = "") -> str:
+    """Write a count with its noun, which takes an s unless its plural is given."""
+    return f"{many:,} {noun if many == 1 else several or noun + 's'}"
+
+
+def capital(text: str) -> str:
+    """Return a text with a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
+def terms_remark(results: Iterable[Result]) -> str:
+    """Say the terms of results shown together, and whether they are equal."""
+    listed = list(results)
+    usual = usual_terms(listed)
+    differ = any(terms(result) != usual for result in listed)
+    return f"Terms: {usual}{UNLESS + '; where they differ, compare with care' if differ else ''}."

@@ -1,0 +1,74 @@
+"""The rows and series of a report: every variant of every model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zoo.card import VARIANTS, Card, Lint, Result
+from zoo.report.document import Cell
+from zoo.report.figures import Style
+from zoo.report.wording import SUSPECT, plural
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One variant of one model: a row of the summary, a series of a figure."""
+
+    card: Card
+    model: str
+    """The card's name, with a number where two cards share it."""
+    variant: str
+    style: Style
+
+    @property
+    def name(self) -> str:
+        """The series' name, marked if the linter raised an alarm."""
+        return f"{self.model} · {self.variant}{SUSPECT if self.variant in self.card.suspect else ''}"
+
+    @property
+    def lint(self) -> Lint | None:
+        """What the linter found; None if it was not asked."""
+        return next((lint for lint in self.card.lint if lint.variant == self.variant), None)
+
+    @property
+    def results(self) -> tuple[Result, ...]:
+        """What was measured of it, in the card's order."""
+        return tuple(result for result in self.card.results if result.variant == self.variant)
+
+    @property
+    def verdict(self) -> Cell:
+        """The linter's verdict in words."""
+        if self.lint is None:
+            return Cell(text="not linted", tone="unknown")
+        if self.lint.alarms:
+            codes = ", ".join(finding.code for finding in self.lint.alarms)
+            return Cell(text=f"linter: {plural(len(self.lint.alarms), 'alarm')} ({codes})", tone="alarm")
+        if all(finding.verdict == "skipped" for finding in self.lint.findings):
+            return Cell(text="linter: nothing applied", tone="unknown")
+        return Cell(text="linter: no alarm", tone="good")
+
+    @property
+    def passes(self) -> int | None:
+        """Forward passes per image; None where the card does not say how many members an ensemble has."""
+        if self.variant != "ensemble":
+            return 1
+        if self.card.paths.ensemble:
+            return len(self.card.paths.ensemble)
+        whole, one = self.card.architecture.parameters, self.card.architecture.single_path_parameters
+        return whole // one if not self.card.architecture.gated_layers and whole % one == 0 else None
+
+
+def entries_of(cards: Sequence[Card]) -> list[Entry]:
+    """Return every variant that a card exports or has results of; a card given twice counts once."""
+    distinct = [card for index, card in enumerate(cards) if card not in cards[:index]]
+    entries = []
+    for index, card in enumerate(distinct):
+        same = sum(other.name == card.name for other in distinct[:index])
+        model = f"{card.name} ({same + 1})" if same else card.name
+        named = dict.fromkeys([*card.variants, *(result.variant for result in card.results)])
+        for variant in sorted(named, key=lambda name: (VARIANTS.index(name) if name in VARIANTS else 9, name)):
+            dash = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
+            style = Style(colour=index if len(distinct) > 1 else dash, dash=dash)
+            entries.append(Entry(card=card, model=model, variant=variant, style=style))
+    return entries

@@ -1,0 +1,190 @@
+"""The accuracies side by side, each on its terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from zoo.card import Result
+from zoo.report import wording
+from zoo.report.document import Cell, Exhibit, Grid, Section
+from zoo.report.entries import Entry
+from zoo.report.wording import FAILED, MISSING, SUSPECT, UNLESS, measured, terms
+
+NOT_DEPLOYED = ("transfer-matrix", "diversity")
+"""Their accuracies are of pairs of paths, on images that all answer: not what a deployed variant answers correctly."""
+_WIDE = 9
+"""More columns of accuracies under attack than this go into a further table."""
+_CLEAN = "clean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One attack at one eps."""
+
+    order: int
+    group: str
+    eps: Fraction
+    text: str
+
+    @classmethod
+    def of(cls, result: Result) -> Column:
+        """Return the column in which a result stands."""
+        known = wording.PROTOCOL_ORDER
+        return cls(
+            order=known.index(result.protocol) if result.protocol in known else len(known),
+            group=measured(result),
+            eps=Fraction(result.eps_fraction),
+            text=f"ε {Fraction(result.eps_fraction)}" if result.eps else "",
+        )
+
+    def key(self) -> tuple[int, str, Fraction]:
+        """Return what columns are sorted by."""
+        return self.order, self.group, self.eps
+
+
+def summary_grids(entries: Sequence[Entry], *, compact: bool = False) -> list[Grid]:
+    """Return the accuracies side by side: a table per data set, or several where there are many attacks.
+
+    Args:
+        entries: the rows.
+        compact: leave out the intervals and the costs and never split, for a README.
+    """
+    grids = []
+    for dataset in dict.fromkeys(entry.card.dataset for entry in entries):
+        rows = [entry for entry in entries if entry.card.dataset == dataset]
+        found = {Column.of(result) for entry in rows for result in deployed(entry)}
+        columns = sorted(found, key=Column.key)
+        parts = [columns] if compact else _parts(columns)
+        for index, part in enumerate(parts):
+            # a table after the first only has the rows that it says something of
+            said = [
+                entry for entry in rows if any(Column.of(r) in part for r in deployed(entry) if measured(r) != _CLEAN)
+            ]
+            about = f"Accuracy on {dataset}" + (f", continued ({index + 1} of {len(parts)})" if index else "")
+            grids.append(_summary_grid(said if index else rows, part, about, compact=compact, costs=not index))
+    return grids
+
+
+def _parts(columns: Sequence[Column]) -> list[list[Column]]:
+    """Split columns between attacks into tables that fit a page; each begins with the clean accuracy."""
+    clean = [column for column in columns if column.group == _CLEAN]
+    parts: list[list[Column]] = [[]]
+    for group in dict.fromkeys(column.group for column in columns if column.group != _CLEAN):
+        members = [column for column in columns if column.group == group]
+        if parts[-1] and len(parts[-1]) + len(members) > _WIDE:
+            parts.append([])
+        parts[-1] += members
+    return [[*clean, *part] for part in parts]
+
+
+def _summary_grid(
+    entries: Sequence[Entry], columns: Sequence[Column], caption: str, *, compact: bool, costs: bool
+) -> Grid:
+    by_group: dict[str, list[Result]] = {}
+    for entry in entries:
+        for result in deployed(entry):
+            by_group.setdefault(measured(result), []).append(result)
+    usual = {group: wording.usual_terms(results) for group, results in by_group.items()}
+    groups, header = [Cell(text="", span=2)], [Cell(text="Model"), Cell(text="Variant")]
+    for group in dict.fromkeys(column.group for column in columns):
+        members = [column for column in columns if column.group == group]
+        differ = any(terms(result) != usual[group] for result in by_group[group])
+        groups.append(Cell(text=group, detail=usual[group] + (UNLESS if differ else ""), span=len(members)))
+        header += [Cell(text=column.text or "accuracy") for column in members]
+    rows = []
+    for entry in entries:
+        # in a README the linter has a column of its own
+        cells = [Cell(text=entry.model, detail="" if compact else entry.card.method), _variant_cell(entry, compact)]
+        for column in columns:
+            there = [result for result in deployed(entry) if Column.of(result) == column]
+            cells.append(accuracy_cell(entry, there, usual=usual[column.group], compact=compact))
+        rows.append((*cells, *([entry.verdict] if compact else _costs(entry) if costs else [])))
+    if compact:
+        header.append(Cell(text="Linter"))
+        groups.append(Cell(text=""))
+    elif costs:
+        header += [Cell(text="parameters", detail="one path / all"), Cell(text="passes", detail="per image")]
+        groups.append(Cell(text="cost", span=2))
+    return Grid(caption=caption, groups=tuple(groups), header=tuple(header), rows=tuple(rows), headings=2)
+
+
+def _variant_cell(entry: Entry, compact: bool) -> Cell:
+    if compact:
+        return Cell(text=entry.variant)
+    return Cell(text=entry.variant, detail=entry.verdict.text, tone=entry.verdict.tone)
+
+
+def deployed(entry: Entry) -> Iterator[Result]:
+    """Return the results that say how often the deployed variant answers correctly."""
+    return (result for result in entry.results if result.protocol not in NOT_DEPLOYED)
+
+
+def accuracy_cell(entry: Entry, results: Sequence[Result], *, usual: str = "", compact: bool = False) -> Cell:
+    """Return one accuracy (or several of the same attack) with its marks, its interval, and where its terms differ.
+
+    Args:
+        entry: whose results these are.
+        results: of one attack at one eps.
+        usual: the terms that are said elsewhere; empty if the cell need not say how its own differ.
+        compact: leave out the interval.
+    """
+    if not results:
+        return Cell(text=MISSING)
+    differing = [wording.apart(result, usual) if usual else "" for result in results]
+    return Cell(
+        text=" / ".join(f"{wording.accuracy(result)}{_marks(entry, result)}" for result in results),
+        detail="" if compact else " / ".join(map(wording.interval, results)),
+        apart=" / ".join(said or "usual terms" for said in differing) if any(differing) else "",
+        value=results[0].accuracy if len(results) == 1 else None,
+        tone="alarm" if any(_marks(entry, result) for result in results) else "",
+    )
+
+
+def _marks(entry: Entry, result: Result) -> str:
+    failed = any(not check.held for check in result.checks)
+    marks = (FAILED if failed else "") + (SUSPECT if entry.variant in entry.card.suspect else "")
+    return f" {marks}" if marks else ""
+
+
+def _costs(entry: Entry) -> tuple[Cell, Cell]:
+    architecture = entry.card.architecture
+    return (
+        Cell(text=f"{architecture.single_path_parameters:,}", detail=f"{architecture.parameters:,}"),
+        Cell(text=MISSING if entry.passes is None else str(entry.passes), value=entry.passes),
+    )
+
+
+def legend(entries: Sequence[Entry]) -> list[str]:
+    """Return what the marks in these entries' tables mean; only the marks that occur."""
+    said = []
+    if any(not check.held for entry in entries for result in entry.results for check in result.checks):
+        said.append(f"{FAILED} A check of this measurement did not hold, so the number may be wrong.")
+    if any(entry.variant in entry.card.suspect for entry in entries):
+        said.append(
+            f"{SUSPECT} The robustness linter raised an alarm: the numbers of this variant may flatter it, because the "
+            "attacks may have failed for reasons other than robustness."
+        )
+    if any(entry.lint is None for entry in entries):
+        said.append("“not linted”: nobody has asked the robustness linter about this variant; run manygates lint.")
+    if any(Cell(text=MISSING) in row for grid in summary_grids(entries) for row in grid.rows):
+        said.append(f"{MISSING} Not measured.")
+    return said
+
+
+def summary(entries: Sequence[Entry]) -> Section:
+    """Return the section of the summary."""
+    left_out = sorted({measured(r) for e in entries for r in e.results if r.protocol in NOT_DEPLOYED})
+    remarks = legend(entries)
+    if left_out:
+        remarks.append(f"Not in this table, as they say nothing about a deployed variant alone: {'; '.join(left_out)}.")
+    grids = tuple(summary_grids(entries))
+    return Section(
+        key="summary",
+        title="Summary",
+        intro="The share of test images that is answered correctly: as they are (clean), and after an attack that may "
+        "move each pixel by ε (1 is black to white). Small print: the 95 % interval in per cent. Compare within a "
+        "column, and only on equal terms. Passes are forward passes per image, the cost relative to one path.",
+        exhibits=(Exhibit(grids=grids, remarks=tuple(remarks)),),
+    )
