@@ -22,15 +22,16 @@ from PIL import Image
 
 import manygates
 from zoo import catalogue, data
+from zoo.attacks.named import ATTACKS
 from zoo.bundle import Bundle, write_bundle
-from zoo.card import Check
+from zoo.card import Check, Finding, Lint
 from zoo.derive import derive, recalibrate
 from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS, load_members, load_rgn
 
 ROOT = Path(__file__).parents[1]
 RESULT_KEYS = {
-    "protocol", "variant", "attack", "norm", "eps", "eps_fraction", "steps", "step_size", "restarts", "draws", "images", "seed",
-    "accuracy", "interval", "note", "checks", "tables", "date", "command",
+    "protocol", "variant", "attack", "norm", "eps", "eps_fraction", "steps", "step_size", "restarts", "draws",
+    "images", "seed", "accuracy", "interval", "note", "checks", "tables", "date", "command",
 }  # fmt: skip
 SMALL = [
     "dataset=tiny", "network=resnet8", 'network_options={"width": 4}', "train_images=none", "held_out=20",
@@ -662,3 +663,143 @@ def test_the_public_names_make_the_chain_of_the_readme(model: Path) -> None:
     assert torch.equal(single(images), rgn.eval()(images, path))
     budget = manygates.attacks.LinfBudget(eps=0.01, steps=2)
     assert manygates.attacks.pgd(single, images, labels, budget).shape == images.shape
+
+
+# --- the linter, reports, further attacks ---
+
+
+def test_lint_asks_every_question_and_records_what_it_found(model: Path, tmp_path: Path) -> None:
+    folder = changed(model, tmp_path / "model")
+    words = ("--variant", "single", "--images", "60", "--eps", "0.05", "--queries", "20")
+    said = manygates_("lint", folder, *words, "--record")
+    lines = [line.strip() for line in said.out.splitlines()]
+    assert lines[0] == "smoke single"
+    asked = {line.split()[1] for line in lines[1:-1] if line.split()[0] in ("ok", "ALARM", "skipped")}
+    assert {"S1", "S5", "W1", "G1", "G2", "O1", "R1", "B1", "M1", "P1", "X1"} <= asked
+    assert not any(line.startswith("ALARM  P1") for line in lines), "the exported graph is what was attacked"
+    (lint,) = document_of(folder)["lint"]
+    alarms = [finding["code"] for finding in lint["findings"] if finding["verdict"] == "alarm"]
+    assert said.code == (1 if alarms else 0)
+    assert lint["command"].startswith(f"manygates lint {folder} --variant single --eps 0.05 --images 60 --queries 20")
+    shown = done("show", folder).out
+    assert ("failed the robustness linter" in shown) == bool(alarms)
+    assert "the robustness linter has not looked at it" in shown  # the other variants
+
+
+def test_a_model_that_failed_the_linter_is_marked_in_the_list(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = Finding(code="G1", name="gradients", verdict="alarm", figure="all are zero", meaning="masking")
+    lint = Lint(variant="single", images=9, seed=0, findings=(finding,), date="2026-11-21", command="manygates lint")
+    changed(model, tmp_path / "smoke", card={"lint": (lint,)})
+    monkeypatch.setattr(catalogue, "bundled_dir", lambda: tmp_path)
+    said = done("list")
+    assert "ALARM: single" in said.out
+    assert "may flatter them" in said.out
+    (listed,) = done("list", "--json").json
+    assert listed["suspect"] == ["single"]
+    assert "**failed the robustness linter; its numbers may flatter it**" in done("show", "smoke").out
+
+
+def test_an_exported_copy_keeps_what_the_linter_found(model: Path, tmp_path: Path) -> None:
+    finding = Finding(code="G1", name="gradients", verdict="ok", figure="none is zero", meaning="masking")
+    lint = Lint(variant="single", images=9, seed=0, findings=(finding,), date="2026-11-21", command="manygates lint")
+    changed(model, tmp_path / "linted", card={"lint": (lint,)})
+    done("export", tmp_path / "linted", "--out", tmp_path / "again")
+    assert document_of(tmp_path / "again")["lint"] == document_of(tmp_path / "linted")["lint"]
+
+
+def test_a_report_stands_beside_its_figures(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra [report]")
+    folder = changed(model, tmp_path / "model")
+    for words in (
+        ("clean",),
+        ("whitebox", "--eps", "0.02", "0.1", "--images", "20", "--steps", "3", "--restarts", "1"),
+    ):
+        done("evaluate", folder, "--protocol", *words, "--record")
+    said = done("report", folder, "--out", tmp_path / "report")
+    assert "report.html" in said.err
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "smoke" in page
+    assert list((tmp_path / "report" / "figures").glob("*.svg"))
+    assert "smoke" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    refused("report", folder, "--out", tmp_path / "full")
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", [*manygates.ATTACK_NAMES])
+def test_every_attack_runs_on_a_picture_and_keeps_to_its_ball(
+    name: str, model: Path, picture: Path, tmp_path: Path
+) -> None:
+    quick = ("--steps", "3", "--queries", "30", "--eps", "20/255", "--label", "red", "--json")
+    variant = "gated" if name == "square" else "single"
+    draws = ("--draws", "3") if variant == "gated" else ()
+    report = done(
+        "attack", model, "--image", picture, "--attack", name, "--variant", variant, *draws, *quick, "--out", tmp_path
+    ).json
+    assert report["attack"] == name
+    assert report["linf"] <= 20 / 255 + 1e-6
+    assert (tmp_path / "adversarial.png").is_file()
+
+
+def test_the_attacks_by_name_are_those_of_the_library() -> None:
+    assert set(manygates.ATTACK_NAMES) == set(ATTACKS)
+
+
+def test_a_targeted_attack_in_the_euclidean_ball_reports_both_norms(model: Path, picture: Path, tmp_path: Path) -> None:
+    report = done(
+        "attack", model, "--image", picture, "--norm", "l2", "--eps", "3", "--label", "red", "--target", "blue",
+        "--loss", "margin", "--out", tmp_path, "--json",
+    ).json  # fmt: skip
+    assert (report["norm"], report["target"]) == ("l2", "blue")
+    assert 0 < report["l2"] <= 3 + 1e-4
+    assert report["succeeded"] == (max(report["after"], key=report["after"].get) == "blue")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--targeted",), "needs the class to be reached, got none; name it with --target CLASS"),
+        (("--target", "red", "--label", "red"), "the target of image 0 is its label"),
+        (("--attack", "rays", "--target", "blue"), "rays cannot be asked for a class"),
+        (("--attack", "square", "--norm", "l2"), "square searches the l_inf ball, got a budget in l2"),
+        (("--norm", "l2", "--eps", "-1"), "eps -1 is no length in l2"),
+        (("--loss", "hinge"), "unknown loss 'hinge'"),
+        (("--server", "http://127.0.0.1:9"), "pgd needs gradients, and a server gives none; use one of square, rays"),
+        (("--server", "http://example.org", "--attack", "square"), "attack only servers that you are allowed to"),
+    ],
+)
+def test_an_attack_that_cannot_be_is_refused(
+    words: tuple[str, ...], message: str, model: Path, picture: Path, tmp_path: Path
+) -> None:
+    assert message in refused("attack", model, "--image", picture, "--out", tmp_path / "out", *words)
+
+
+def test_runs_become_an_ensemble_of_separately_trained_networks(
+    tiny_folder: Path, tmp_path: Path, picture: Path
+) -> None:
+    settings = [
+        "dataset=tiny", "network=resnet8", 'network_options={"width": 4}', "held_out=20", "batch_size=30",
+        "phases.0.epochs=1",
+    ]  # fmt: skip
+    words = [word for setting in settings for word in ("--set", setting)]
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for seed, run in enumerate(runs, start=7):
+        done("train", "standard-resnet20-cifar10-cpu", "--out", run, *words, "--set", f"seed={seed}", "--device", "cpu")
+    said = done("export", *runs, "--out", tmp_path / "both", "--name", "pair")
+    assert "pair: single, ensemble" in said.err
+    card = document_of(tmp_path / "both")
+    assert card["training"]["summary"].startswith("2 networks trained separately (seeds 7, 8)")
+    done("verify", tmp_path / "both")
+    matrix = done(
+        "evaluate", tmp_path / "both", "--protocol", "transfer-matrix", "--variant", "ensemble", "--eps", "0.05",
+        "--images", "60", "--steps", "3", "--restarts", "1", "--json",
+    ).json  # fmt: skip
+    assert matrix["tables"][0]["rows"] == ["member 1", "member 2"]
+
+
+def test_an_ensemble_is_made_of_plain_runs(run: Path, model: Path, tmp_path: Path) -> None:
+    assert "its ensemble is made of its own paths" in refused("export", run, run, "--out", tmp_path / "x")
+    assert "is no training run" in refused("export", model, run, "--out", tmp_path / "x")

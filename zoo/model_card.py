@@ -19,7 +19,7 @@ def model_card(card: Card) -> str:
         "\n".join(_front_matter(card)),
         f"# {card.name}\n\n{card.description}",
         _facts(card),
-        "## Measured results\n\n" + _results(card),
+        "## Measured results\n\n" + "\n\n".join(filter(None, (_lint(card), _results(card)))),
         _usage(card),
         _training(card),
         _limits(card),
@@ -90,8 +90,7 @@ def _facts(card: Card) -> str:
 def _results(card: Card) -> str:
     if not card.results:
         return "None yet. `manygates evaluate` measures this model."
-    lines = [_lint(card), ""] if card.variants else []
-    lines += [
+    lines = [
         "| protocol | variant | attack | eps | steps x restarts | images | seed | accuracy (95 % interval) | date |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

@@ -19,7 +19,7 @@ from zoo.attacks.random_gates import path_sampler
 from zoo.rgn import RandomGatedNetwork, randomly_gate
 
 CLASSES, IMAGES = 10, 200
-EPS = 0.03
+EPS = 0.04
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -192,11 +192,11 @@ def test_the_wrapper_breaks_the_images_that_a_direct_call_breaks(
         def __init__(self, *arguments: object, **options: object) -> None:
             super().__init__(*arguments, **options)
             for attack in (self.apgd, self.apgd_targeted, self.fab):
-                attack.n_iter = 10
-            self.square.n_queries = 300
+                attack.n_iter = 5
+            self.square.n_queries = 100
 
     monkeypatch.setattr(pyautoattack, "AutoAttack", Shorter)
-    images, labels = (tensor[:60] for tensor in samples)
+    images, labels = (tensor[:40] for tensor in samples)
     labels = labels.clone()
     labels[:3] = (labels[:3] + 1) % CLASSES
 
@@ -207,7 +207,7 @@ def test_the_wrapper_breaks_the_images_that_a_direct_call_breaks(
     trained.zero_grad()  # FAB fills the gradients
     ours = autoattack(trained, images, labels, LinfBudget(eps=EPS), seed=5, batch=25)
     robust = ours.robust["square"]
-    assert 0 < int(robust.sum()) < 57
+    assert 0 < int(robust.sum()) < 37
     assert torch.equal(robust, correct(trained, theirs, labels))
     assert torch.allclose(ours.adversarial, theirs, atol=1e-6)
 
