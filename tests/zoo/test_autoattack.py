@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.attacks import LinfBudget
-from zoo.attacks import autoattack as module
-from zoo.attacks.autoattack import ATTACKS, RANDOM_ATTACKS, AutoAttackResult, autoattack, fab, recheck
+from zoo.attacks.autoattack import ATTACKS, RANDOM_ATTACKS, AutoAttackResult, Version, autoattack, fab, recheck
 from zoo.errors import BadInput, UnknownName
 
 EPS = 0.03
@@ -97,7 +96,7 @@ def unchanged(model: Small) -> Iterator[None]:
 @pytest.mark.usefixtures("quick", "unchanged")
 @pytest.mark.parametrize(("version", "names"), [("standard", ATTACKS), ("rand", RANDOM_ATTACKS)])
 def test_it_says_which_attack_broke_which_image_and_leaves_no_trace(
-    version: module.Version, names: tuple[str, ...], model: Small, images: Tensor, labels: Tensor
+    version: Version, names: tuple[str, ...], model: Small, images: Tensor, labels: Tensor
 ) -> None:
     lines: list[str] = []
     given = images.clone()

@@ -217,6 +217,7 @@ def test_the_wrapper_breaks_the_images_that_a_direct_call_breaks(
 
 @pytest.fixture(scope="session")
 def random_gates() -> RandomGatedNetwork:
+    torch.manual_seed(0)
     rgn = randomly_gate(network().eval(), candidates=3, generator=generator(5)).train()
     optimizer = torch.optim.Adam(rgn.parameters(), lr=3e-3)
     rng = random.Random(0)
