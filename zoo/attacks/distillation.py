@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import Budget
+from zoo.attacks.gradient import accumulated
 from zoo.attacks.inputs import checked_images
 from zoo.errors import BadInput
 
@@ -36,7 +37,7 @@ def distil(
         source: float (batch, channel, height, width) in [0, 1].
         target: as `source`; row i is imitated by image i.
         budget: radius, steps, step size, random start; one attempt, whatever its `restarts`.
-        momentum: of the gradient divided by its mean absolute value; 1 in DVERGE's code, 0 in Ensemble-in-One's.
+        momentum: of the normalised gradient; 1 in DVERGE's code, 0 in Ensemble-in-One's.
         fixed: the feature of the target stays the same, so it is computed once. Not so with BatchNorm in training mode,
             where every forward moves the statistics.
         generator: draws the random start, on the CPU.
@@ -59,8 +60,6 @@ def distil(
             distance = (feature(images).float() - wanted).square().sum()
             (gradient,) = torch.autograd.grad(distance, images)
         if momentum:
-            size = gradient.flatten(1).abs().mean(1).clamp_min(1e-12)
-            velocity = momentum * velocity + gradient / size.reshape(-1, *[1] * (gradient.dim() - 1))
-            gradient = velocity
+            gradient = velocity = accumulated(velocity, gradient, momentum)
         images = budget.project(images.detach() - budget.step * budget.direction(gradient), source)
     return images.detach()

@@ -160,6 +160,15 @@ def pgd(
     return result
 
 
+def accumulated(velocity: Tensor, gradient: Tensor, momentum: float) -> Tensor:
+    """Return momentum * velocity + gradient / |gradient|_1, per image (Dong et al. 2018, equation 6).
+
+    The norm is clamped: after one gradient of zero, 0/0 would freeze the image for ever.
+    """
+    size = gradient.flatten(1).abs().sum(1).clamp_min(1e-12)
+    return momentum * velocity + gradient / size.reshape(-1, *[1] * (gradient.dim() - 1))
+
+
 def _attempt(
     rise: Ascent,
     model: Model,
@@ -191,10 +200,7 @@ def _attempt(
                 if not len(active):
                     break
         if momentum:
-            # the norm is clamped: after one gradient of zero, 0/0 would freeze the image for ever
-            size = gradient.flatten(1).abs().sum(1).clamp_min(1e-12)
-            velocity = momentum * velocity + gradient / size.reshape(-1, *[1] * (gradient.dim() - 1))
-            gradient = velocity
+            gradient = velocity = accumulated(velocity, gradient, momentum)
         adversarial = budget.project(adversarial + budget.step * budget.direction(gradient), images)
         if watch is not None:
             watch(step, adversarial, logits)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from zoo import paths
 from zoo.attacks.budget import Budget, LinfBudget
+from zoo.attacks.gradient import accumulated
 from zoo.attacks.inputs import Model, check_logits, checked, full_precision
 from zoo.attacks.losses import Loss, ascent, loss_named
 from zoo.derive import mean_probability
@@ -124,9 +125,7 @@ def eot_pgd(
             if last:
                 break
             if momentum:
-                size = gradient.flatten(1).abs().sum(1).clamp_min(1e-12)
-                velocity = momentum * velocity + gradient / size.reshape(-1, *[1] * (gradient.dim() - 1))
-                gradient = velocity
+                gradient = velocity = accumulated(velocity, gradient, momentum)
             adversarial = budget.project(adversarial + budget.step * budget.direction(gradient), images)
     return best
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo import data, paths
+from zoo import paths
 from zoo.attacks.apgd import apgd_eot
 from zoo.attacks.autoattack import CLASSES_NEEDED, autoattack
 from zoo.attacks.budget import LinfBudget
@@ -30,7 +30,7 @@ from zoo.data import Images
 from zoo.derive import mean_probability
 from zoo.errors import BadInput
 from zoo.evaluation.run import GROUP, Run, share, table
-from zoo.evaluation.transfer import AdversarialSet, check_surrogates, open_surrogate
+from zoo.evaluation.transfer import STEPS, adversarial_set, open_surrogate
 from zoo.rgn import RandomGatedNetwork
 
 JUDGING_DRAWS = 100
@@ -232,16 +232,7 @@ def _noise(run: Run, eps: Fraction, draws: int) -> Callable[[Tensor, Tensor, int
 def _transferred(run: Run, images: Images, eps: Fraction, draws: int) -> Tensor:
     """Judge all versions of a transfer set; of each image the version with the lowest mean over draws."""
     surrogates = [open_surrogate(name) for name in run.request.surrogates]
-    check_surrogates(run, surrogates)
-    adversarial = AdversarialSet(
-        folder=run.request.adversarial_set,
-        dataset=run.bundle.card.dataset,
-        images=images,
-        index=data.evaluation_index(data.source(run.bundle.card.dataset).sizes["test"], len(images)),
-        surrogates=surrogates,
-        steps=100,
-        seed=run.request.seed,
-    )
+    adversarial = adversarial_set(run, images, surrogates, STEPS)
     worst: Tensor | None = None
     for surrogate in surrogates:
         for pixels in adversarial.versions(surrogate, eps, run.device):

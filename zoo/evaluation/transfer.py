@@ -42,6 +42,7 @@ SET_SCHEMA = 1
 LEVELS = 127
 """A stored image is clean + eps * k / LEVELS with a signed byte k per pixel: in the ball by construction."""
 
+STEPS = 100
 STARTS = 3
 ATTACKS = (*(f"MI-PGD, start {start + 1}" for start in range(STARTS)), "M-DI2-FGSM", "SGM")
 LOSSES = {"cross_entropy": "cross_entropy", "margin": "margin-0.1"}
@@ -74,18 +75,8 @@ def blackbox(run: Run) -> list[Result]:
     number without it, as in DVERGE's evaluator.
     """
     images = run.images(1000)
-    index = data.evaluation_index(data.source(run.bundle.card.dataset).sizes["test"], len(images))
     surrogates = [open_surrogate(name) for name in run.request.surrogates]
-    check_surrogates(run, surrogates)
-    adversarial = AdversarialSet(
-        folder=run.request.adversarial_set,
-        dataset=run.bundle.card.dataset,
-        images=images,
-        index=index,
-        surrogates=surrogates,
-        steps=run.request.steps or 100,
-        seed=run.request.seed,
-    )
+    adversarial = adversarial_set(run, images, surrogates, run.request.steps or STEPS)
     if run.request.variant != "gated":
         first = images[slice(0, BATCH)]
         run.check_deterministic(data.as_float(first.pixels), first.labels)
@@ -124,6 +115,25 @@ def blackbox(run: Run) -> list[Result]:
             )
         )
     return results
+
+
+def adversarial_set(run: Run, images: Images, surrogates: Sequence[Surrogate], steps: int) -> AdversarialSet:
+    """Return the adversarial set that an evaluation uses: `request.adversarial_set`, or the cache's.
+
+    Raises:
+        BadInput: surrogates that are no black box (`check_surrogates`), or a stored set that does not fit.
+    """
+    check_surrogates(run, surrogates)
+    dataset = run.bundle.card.dataset
+    return AdversarialSet(
+        folder=run.request.adversarial_set,
+        dataset=dataset,
+        images=images,
+        index=data.evaluation_index(data.source(dataset).sizes["test"], len(images)),
+        surrogates=surrogates,
+        steps=steps,
+        seed=run.request.seed,
+    )
 
 
 class AdversarialSet:
