@@ -454,13 +454,16 @@ def test_members_that_are_alike_share_every_adversarial_image(tmp_path: Path) ->
     eps = Fraction(29, 255)
     request = Request(protocol="transfer-matrix", variant="ensemble", eps=(eps,), images=ALL, steps=15, restarts=1)
     (result,) = evaluate(bundle, request)
-    (matrix,) = result.tables
+    matrix, members = result.tables
     (clean,) = evaluate(bundle, Request(protocol="clean"))
     right = round(clean.accuracy * ALL)
     expected = worst_case_accuracy(float(eps)) * ALL / right  # judged are images that both answer correctly
     assert result.images == right
     assert result.accuracy == pytest.approx(expected, abs=1e-5)
     assert [value for row in matrix.values for value in row] == pytest.approx([expected] * 4, abs=1e-5)
+    assert members.name == "paths"
+    assert [row[0] for row in members.values] == pytest.approx([clean.accuracy] * 2, abs=1e-5)
+    assert [row[1] for row in members.values] == pytest.approx([expected] * 2, abs=1e-5)
     assert (matrix.name, matrix.rows, matrix.columns) == (
         "transfer",
         ("member 1", "member 2"),

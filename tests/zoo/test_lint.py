@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from torch.nn import functional as F
 from zoo.attacks import LinfBudget, pgd
 from zoo.attacks.inputs import Model
 from zoo.card import Finding
+from zoo.catalogue import open_model
 from zoo.errors import BadInput
 from zoo.evaluation import lint
 from zoo.evaluation.lint import CHECKS, lint_model, passed, render
+from zoo.evaluation.linted import lint_bundle
 
 EPS = 8 / 255
 QUERIES = 100
@@ -628,3 +631,13 @@ def test_findings_are_rendered_a_line_each_and_alarms_explained() -> None:
     )
     assert not passed([ok, bad, none])
     assert passed([ok, none])
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["standard-resnet20-cifar10", "eio-resnet20-cifar10"])
+def test_an_undefended_model_and_a_defended_one_pass_on_real_images_and_with_their_graphs(name: str) -> None:
+    found = lint_bundle(open_model(name), "single", eps=Fraction(8, 255), images=40, queries=50)
+    assert [(finding.code, finding.figure) for finding in found.alarms] == []
+    verdicts = {finding.code: finding.verdict for finding in found.findings}
+    assert verdicts["P1"] == "ok", "the graph that is served was compared"

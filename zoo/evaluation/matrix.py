@@ -30,7 +30,9 @@ def transfer_matrix(run: Run) -> list[Result]:
     """
     steps, restarts = run.request.steps or 50, run.request.restarts or 5
     names, models = run.path_models(run.request.paths)
-    images = _answered_by_all(run, models, run.images(1000))
+    given = run.images(1000)
+    answered = _answered(run, models, given)
+    images = _answered_by_all(given, answered)
     results = []
     for eps in run.request.eps:
         budget = LinfBudget(eps=float(eps), steps=steps)
@@ -68,7 +70,16 @@ def transfer_matrix(run: Run) -> list[Result]:
                 restarts=restarts,
                 note=f"mean over pairs of different {_kind(run)}s; on the attacked one itself {own:.3f}; images that "
                 f"all {len(models)} answer correctly",
-                tables=[table("transfer", ("made on", "judged on"), names, names, matrix)],
+                tables=[
+                    table("transfer", ("made on", "judged on"), names, names, matrix),
+                    table(
+                        "paths",
+                        (_kind(run), "accuracy"),
+                        names,
+                        [f"clean, {len(given)} images", f"attacked itself, eps {eps}, {len(images)} images"],
+                        torch.stack([answered.double().mean(0), matrix.diagonal()], dim=1),
+                    ),
+                ],
             )
         )
     return results
@@ -88,7 +99,8 @@ def diversity(run: Run) -> list[Result]:
             f"{run.bundle.card.name} has no gated layers; diversity is measured on the layers of a random gated "
             "network, use --protocol transfer-matrix"
         )
-    images = _answered_by_all(run, models, run.images(1000))
+    given = run.images(1000)
+    images = _answered_by_all(given, _answered(run, models, given))
     budget = LinfBudget(eps=0.07, steps=10, step_size=0.007, random_start=False)
     gates = [paths.parse(name, run.rgn.num_gates, run.rgn.candidates) for name in names]
     losses, kept = [], []
@@ -138,15 +150,22 @@ def diversity(run: Run) -> list[Result]:
     ]
 
 
-def _answered_by_all(run: Run, models: Sequence[Model | nn.Module], images: Images) -> Images:
-    """Return the images that every network answers correctly."""
+def _answered(run: Run, models: Sequence[Model | nn.Module], images: Images) -> Tensor:
+    """Return which network answers which image correctly (image, network)."""
 
     def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
-        return torch.stack([correct(model, pixels, labels) for model in models]).all(0)
+        return torch.stack([correct(model, pixels, labels) for model in models], dim=1)
 
-    right = run.judged("answered by all", images, judge)
+    return run.judged("clean", images, judge)
+
+
+def _answered_by_all(images: Images, answered: Tensor) -> Images:
+    """Return the images that every network answers correctly."""
+    right = answered.all(1)
     if not bool(right.any()):
-        raise BadInput(f"none of {len(images)} images is answered correctly by all {len(models)} networks; take more")
+        raise BadInput(
+            f"none of {len(images)} images is answered correctly by all {answered.shape[1]} networks; take more"
+        )
     return images[right.to(images.labels.device).nonzero()[:, 0]]
 
 
