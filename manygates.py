@@ -337,7 +337,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     if not arguments.fresh and (done := resumable(bundle, request, device=device)):
         _say(f"going on with an interrupted evaluation: {done} batches are done (--fresh begins again)")
-    results = evaluate(bundle, request, device=device, fresh=arguments.fresh)
+    try:
+        results = evaluate(bundle, request, device=device, fresh=arguments.fresh)
+    except KeyboardInterrupt:
+        _say(
+            f"interrupted; {resumable(bundle, request, device=device)} batches are kept, the same command goes on there"
+        )
+        raise
     document = [_plain_json(result) for result in results]
     if arguments.json:
         _print_json(document if len(results) > 1 else document[0])
@@ -774,7 +780,7 @@ def _label(text: str | None, classes: Sequence[str], predicted: int) -> int:
 def _command_of(arguments: argparse.Namespace, name: str) -> str:
     name = _repeatable_name(arguments, name)
     parts = ["manygates", "evaluate", name, "--protocol", arguments.protocol, "--variant", arguments.variant]
-    if arguments.protocol not in ("clean", "corruptions", "diversity"):
+    if arguments.eps:
         parts += ["--eps", *arguments.eps]
     for option in ("images", "steps", "restarts", "draws"):
         if getattr(arguments, option) is not None:
@@ -880,7 +886,13 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("model", metavar="MODEL")
     added.add_argument("--protocol", required=True, metavar="P", help=f"one of {', '.join(PROTOCOLS)}")
     added.add_argument("--variant", choices=VARIANTS, default="single")
-    added.add_argument("--eps", nargs="+", default=["0.01", "0.03"], metavar="EPS", help="radii such as 8/255 or 0.03")
+    added.add_argument(
+        "--eps",
+        nargs="+",
+        default=[],
+        metavar="EPS",
+        help="radii such as 8/255; by default 0.01 0.03, blackbox 0.01 to 0.07",
+    )
     added.add_argument(
         "--images", type=int, metavar="N", help="test images; 10,000 clean and 1,000 attacked by default"
     )

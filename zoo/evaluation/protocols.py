@@ -50,6 +50,7 @@ def evaluate(bundle: Bundle, request: Request, *, device: str = "cpu", fresh: bo
     if request.protocol not in PROTOCOLS:
         raise UnknownName(request.protocol, PROTOCOLS, kind="protocol")
     check_variant(bundle, request.variant)
+    request = request.resolved()
     module, name = PROTOCOLS[request.protocol]
     protocol: Protocol = getattr(importlib.import_module(module), name)
     target = torch.device(device)
@@ -61,4 +62,4 @@ def evaluate(bundle: Bundle, request: Request, *, device: str = "cpu", fresh: bo
 
 def resumable(bundle: Bundle, request: Request, *, device: str = "cpu") -> int:
     """Return how many batches of this evaluation an interrupted run has left behind."""
-    return len(Ledger(terms_of(bundle, request, torch.device(device))))
+    return len(Ledger(terms_of(bundle, request.resolved(), torch.device(device))))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 from zoo.errors import BadInput
+
+DEFAULT_EPS = {"blackbox": tuple(Fraction(number, 100) for number in range(1, 8))}
+"""Radii of the protocols that are published with others than 0.01 and 0.03."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +19,8 @@ class Request:
 
     protocol: str
     variant: str = "single"
-    eps: tuple[Fraction, ...] = (Fraction(1, 100), Fraction(3, 100))
-    """Radii of the l_inf ball, exact, in pixel units."""
+    eps: tuple[Fraction, ...] = ()
+    """Radii of the l_inf ball, exact, in pixel units; none stands for the protocol's own (`DEFAULT_EPS`)."""
     images: int | None = None
     """Test images; all 10,000 without an attack and 1,000 under one if None."""
     steps: int | None = None
@@ -44,8 +46,14 @@ class Request:
                 raise BadInput(f"need at least 1 {name.removesuffix('s')}, got {name}={value}")
         if self.paths < 2:
             raise BadInput(f"a matrix compares at least 2 paths, got {self.paths}")
-        if not self.eps:
-            raise BadInput("need at least one eps, got none; for example 8/255")
+
+    def resolved(self) -> Request:
+        """Return the request with its radii filled in."""
+        return (
+            self
+            if self.eps
+            else replace(self, eps=DEFAULT_EPS.get(self.protocol, (Fraction(1, 100), Fraction(3, 100))))
+        )
 
 
 def parse_eps(text: str, norm: str = "linf") -> Fraction:
@@ -67,8 +75,3 @@ def parse_eps(text: str, norm: str = "linf") -> Fraction:
     elif not 0 <= eps <= 1:
         raise BadInput(f"eps {text} is outside [0, 1]; pixels are in [0, 1], so write 8/255, not 8")
     return eps
-
-
-def listed(eps: Sequence[Fraction]) -> list[str]:
-    """Return radii as exact texts: "1/100", "8/255"."""
-    return [str(one) for one in eps]
