@@ -588,7 +588,7 @@ def test_a_result_whose_checks_do_not_hold_is_not_recorded(
     words = ("--protocol", "whitebox", "--eps", "0.01", "--images", "9", "--steps", "1", "--restarts", "1", "--record")
     said = manygates_("evaluate", tmp_path / "model", *words, "--json")
     assert said.code == 1
-    assert said.json["checks"] == [{"name": "gradients are not zero", "held": False, "detail": "all are"}]
+    assert said.json["checks"][:1] == [{"name": "gradients are not zero", "held": False, "detail": "all are"}]
     assert "ALARM: gradients are not zero does not hold (all are); this number may flatter the model" in said.err
     assert "not recorded: a result whose checks do not hold enters no card" in said.err
     assert document_of(tmp_path / "model")["results"] == []
@@ -714,7 +714,7 @@ def test_a_report_stands_beside_its_figures(model: Path, tmp_path: Path) -> None
     folder = changed(model, tmp_path / "model")
     for words in (
         ("clean",),
-        ("whitebox", "--eps", "0.02", "0.1", "--images", "20", "--steps", "3", "--restarts", "1"),
+        ("whitebox", "--eps", "0.02", "0.1", "--images", "20", "--steps", "20", "--restarts", "1"),
     ):
         done("evaluate", folder, "--protocol", *words, "--record")
     said = done("report", folder, "--out", tmp_path / "report")
@@ -767,6 +767,10 @@ def test_a_targeted_attack_in_the_euclidean_ball_reports_both_norms(model: Path,
         (("--attack", "square", "--norm", "l2"), "square searches the l_inf ball, got a budget in l2"),
         (("--norm", "l2", "--eps", "-1"), "eps -1 is no length in l2"),
         (("--loss", "hinge"), "unknown loss 'hinge'"),
+        (
+            ("--variant", "gated", "--attack", "apgd", "--draws", "20"),
+            "apgd cannot average over random gates; use",
+        ),
         (("--server", "http://127.0.0.1:9"), "pgd needs gradients, and a server gives none; use one of square, rays"),
         (("--server", "http://example.org", "--attack", "square"), "attack only servers that you are allowed to"),
     ],

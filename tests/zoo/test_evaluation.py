@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import manygates
 from zoo import data, evaluation, networks
+from zoo.attacks.autoattack import ATTACKS, AutoAttackResult
 from zoo.bundle import Bundle, record_results, write_bundle
 from zoo.card import Architecture as CardArchitecture
 from zoo.card import Card, InputFormat, Paths, Result, Training
 from zoo.checkpoint import Architecture, save_network
 from zoo.errors import BadInput, ChecksumMismatch, DataMissing, MissingFile, UnknownName
-from zoo.evaluation import Request, evaluate, gates, parse_eps
+from zoo.evaluation import Request, autoattacked, evaluate, gates, parse_eps, transfer
 from zoo.evaluation import whitebox as evaluation_whitebox
 from zoo.evaluation.ledger import Ledger
 from zoo.evaluation.run import Run, terms_of, wilson
@@ -400,7 +401,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was_and_finds_the_same_numbe
     whole = evaluation_whitebox.pgd
 
     def counted(*given: Any, **options: Any) -> Tensor:
-        if given[3].restarts == 2:  # the protocol's own attack, not one of its checks
+        if (given[3].restarts, given[3].steps) == (2, 5):  # the protocol's own attack, not one of its checks
             attacks.append(len(given[1]))
             if len(attacks) == 3:
                 raise KeyboardInterrupt
@@ -565,9 +566,7 @@ def blackbox(target: Bundle, *surrogates: Bundle, **changes: object) -> list[Res
 
 
 @pytest.fixture
-def surrogate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    # linear networks have no residual block, so the skip gradient is the plain one
-    monkeypatch.setattr("zoo.evaluation.transfer.skip_gradient", lambda network: network)
+def surrogate(tmp_path: Path) -> Bundle:
     return plain(tmp_path / "surrogate", "mean_colour", sharpness=3 * SHARP)
 
 
@@ -580,6 +579,43 @@ def test_what_breaks_a_surrogate_that_sees_the_same_breaks_the_target(linear: Bu
     assert len(sources.columns) == 11
     values = [value for value in sources.values[0] if value is not None]
     assert min(values[:-1]) >= values[-1], "all-or-nothing is at most the worst version"
+
+
+def test_a_surrogate_without_residual_blocks_says_so_and_one_with_them_skips(
+    linear: Bundle, surrogate: Bundle, tmp_path: Path
+) -> None:
+    (plain_one,) = blackbox(linear, surrogate)
+    assert "SGM is momentum PGD on colours, which has no residual block" in plain_one.note
+    residual = plain(tmp_path / "residual", "resnet8", members=[build_tiny("resnet8") for _ in range(2)])
+    (skipping,) = blackbox(linear, residual, images=6, steps=2)
+    assert "SGM" not in skipping.note
+    assert skipping.attack != plain_one.attack, "another set is another attack"
+
+
+def build_tiny(name: str) -> nn.Module:
+    return Architecture(network=name, dataset="tiny").build().eval()
+
+
+def test_an_adversarial_set_that_was_interrupted_is_gone_on_with(
+    linear: Bundle, surrogate: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, made = transfer.pgd, []
+
+    def counted(*given: Any, **options: Any) -> Tensor:
+        made.append(len(given[1]))
+        if len(made) == 14:
+            raise KeyboardInterrupt
+        return whole(*given, **options)
+
+    (expected,) = blackbox(linear, surrogate, images=ALL, adversarial_set=tmp_path / "whole")
+    monkeypatch.setattr(transfer, "pgd", counted)
+    with pytest.raises(KeyboardInterrupt):
+        blackbox(linear, surrogate, images=ALL, adversarial_set=tmp_path / "set")
+    (found,) = blackbox(linear, surrogate, images=ALL, adversarial_set=tmp_path / "set")
+    assert found == expected
+    assert len(made) == 14 + 20, "30 attacks, of which the first batch's 10 were kept"
+    with pytest.raises(BadInput, match="made with another seed"):
+        blackbox(linear, surrogate, images=ALL, adversarial_set=tmp_path / "set", seed=1)
 
 
 def test_an_adversarial_set_is_made_once_and_used_again(
@@ -684,6 +720,71 @@ def test_a_model_that_no_corruption_disturbs_keeps_its_accuracy(
     (table,) = result.tables
     assert (len(table.rows), table.columns) == (15, ("1", "2", "3", "4", "5"))
     assert result.note.startswith("synthetic: corrupted by manygates, not CIFAR-10-C")
+
+
+def test_an_image_that_is_wrong_without_an_attack_is_not_robust(tmp_path: Path) -> None:
+    """This network is wrong on every image of 8 bits and right on any other."""
+
+    class Shy(MeanColour):
+        def forward(self, images: Tensor) -> Tensor:
+            levels = (images * 255).flatten(1)
+            exact = ((levels - levels.round()).abs().amax(1) < 1e-3).float()[:, None]
+            return super().forward(images) * (1 - 2 * exact)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(networks.NETWORKS, "mean_colour", lambda images, classes, **options: Shy(**options))
+        patch.setattr("zoo.evaluation.run.folded_copy", lambda network: network)
+        (result,) = attacked(plain(tmp_path, "mean_colour"), Fraction(1, 1000))
+    assert result.accuracy < 0.1
+
+
+def test_an_attack_that_has_not_converged_is_found_out(linear: Bundle) -> None:
+    """One step of a fifth of the ball from a random start: twice the steps find much more."""
+    (weak,) = attacked(linear, Fraction(1, 3), steps=1, restarts=1)
+    assert "twice the steps do not help the attacker" in failed(weak)
+    (strong,) = attacked(linear, Fraction(1, 3), steps=15, restarts=1)
+    assert failed(strong) == set()
+
+
+def test_a_warning_of_autoattack_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = plain(tmp_path, "mean_colour")
+    monkeypatch.setattr(autoattacked, "BATCH", 40)
+    monkeypatch.setattr(Run.judged, "__kwdefaults__", {"size": 40})
+    calls: list[int] = []
+
+    def fake(model: object, images: Tensor, labels: Tensor, budget: object, *, seed: int) -> AutoAttackResult:
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        right = torch.ones(len(images), dtype=torch.bool)
+        flags = ("the model is random",) if len(calls) == 1 else ()
+        return AutoAttackResult(adversarial=images, clean=right, robust=dict.fromkeys(ATTACKS, right), flags=flags)
+
+    monkeypatch.setattr(autoattacked, "autoattack", fake)
+    request = Request(protocol="autoattack", eps=(Fraction(1, 100),), images=ALL)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(bundle, request)
+    (result,) = evaluate(bundle, request)
+    assert calls == [40] * 4
+    assert failed(result) == {"AutoAttack raises no warning"}
+    assert "the model is random" in result.checks[0].detail
+
+
+def test_square_that_breaks_what_gradients_leave_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(model: object, images: Tensor, labels: Tensor, budget: object, *, seed: int) -> AutoAttackResult:
+        right = torch.ones(len(images), dtype=torch.bool)
+        after = dict.fromkeys(ATTACKS[:-1], right) | {"square": torch.arange(len(images)) >= 5}
+        return AutoAttackResult(adversarial=images, clean=right, robust=after, flags=())
+
+    monkeypatch.setattr(autoattacked, "autoattack", fake)
+    request = Request(protocol="autoattack", eps=(Fraction(1, 100),), images=100)
+    (result,) = evaluate(plain(tmp_path, "mean_colour"), request)
+    assert failed(result) == {"gradients find what Square finds"}
+
+
+def test_paths_are_compared_as_random_gates(alike: Bundle) -> None:
+    with pytest.raises(BadInput, match="whose paths are compared as its variant gated, got 'single'"):
+        evaluate(alike, Request(protocol="transfer-matrix"))
 
 
 def test_official_corruptions_belong_to_their_data_set(linear: Bundle, tmp_path: Path) -> None:

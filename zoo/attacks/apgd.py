@@ -66,6 +66,7 @@ def apgd(
         BadInput: see `inputs.checked`, `inputs.check_logits`; a loss that does not fit the number of classes.
         UnknownName: no such loss, or no such `keep`.
     """
+    _check_ball(budget)
     if keep not in get_args(Keep):
         raise UnknownName(keep, get_args(Keep), kind="keep")
     rise = ascent(model, loss)
@@ -99,6 +100,7 @@ def apgd_targeted(
         loss: a targeted one; with fewer than 4 classes "margin".
         num_targets: how many classes, in the order of their logits on the image; all of them where there are fewer.
     """
+    _check_ball(budget)
     if num_targets < 1:
         raise BadInput(f"need at least 1 target class, got num_targets={num_targets}; 9 is usual with 10 classes")
     rise = ascent(model, loss)
@@ -146,6 +148,7 @@ def apgd_eot(
     Raises:
         BadInput: fewer than one draw; see `apgd` for the rest.
     """
+    _check_ball(budget)
     if draws < 1:
         raise BadInput(f"EOT needs at least 1 draw at every point, got {draws}; 20 is usual")
     rise = _expected_ascent(sampler, draws, loss_named(loss))
@@ -358,3 +361,8 @@ class _Climb:
 
 def _where(rows: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     return torch.where(rows[:, None, None, None], chosen, other)
+
+
+def _check_ball(budget: LinfBudget) -> None:
+    if not isinstance(budget, LinfBudget):
+        raise BadInput(f"Auto-PGD is here for l_inf only, got a budget in {budget.norm}; use LinfBudget, or pgd")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zoo.attacks.budget import Budget
 from zoo.attacks.gradient import pgd
+from zoo.attacks.inputs import checked
 from zoo.attacks.losses import Loss, cross_entropy, loss_named
 from zoo.errors import BadInput
 
@@ -55,6 +56,8 @@ def single_exit(
         BadInput: no such exit.
     """
 
+    checked(model, images, labels)
+
     def one(pixels: Tensor) -> Tensor:
         outputs = exits_of(model, pixels)
         if not 0 <= exit_index < len(outputs):
@@ -74,6 +77,7 @@ def average_exits(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """PGD on the mean loss of all exits; an image counts as broken when the last exit is wrong."""
+    checked(model, images, labels)
     chosen = loss_named(loss)
     seen: list[Tensor] = []
 
@@ -97,6 +101,7 @@ def max_average_exits(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return, per image, the single-exit attack that does most harm to all exits together, in cross-entropy."""
+    checked(model, images, labels)
     with torch.no_grad():
         number = len(exits_of(model, images))
     best = images.clone()

@@ -25,18 +25,12 @@ def checked(
         BadInput: pixels outside [0, 1], labels or targets that do not fit the images or are negative, a target that is
             the label, or a BatchNorm or dropout in training mode.
     """
-    if isinstance(model, nn.Module):
-        for name, part in model.named_modules():
-            if part.training and isinstance(part, _MODAL):
-                raise BadInput(
-                    f"the model's {type(part).__name__} {name!r} is in training mode, where every forward of an attack "
-                    "moves its statistics or draws at random; call .eval() first"
-                )
+    check_mode(model)
     images = checked_images(images)
     for name, classes in (("labels", labels), ("targets", targets)):
         if classes is None:
             continue
-        if classes.shape != images.shape[:1] or classes.is_floating_point():
+        if classes.shape != images.shape[:1] or classes.dtype != torch.int64:
             raise BadInput(
                 f"{name} must be int64 of shape ({len(images)},), one per image, got {classes.dtype} of shape "
                 f"{tuple(classes.shape)}"
@@ -51,8 +45,28 @@ def checked(
     return images, labels, targets
 
 
+def check_mode(model: object) -> None:
+    """Check that nothing in a module depends on its training mode.
+
+    Raises:
+        BadInput: a BatchNorm or dropout in training mode.
+    """
+    if isinstance(model, nn.Module):
+        for name, part in model.named_modules():
+            if part.training and isinstance(part, _MODAL):
+                raise BadInput(
+                    f"the model's {type(part).__name__} {name!r} is in training mode, where every forward of an attack "
+                    "moves its statistics or draws at random; call .eval() first"
+                )
+
+
 def checked_images(images: Tensor) -> Tensor:
     """Return images, detached, if all pixels are in [0, 1]; NaN is not."""
+    if not images.is_floating_point() or images.dim() != 4:
+        raise BadInput(
+            f"images must be float (batch, channel, height, width), got {images.dtype} of shape {tuple(images.shape)}; "
+            "divide bytes by 255"
+        )
     images = images.detach()
     low, high = (float(bound) for bound in images.aminmax()) if images.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.attacks.inputs import check_logits, full_precision
+from zoo.attacks.inputs import check_logits, check_mode, full_precision
 from zoo.errors import BadInput, UnknownName
 
 
@@ -103,6 +103,7 @@ def ascent(model: Callable[[Tensor], Tensor], loss: str | Loss = "cross_entropy"
 
     The model's first answer is checked (`inputs.check_logits`); later ones would only wait for the device.
     """
+    check_mode(model)
     chosen = loss_named(loss)
     first = True
 

@@ -50,6 +50,10 @@ class Named:
     summary: str
     targeted: bool = True
     """Can be asked for a class to be reached."""
+    random: bool = False
+    """Can average over the draws of a random model."""
+    loss: str | None = None
+    """The loss it has of its own, whatever the settings say."""
 
 
 def _fgsm(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
@@ -131,13 +135,19 @@ def _rays(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> T
 
 ATTACKS: dict[str, Named] = {
     "fgsm": Named(run=_fgsm, summary="one step of length eps"),
-    "pgd": Named(run=_pgd, summary="projected gradient ascent with restarts; with --draws over random gates (EOT)"),
-    "mi-fgsm": Named(run=_momentum, summary="PGD with momentum 1"),
+    "pgd": Named(
+        run=_pgd, summary="projected gradient ascent with restarts; with --draws over random gates (EOT)", random=True
+    ),
+    "mi-fgsm": Named(run=_momentum, summary="PGD with momentum 1", random=True),
     "m-di2-fgsm": Named(run=_diverse, summary="momentum and input diversity, for transfer"),
     "apgd": Named(run=_apgd, summary="Auto-PGD, which sets its own steps"),
-    "apgd-t": Named(run=_apgd_targeted, summary="Auto-PGD on DLR towards nine classes in turn", targeted=False),
-    "square": Named(run=_square, needs="scores", summary="random search by the scores alone"),
-    "rays": Named(run=_rays, needs="labels", summary="search by the answered class alone", targeted=False),
+    "apgd-t": Named(
+        run=_apgd_targeted, summary="Auto-PGD on DLR towards nine classes in turn", targeted=False, loss="dlr"
+    ),
+    "square": Named(
+        run=_square, needs="scores", summary="random search by the scores alone", random=True, loss="margin"
+    ),
+    "rays": Named(run=_rays, needs="labels", summary="search by the answered class alone", targeted=False, loss="none"),
 }
 
 

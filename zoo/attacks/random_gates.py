@@ -20,7 +20,7 @@ from torch import Tensor
 from zoo import paths
 from zoo.attacks.budget import Budget, LinfBudget
 from zoo.attacks.gradient import accumulated
-from zoo.attacks.inputs import Model, check_logits, checked, full_precision
+from zoo.attacks.inputs import Model, check_logits, check_mode, checked, full_precision
 from zoo.attacks.losses import Loss, ascent, loss_named
 from zoo.derive import mean_probability
 from zoo.errors import BadInput, UnknownName
@@ -148,7 +148,10 @@ def _expectation(
     def together(images: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             images = images.detach().requires_grad_(True)
-            logits = torch.stack([full_precision(sampler()(images)) for _ in range(draws)])
+            models = [sampler() for _ in range(draws)]
+            for model in models:
+                check_mode(model)
+            logits = torch.stack([full_precision(model(images)) for model in models])
             check_logits(logits[0].detach(), labels, targets)
             if average == "probability":
                 losses = chosen(mean_probability(logits), labels, targets)
@@ -190,6 +193,8 @@ def arc(
     Raises:
         BadInput: no member, or weights that are not one positive number per member.
     """
+    if not isinstance(budget, LinfBudget):
+        raise BadInput(f"ARC is written for the l_inf ball, got a budget in {budget.norm}; use eot_pgd")
     if not models:
         raise BadInput("ARC needs at least one member, got none")
     weights = [1.0] * len(models) if weights is None else list(weights)
@@ -245,8 +250,7 @@ def _towards_boundary(
     with torch.enable_grad():
         point = point.detach().requires_grad_(True)
         logits = full_precision(model(point))
-        if position == 0:
-            check_logits(logits.detach(), labels)
+        check_logits(logits.detach(), labels)
         predicted = logits.detach().argmax(1)
         nearest = torch.full((len(labels),), torch.inf, device=logits.device, dtype=logits.dtype)
         direction, normal = torch.zeros_like(adversarial), torch.zeros_like(adversarial)

@@ -14,7 +14,9 @@ from zoo.evaluation.run import GROUP, Run, correct, share, table
 
 
 def corruptions(run: Run) -> list[Result]:
-    """Mean accuracy over the 75 cells, 1,000 images each by default; 1 minus it is the corruption error of the papers.
+    """Mean accuracy over the 75 cells; 1 minus it is the corruption error of the papers.
+
+    Each cell has 1,000 images by default, all 10,000 where the official files are read.
 
     On CIFAR-10 the official files are read where they are (`request.corrupted`, or a folder CIFAR-10-C among the data);
     elsewhere test images are corrupted here by `zoo.corruptions`, and the note says that it is not CIFAR-10-C.

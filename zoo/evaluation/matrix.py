@@ -114,8 +114,10 @@ def diversity(run: Run) -> list[Result]:
             # the same layers and pairs for every path, so that rows can be compared
             rng = run.rng("diversity", batch)
             layer = rng.randint(1, run.rgn.num_features)
-            order = list(range(len(labels)))
-            rng.shuffle(order)
+            shuffled = list(range(len(labels)))
+            rng.shuffle(shuffled)
+            following = dict(zip(shuffled, [*shuffled[1:], shuffled[0]], strict=True))
+            order = [following[row] for row in range(len(labels))]  # no image is its own target
             feature = run.rgn.runner(layer, tensors, folded=True)
             distilled = distil(feature, pixels, pixels[order], budget, momentum=1.0)
             with torch.no_grad():

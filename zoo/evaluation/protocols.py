@@ -54,7 +54,9 @@ def evaluate(bundle: Bundle, request: Request, *, device: str = "cpu", fresh: bo
     module, name = PROTOCOLS[request.protocol]
     protocol: Protocol = getattr(importlib.import_module(module), name)
     target = torch.device(device)
-    with Ledger(terms_of(bundle, request, target)) as ledger:
+    # deployed graphs compute in float32; a GPU would round convolutions to TF32
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with Ledger(terms_of(bundle, request, target)) as ledger, exact:
         if fresh:
             ledger.clear()
         return protocol(Run(bundle=bundle, request=request, device=target, ledger=ledger))

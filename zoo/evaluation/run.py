@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import math
 import random
 import sys
@@ -97,6 +98,11 @@ class Run:
                     "or members, so name a random gated network or --variant ensemble"
                 )
             return [f"member {index + 1}" for index in range(len(members))], list(members)
+        if self.request.variant != "gated":
+            raise BadInput(
+                f"{card.name} is a random gated network, whose paths are compared as its variant gated, got "
+                f"{self.request.variant!r}; add --variant gated"
+            )
         texts = [card.paths.single, *card.paths.ensemble]
         chosen = [self.rgn.check(paths.parse(text, self.rgn.num_gates, self.rgn.candidates)) for text in texts if text]
         rng = random.Random(self.request.seed)  # noqa: S311 - which paths are compared is no secret
@@ -207,8 +213,16 @@ def terms_of(bundle: Bundle, request: Request, device: torch.device) -> dict[str
         "weights": card.files[weights_file(card)].sha256,
         "paths": [card.paths.single, *card.paths.ensemble],
         "device": device.type,
-        "torch": torch.__version__,
+        "versions": {name: _version(name) for name in ("manygates", "torch", "pyautoattack", "numpy")},
+        "batches": [BATCH, GROUP],
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def ready(network: nn.Module, device: torch.device) -> nn.Module:

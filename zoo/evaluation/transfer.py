@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,15 @@ class Surrogate:
     """SHA-256 of its weights."""
     bundle: Bundle
 
+    @cached_property
+    def plain(self) -> bool:
+        """Whether it has no residual block, so that the skip gradient method is momentum PGD."""
+        try:
+            skip_gradient(self.members()[0])
+        except BadInput:
+            return True
+        return False
+
     def members(self) -> list[nn.Module]:
         """Return its plain networks: the ensemble's if it has one."""
         return member_networks(self.bundle, "ensemble" if self.bundle.has_variant("ensemble") else "single")
@@ -99,7 +109,7 @@ def blackbox(run: Run) -> list[Result]:
         values = torch.cat([right.double().mean(2), right.all(1).double().mean(1, keepdim=True)], dim=1)
         results.append(
             run.result(
-                attack="transfer",
+                attack=f"transfer, set {adversarial.digest[:12]}",
                 accuracy=share(every & clean),
                 images=len(images),
                 eps=eps,
@@ -108,7 +118,7 @@ def blackbox(run: Run) -> list[Result]:
                 restarts=STARTS,
                 draws=1 if run.request.variant == "gated" else 0,
                 note=f"{len(surrogates)} surrogates x {len(VERSIONS)} versions, all-or-nothing; {share(every):.4f} "
-                f"where clean errors are not counted; adversarial set {adversarial.digest[:12]}",
+                f"where clean errors are not counted{_without_skips(surrogates)}",
                 tables=[
                     table("sources", ("surrogate", "version"), [s.name for s in surrogates], [*VERSIONS, "all"], values)
                 ],
@@ -233,11 +243,15 @@ class AdversarialSet:
 
     def _make(self, name: str, surrogate: Surrogate, eps: Fraction, device: torch.device) -> None:
         network = surrogate.deployed(device)
-        skipping = skip_gradient(network)
+        skipping = network if surrogate.plain else skip_gradient(network)
         budget = LinfBudget(eps=float(eps), steps=self.steps)
         made: dict[str, list[Tensor]] = {version: [] for version in VERSIONS}
         part_file = self.folder / f".{name}.part"  # batches that are done, so that making it can be interrupted
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not (
+            self.folder / SET_FILE
+        ).is_file():  # first of all, so that what is half made can be told and gone on with
+            write_json_atomic(self.folder / SET_FILE, {"terms": self.terms, "files": self.files})
         done = load_file(part_file) if part_file.is_file() else {}
         size = 50
         batches = list(self.images.batches(size))
@@ -304,6 +318,10 @@ def check_surrogates(run: Run, surrogates: Sequence[Surrogate]) -> None:
         raise BadInput(f"surrogate {twice[0]} is named twice, expected different models")
     own = {_fingerprint(member) for member in _target_members(run)}
     start = card.training.recipe.get("start_from")
+    starts = card.training.recipe.get("starts")
+    digests = (
+        {entry.get("start_from") for entry in starts if isinstance(entry, dict)} if isinstance(starts, list) else set()
+    )
     for surrogate in surrogates:
         theirs = surrogate.bundle.card
         if theirs.dataset != card.dataset:
@@ -315,11 +333,16 @@ def check_surrogates(run: Run, surrogates: Sequence[Surrogate]) -> None:
                 f"surrogate {surrogate.name} is the target itself or shares a member with it, which is a white-box "
                 "attack; name models of other seeds"
             )
-        if start is not None and theirs.name == start:
+        if surrogate.weights in digests or (start is not None and theirs.name == start):
             raise BadInput(
                 f"surrogate {surrogate.name} is what {card.name} was trained from, so it knows more than a black-box "
                 "attacker; name models of other seeds"
             )
+
+
+def _without_skips(surrogates: Sequence[Surrogate]) -> str:
+    plain = [surrogate.name for surrogate in surrogates if surrogate.plain]
+    return f"; SGM is momentum PGD on {', '.join(plain)}, which has no residual block" if plain else ""
 
 
 def _target_members(run: Run) -> list[nn.Module]:
