@@ -16,10 +16,10 @@ from zoo import data, evaluation, networks
 from zoo.attacks.autoattack import ATTACKS, AutoAttackResult
 from zoo.bundle import Bundle, record_results, write_bundle
 from zoo.card import Architecture as CardArchitecture
-from zoo.card import Card, InputFormat, Paths, Result, Training
+from zoo.card import Card, Check, Finding, InputFormat, Paths, Result, Training
 from zoo.checkpoint import Architecture, save_network
 from zoo.errors import BadInput, ChecksumMismatch, DataMissing, MissingFile, UnknownName
-from zoo.evaluation import Request, autoattacked, evaluate, gates, parse_eps, transfer
+from zoo.evaluation import Request, autoattacked, evaluate, gates, linted, parse_eps, transfer
 from zoo.evaluation import whitebox as evaluation_whitebox
 from zoo.evaluation.ledger import Ledger
 from zoo.evaluation.run import Run, terms_of, wilson
@@ -812,3 +812,29 @@ def test_a_network_with_one_exit_has_no_exits_to_compare(linear: Bundle) -> None
 
 def test_the_command_line_names_the_protocols_there_are() -> None:
     assert set(manygates.PROTOCOLS) == set(evaluation.PROTOCOLS)
+
+
+# --- the linter on a bundle ---
+
+
+def test_an_alarm_that_asks_for_averaging_is_answered_by_a_random_gates_result(
+    alike: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E1 says that attacks with one draw flatter; the protocol averages. No other alarm can be answered."""
+
+    def found(*given: object, **options: object) -> tuple[Finding, ...]:
+        made = [Finding(code=code, name="?", verdict="alarm", figure="0.2", meaning="!") for code in ("E1", "G1")]
+        return tuple(made)
+
+    monkeypatch.setattr(linted, "lint_model", found)
+    before = linted.lint_bundle(alike, "gated", images=20)
+    assert [finding.code for finding in before.alarms] == ["E1", "G1"]
+    (clean,) = evaluate(alike, Request(protocol="clean", variant="gated"))
+    failing = Check(name="EOT is flat", held=False, detail="no")
+    averaged = replace(clean, protocol="random-gates", attack="minimum", draws=100)
+    unsound = record_results(alike.folder, [replace(averaged, checks=(failing,))])
+    assert [finding.code for finding in linted.lint_bundle(unsound, "gated", images=20).alarms] == ["E1", "G1"]
+    answered = record_results(alike.folder, [averaged])
+    lint = linted.lint_bundle(answered, "gated", images=20)
+    assert [finding.code for finding in lint.alarms] == ["G1"]
+    assert "as the card's random-gates result does" in lint.findings[0].figure
