@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from zoo import data
 from zoo.card import Result
 from zoo.corruptions import CORRUPTIONS, SEVERITIES, corrupt, find_official, official, official_labels
 from zoo.data import Images
 from zoo.errors import BadInput
-from zoo.evaluation.run import GROUP, Run, correct, share, table
+from zoo.evaluation.run import Run, share, table
 
 
 def corruptions(run: Run) -> list[Result]:
@@ -37,7 +36,9 @@ def corruptions(run: Run) -> list[Result]:
                 whole = Images(official(folder, name, severity), official_labels(folder))
                 corrupted = data.evaluation_subset(whole, run.request.images or len(whole)).to(run.device)
             counted = len(corrupted)
-            cells.append(share(_judged(run, f"{name}, severity {severity}", corrupted)))
+            stage = f"{name}, severity {severity}"
+            judge, size = run.answers(stage)
+            cells.append(share(run.judged(stage, corrupted, judge, size=size)))
     values = torch.tensor(cells, dtype=torch.float64).reshape(len(CORRUPTIONS), len(SEVERITIES))
     said = "CIFAR-10-C, the official files" if folder else "synthetic: corrupted by manygates, not CIFAR-10-C"
     columns = [str(severity) for severity in SEVERITIES]
@@ -51,15 +52,3 @@ def corruptions(run: Run) -> list[Result]:
             tables=[table("corruptions", ("corruption", "severity"), list(CORRUPTIONS), columns, values)],
         )
     ]
-
-
-def _judged(run: Run, stage: str, images: Images) -> Tensor:
-    if run.request.variant != "gated":
-        return run.judged(stage, images, lambda pixels, labels, _: correct(run.network, pixels, labels))
-
-    def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
-        from zoo.attacks.random_gates import path_sampler
-
-        return correct(path_sampler(run.rgn, run.rng(stage, batch))(), pixels, labels)
-
-    return run.judged(stage, images, judge, size=GROUP)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from zoo import data, paths
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.inputs import Model, check_logits
-from zoo.attacks.random_gates import path_model
+from zoo.attacks.random_gates import path_model, path_sampler
 from zoo.bundle import Bundle
 from zoo.card import Check, Result, Table
 from zoo.data import Images
@@ -148,6 +148,20 @@ class Run:
                 self.ledger.put(f"{stage}/{number}", known)
             parts.append(known)
         return torch.cat(parts)
+
+    def answers(self, stage: str) -> tuple[Judge, int]:
+        """Return how to judge whether the deployed variant answers images correctly, and in batches of what size.
+
+        A deterministic variant is asked; random gates answer each group of images along one fresh path.
+        """
+        if self.request.variant != "gated":
+            network = self.network
+            return lambda pixels, labels, _: correct(network, pixels, labels), BATCH
+
+        def along_a_path(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
+            return correct(path_sampler(self.rgn, self.rng(stage, batch))(), pixels, labels)
+
+        return along_a_path, GROUP
 
     def generator(self, stage: str, batch: int) -> torch.Generator:
         """Return the generator of one batch of one stage, on the CPU."""

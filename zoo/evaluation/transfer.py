@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from zoo import data, paths
+from zoo import data
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.gradient import InputDiversity, pgd
 from zoo.attacks.skip_gradient import skip_gradient
@@ -34,7 +34,7 @@ from zoo.data import Images
 from zoo.derive import Ensemble
 from zoo.errors import BadInput, ChecksumMismatch, ManygatesError, MissingFile
 from zoo.evaluation.ledger import cache_dir, digest_of
-from zoo.evaluation.run import BATCH, Run, correct, ready, share, table
+from zoo.evaluation.run import BATCH, Run, ready, share, table
 from zoo.files import sha256_of, write_json_atomic
 from zoo.models import member_networks, weights_file
 
@@ -373,25 +373,15 @@ def open_surrogate(name: str) -> Surrogate:
 
 
 def _judged(run: Run, stage: str, images: Images, pixels: Tensor) -> Tensor:
-    """Return where the deployed model answers these versions of the images correctly (image,)."""
-    if run.request.variant != "gated":
-        network = run.network
-        with torch.no_grad():
-            return torch.cat(
-                [
-                    correct(network, part.contiguous(memory_format=torch.channels_last), labels)
-                    for part, labels in zip(torch.split(pixels, BATCH), torch.split(images.labels, BATCH), strict=True)
-                ]
-            )
-    from zoo.attacks.random_gates import path_model
-    from zoo.evaluation.run import GROUP
-
-    rng = run.rng(stage, 0)
-    right = []
-    for part, labels in zip(torch.split(pixels, GROUP), torch.split(images.labels, GROUP), strict=True):
-        path = paths.sample(run.rgn.num_gates, run.rgn.candidates, rng)
-        right.append(correct(path_model(run.rgn, path), part, labels))
-    return torch.cat(right)
+    """Return where the deployed variant answers these versions of the images correctly (image,)."""
+    judge, size = run.answers(stage)
+    parts = zip(torch.split(pixels, size), torch.split(images.labels, size), strict=True)
+    return torch.cat(
+        [
+            judge(part.contiguous(memory_format=torch.channels_last), labels, number)
+            for number, (part, labels) in enumerate(parts)
+        ]
+    )
 
 
 def _short(value: object) -> str:

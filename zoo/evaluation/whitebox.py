@@ -27,7 +27,8 @@ def clean(run: Run) -> list[Result]:
     """Accuracy on unperturbed test images, all of them by default; for random gates the mean over ten draws."""
     images = run.images(None)
     if run.request.variant != "gated":
-        right = run.judged("clean", images, lambda pixels, labels, _: correct(run.network, pixels, labels))
+        judge_all, size = run.answers("clean")
+        right = run.judged("clean", images, judge_all, size=size)
         return [run.result(attack="none", accuracy=share(right), images=len(images))]
     draws = run.request.draws or CLEAN_DRAWS
 
