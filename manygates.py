@@ -206,20 +206,18 @@ def _derive(arguments: argparse.Namespace) -> int:
     import dataclasses
 
     from zoo.bundle import check_target
-    from zoo.derive import derive, recalibrate
+    from zoo.derive import recalibrate
     from zoo.export import Description, export_members
 
     check_target(arguments.out)
-    rgn, architecture, training, name = _gated_source(arguments.source)
-    chosen = _chosen_paths(arguments, rgn)
-    steps = [f"derived along {', '.join(_path_text(path) for path in chosen)}"]
+    chosen, architecture, training, name, what, choice = _derivable(arguments)
+    steps = [f"derived along {', '.join(choice['paths'])}"] if "paths" in choice else [f"derived: {what.lower()}"]
     members: list[nn.Module] = []
-    for path in chosen:
-        member = derive(rgn, path)
+    for member in chosen:
         if arguments.finetune:
             from training.finetune import finetune
 
-            member = finetune(member, _plain(architecture), arguments.finetune, seed=arguments.seed)
+            member = finetune(member, architecture, arguments.finetune, seed=arguments.seed)
         if arguments.recalibrate:
             recalibrate(member, _augmented_batches(architecture.dataset, arguments.seed))
         members.append(member)
@@ -230,20 +228,52 @@ def _derive(arguments: argparse.Namespace) -> int:
     summary = "; ".join([training.summary, *steps])
     derived = {
         "from": name,
-        "paths": [_path_text(path) for path in chosen],
+        **choice,
         "finetune_epochs": arguments.finetune,
         "recalibrated": arguments.recalibrate,
         "seed": arguments.seed,
     }
     description = Description(
         name=arguments.name or f"{name}-derived",
-        description=f"{'An ensemble of paths' if len(chosen) > 1 else 'One path'} of {name}",
+        description=f"{what} of {name}",
         method=_method(training),
         training=dataclasses.replace(training, summary=summary, recipe={**training.recipe, "derived": derived}),
     )
     bundle = export_members(arguments.out, members, architecture, description)
     _say(f"{bundle.card.name}: {summary}; in {arguments.out}")
     return DONE
+
+
+def _derivable(
+    arguments: argparse.Namespace,
+) -> tuple[list[nn.Module], Architecture, Training, str, str, dict[str, Any]]:
+    """Load the plain networks that a derivation begins with: paths of a random gated network, or members as trained.
+
+    Returns the networks, their architecture, training and name, what was done in words, and the same for the card.
+    """
+    from zoo.derive import derive
+    from zoo.errors import BadInput
+    from zoo.rgn import RandomGatedNetwork
+
+    network, architecture, training, name, members = _derivation_source(arguments.source)
+    if isinstance(network, RandomGatedNetwork):
+        if arguments.member:
+            raise BadInput(f"{name} is a random gated network, which has paths and no members; use --path or --paths")
+        chosen = _chosen_paths(arguments, network)
+        texts = [_path_text(path) for path in chosen]
+        what = "An ensemble of paths" if len(chosen) > 1 else "One path"
+        return [derive(network, path) for path in chosen], architecture.member, training, name, what, {"paths": texts}
+    if arguments.path or arguments.paths is not None:
+        raise BadInput(
+            f"{name} is a plain network without gates, so no path can be derived from it; leave --path and --paths out"
+            + (f", or choose of its {len(members)} members with --member" if len(members) > 1 else "")
+        )
+    numbers = arguments.member or list(range(1, len(members) + 1))
+    if wrong := [number for number in numbers if not 1 <= number <= len(members)]:
+        raise BadInput(f"{name} has no member {wrong[0]}, expected 1 to {len(members)}")
+    what = "The network" if len(members) == 1 else f"Members {', '.join(map(str, numbers))}"
+    taken = [members[number - 1] for number in numbers]
+    return taken, architecture.member, training, name, what, {"members": numbers}
 
 
 def _together(arguments: argparse.Namespace) -> int:
@@ -261,10 +291,9 @@ def _together(arguments: argparse.Namespace) -> int:
         if not _is_run(source):
             raise BadInput(f"{source!r} is no training run (a folder with a recipe.json); an ensemble is made of runs")
         network, architecture, training, name, _, _ = _run_source(source, arguments.checkpoint)
-        if isinstance(network, RandomGatedNetwork):
-            raise BadInput(
-                f"{source} is a random gated network; its ensemble is made of its own paths, export it alone"
-            )
+        if isinstance(network, RandomGatedNetwork) or architecture.members > 1:
+            kind = "a random gated network" if architecture.members == 1 else "an ensemble already"
+            raise BadInput(f"{source} is {kind}; its ensemble is made of its own paths or members, export it alone")
         if first is None:
             first = (architecture, training, name, [training.seed])
         elif architecture != first[0]:
@@ -673,7 +702,7 @@ def _run_source(source: str, which: str) -> tuple[nn.Module, Architecture, Train
     places = ", then ".join(dict.fromkeys(start["hardware"] for start in starts))
     origin = f", from {recipe.start_from}" if recipe.start_from else ""
     training = Training(
-        recipe={**resolved(recipe), "starts": starts},
+        recipe={**resolved(recipe), "method": recipe.method, "starts": starts},
         seed=recipe.seed,
         commit=", ".join(dict.fromkeys(start["commit"] for start in starts)),
         versions=starts[-1]["versions"],
@@ -683,26 +712,22 @@ def _run_source(source: str, which: str) -> tuple[nn.Module, Architecture, Train
     return network, architecture, training, recipe.name, recipe.ensemble_paths, recipe.seed
 
 
-def _gated_source(source: str) -> tuple[RandomGatedNetwork, Architecture, Training, str]:
-    """Load the random gated network of a run or a bundle."""
+def _derivation_source(source: str) -> tuple[nn.Module, Architecture, Training, str, list[nn.Module]]:
+    """Load a run or a bundle: network, architecture, training, name, and its members if it is not gated."""
     from zoo.catalogue import open_model
     from zoo.checkpoint import load_network
-    from zoo.errors import BadInput
-    from zoo.models import RGN_WEIGHTS
-    from zoo.rgn import RandomGatedNetwork
+    from zoo.models import load_members, weights_file
 
     if _is_run(source):
         network, architecture, training, name, _, _ = _run_source(source, "last")
-    else:
-        card = _card_of(source)
-        if not card.architecture.gated_layers:
-            raise BadInput(f"{card.name} is a plain network without gates, so no path can be derived from it")
-        bundle = open_model(source, only=(RGN_WEIGHTS,))
-        network, architecture = load_network(bundle.file(RGN_WEIGHTS))
-        training, name = card.training, card.name
-    if not isinstance(network, RandomGatedNetwork):
-        raise BadInput(f"{source} holds a plain network without gates, so no path can be derived from it")
-    return network, architecture, training, name
+        return network, architecture, training, name, _members_of(network)
+    card = _card_of(source)
+    file = open_model(source, only=(weights_file(card),)).file(weights_file(card))
+    if card.architecture.gated_layers:
+        network, architecture = load_network(file)
+        return network, architecture, card.training, card.name, []
+    members, architecture = load_members(file)
+    return members[0], architecture, card.training, card.name, members
 
 
 def _export_source(
@@ -723,7 +748,7 @@ def _export_source(
             rng = random.Random(seed)  # noqa: S311 - which paths are published is no secret
             chosen = paths.sample_distinct(number, network.num_gates, network.candidates, rng)
             chosen = [chosen[0], *chosen]
-        return network, architecture, training, name, chosen, [network]
+        return network, architecture, training, name, chosen, _members_of(network)
     card = _card_of(arguments.source)
     bundle = open_model(arguments.source, only=(weights_file(card),))
     file = bundle.file(weights_file(card))
@@ -737,6 +762,13 @@ def _export_source(
     texts = [card.paths.single or card.paths.ensemble[0], *card.paths.ensemble]
     chosen = [paths.parse(text, network.num_gates, network.candidates) for text in texts]
     return network, architecture, card.training, card.name, chosen, []
+
+
+def _members_of(network: nn.Module) -> list[nn.Module]:
+    """Return the plain networks of an ensemble, or the network itself."""
+    from zoo.derive import Ensemble
+
+    return list(network.members) if isinstance(network, Ensemble) else [network]
 
 
 def _chosen_paths(arguments: argparse.Namespace, rgn: RandomGatedNetwork) -> list[tuple[int, ...]]:
@@ -760,13 +792,9 @@ def _path_text(path: tuple[int, ...]) -> str:
     return format_path(path)
 
 
-def _plain(architecture: Architecture) -> Architecture:
-    import dataclasses
-
-    return dataclasses.replace(architecture, candidates=1, sharing=None)
-
-
 def _method(training: Training) -> str:
+    if "method" in training.recipe:
+        return str(training.recipe["method"])
     phases = training.recipe.get("phases")
     return phases[-1]["objective"]["method"] if phases else "unknown"
 
@@ -884,11 +912,14 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--resume", action="store_true", help="go on where the run in RUN was stopped")
     added.add_argument("--device", metavar="DEVICE", help="cpu or cuda; a GPU if there is one by default")
 
-    added = command("derive", _derive, "Derive plain networks from a random gated one: one path or an ensemble.")
+    added = command("derive", _derive, "Derive plain networks: paths of a random gated one, or members of an ensemble.")
     added.add_argument("source", metavar="RUN|MODEL")
     added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that will hold the bundle")
     added.add_argument("--paths", type=int, metavar="K", help="draw K distinct paths")
     added.add_argument("--path", action="append", metavar="0110…", help="take this path; repeat it for an ensemble")
+    added.add_argument(
+        "--member", type=int, action="append", metavar="N", help="take this member of an ensemble, from 1 on; repeat it"
+    )
     added.add_argument("--seed", type=int, default=0, metavar="S")
     added.add_argument("--recalibrate", action="store_true", help="re-estimate BatchNorm statistics per path")
     added.add_argument("--finetune", type=int, default=0, metavar="EPOCHS", help="epochs on clean images")

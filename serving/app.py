@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import Headers, QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.batcher import Batcher, Draining, PredictionFailed, QueueFull, WaitedTooLong
 from serving.decoders import Decoders
 from serving.engine import Mode, Prediction, Predictor, modes_of
+from serving.exits import num_exits, read_confidence, read_exit
 from serving.metrics import CONTENT_TYPE, Metrics, ModelMetrics
 from serving.protocol import HEADER_LENGTH, VERSION, Codec, RequestError, bad_request, json_headers
 from serving.settings import Settings
@@ -54,6 +55,8 @@ class Model:
     card: Card
     mode: Mode
     predictor: Predictor
+    limits: NDArray[np.float32] | None = None
+    """Where requests may choose the exit: the limits, float32 (exit - 1), of those that do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +155,7 @@ class Application:
         metrics = self.metrics.of_model(
             model.card.name,
             random=model.mode == "random",
+            num_exits=num_exits(model.card),
             waiting=lambda: batcher.waiting,
             ready=lambda: self.ready and batcher.accepting,
         )
@@ -163,9 +167,12 @@ class Application:
             queue_timeout=settings.queue_timeout,
             observer=metrics,
         )
-        return _Served(
-            model=model, codec=Codec(model.card, max_rows=settings.max_queue), batcher=batcher, metrics=metrics
+        codec = Codec(
+            model.card,
+            max_rows=settings.max_queue,
+            may_choose_exit=model.limits is not None,
         )
+        return _Served(model=model, codec=codec, batcher=batcher, metrics=metrics)
 
     def _routes(self) -> Starlette:
         routes = [
@@ -196,7 +203,7 @@ class Application:
             body = await self._body(sizes, receive)
             started = time.perf_counter()
             request = served.codec.decode(body, sizes.header_length)
-            answer = await self._predict(served, request.images)
+            answer = await self._predict(served, request.images, request.form.limits)
             headers, content = served.codec.encode(request, answer)
             status = 200
             served.metrics.infer_requests.inc()
@@ -224,9 +231,15 @@ class Application:
         content = json.dumps({"error": str(error)}).encode()
         return error.status, json_headers(len(content)) + error.headers, content
 
-    async def _predict(self, served: _Served, images: NDArray[np.float32]) -> Prediction:
+    async def _predict(
+        self, served: _Served, images: NDArray[np.float32], chosen: NDArray[np.float32] | None
+    ) -> Prediction:
+        """Answer images; `chosen` are the limits, float32 (exit - 1), that the request chose for all of them."""
+        limits = served.model.limits if chosen is None else chosen
+        if limits is not None:
+            limits = np.broadcast_to(limits, (len(images), len(limits)))
         try:
-            return await served.batcher.submit(images)
+            return await served.batcher.submit(images, limits)
         except QueueFull as error:
             limit = served.batcher.max_queue
             raise _busy(429, "queue_full", f"the queue is full ({limit} images); try again in a second") from error
@@ -286,12 +299,13 @@ class Application:
     async def _classify(self, request: Request) -> Response:
         served = self._model_named(request, request.query_params.get("model"))
         top = _top(request.query_params.get("top"), len(served.model.card.classes))
+        limits = served.codec.exit_limits(_exit_parameters(request.query_params))
         sizes = _Sizes(request.scope)
         try:
             body = await self._body(sizes, request.receive)
             started = time.perf_counter()
             images = await self._decode_image(served, await _image_file(request.headers, body))
-            answer = await self._predict(served, images)
+            answer = await self._predict(served, images, limits)
         except _ClientGone:
             return Response(status_code=499)
         except asyncio.CancelledError as error:
@@ -305,10 +319,12 @@ class Application:
         ranked = sorted(zip(classes, probabilities, strict=True), key=lambda entry: -entry[1])
         served.metrics.classify_requests.inc()
         served.metrics.request_seconds.observe(time.perf_counter() - started)
+        exit_answered = {} if answer.exits is None else {"exit": int(answer.exits[0])}
         return JSONResponse(
             {
                 "model": served.name,
                 "mode": served.model.mode,
+                **exit_answered,
                 "label": ranked[0][0],
                 "probabilities": dict(ranked[:top]),
             }
@@ -333,6 +349,7 @@ class Application:
                 "name": name,
                 "mode": served.model.mode,
                 "modes": modes_of(served.model.card),
+                **({"exits": len(served.model.card.exits)} if served.model.card.exits else {}),
                 "description": served.model.card.description,
                 "classes": list(served.model.card.classes),
                 "infer": f"/v2/models/{name}/infer",
@@ -480,6 +497,19 @@ def _top(text: str | None, num_classes: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
         raise bad_request(f"top is {text[:40]!r}, expected a whole number from 1 to {num_classes}")
     return min(int(text), num_classes)
+
+
+def _exit_parameters(query: QueryParams) -> dict[str, Any]:
+    """Take what chooses an exit out of a URL, in the types that it has in a request's JSON."""
+    parameters: dict[str, Any] = {}
+    try:
+        if "exit" in query:
+            parameters["exit"] = read_exit(query["exit"])
+        if "confidence" in query:
+            parameters["confidence"] = read_confidence(query["confidence"])
+    except BadInput as error:
+        raise bad_request(str(error)) from error
+    return parameters
 
 
 def _busy(status: int, reason: str, message: str) -> RequestError:

@@ -44,18 +44,21 @@ class BatchObserver(Protocol):
         """A request's first row left the queue."""
         ...
 
-    def batch_finished(self, rows: int, compute_seconds: float) -> None:
-        """A batch of `rows` images was answered."""
+    def batch_finished(self, answer: Prediction, compute_seconds: float) -> None:
+        """A batch of images was answered."""
         ...
 
 
 class _Request:
     """One caller's images, and how far they have got."""
 
-    __slots__ = ("answer", "arrived", "future", "images", "next_row", "open_rows")
+    __slots__ = ("answer", "arrived", "future", "images", "limits", "next_row", "open_rows")
 
-    def __init__(self, images: NDArray[np.float32], future: "asyncio.Future[Prediction]") -> None:
+    def __init__(
+        self, images: NDArray[np.float32], limits: NDArray[np.float32] | None, future: "asyncio.Future[Prediction]"
+    ) -> None:
         self.images = images
+        self.limits = limits
         self.future = future
         self.arrived = time.perf_counter()
         self.next_row = 0
@@ -130,10 +133,11 @@ class Batcher:
             thread.start()
             self._threads.append(thread)
 
-    async def submit(self, images: NDArray[np.float32]) -> Prediction:
+    async def submit(self, images: NDArray[np.float32], limits: NDArray[np.float32] | None = None) -> Prediction:
         """Answer validated images, float32 (image, channel, height, width), in their order.
 
-        A caller that is cancelled gives up its place, and its answer is thrown away.
+        A caller that is cancelled gives up its place, and its answer is thrown away. `limits`, float32 (image,
+        exit - 1), goes to the predictor with the images; either every request brings its own or none does.
 
         Raises:
             QueueFull: if `max_queue` images would be exceeded.
@@ -147,7 +151,7 @@ class Batcher:
         if self._waiting_rows + rows > self.max_queue:
             raise QueueFull
         assert self._loop is not None
-        request = _Request(images, self._loop.create_future())
+        request = _Request(images, limits, self._loop.create_future())
         self._requests.append(request)
         self._waiting_rows += rows
         if self._in_flight < 2 * self._workers and not self._dispatch_scheduled:
@@ -255,14 +259,15 @@ class Batcher:
                 return
 
     def _predict(self, batch: list[_Part]) -> Prediction:
+        limits = [request.limits[start:stop] for request, start, stop in batch if request.limits is not None]
         if len(batch) == 1:
             request, start, stop = batch[0]
             images = request.images[start:stop]
         else:
             images = np.concatenate([request.images[start:stop] for request, start, stop in batch])
-        answer = self._predictor.predict(images)
+        answer = self._predictor.predict(images, np.concatenate(limits)) if limits else self._predictor.predict(images)
         for values in answer:
-            if len(values) != len(images):
+            if values is not None and len(values) != len(images):
                 raise RuntimeError(f"the model answered {len(values)} rows, expected {len(images)}")
         return answer
 
@@ -279,7 +284,7 @@ class Batcher:
         else:
             self._deliver(batch, outcome)
             if self._observer is not None:
-                self._observer.batch_finished(len(outcome.probabilities), seconds)
+                self._observer.batch_finished(outcome, seconds)
         self._settled.set()
 
     def _deliver(self, batch: list[_Part], answer: Prediction) -> None:
@@ -287,6 +292,8 @@ class Batcher:
         for request, start, stop in batch:
             rows = stop - start
             own = Prediction(answer.probabilities[row : row + rows], answer.logits[row : row + rows])
+            if answer.exits is not None:
+                own = own._replace(exits=answer.exits[row : row + rows])
             row += rows
             if rows != len(request.images):
                 own = self._collect(request, start, own)
@@ -299,9 +306,11 @@ class Batcher:
         """Put a part of a request's answer in its place."""
         if request.answer is None:
             rows = len(request.images)
-            request.answer = Prediction(*(np.empty((rows, *values.shape[1:]), values.dtype) for values in part))
+            kept = [values for values in part if values is not None]
+            request.answer = Prediction(*(np.empty((rows, *values.shape[1:]), values.dtype) for values in kept))
         for whole, values in zip(request.answer, part, strict=True):
-            whole[start : start + len(values)] = values
+            if whole is not None and values is not None:
+                whole[start : start + len(values)] = values
         return request.answer
 
     def _fail(self, request: _Request, error: Exception) -> None:

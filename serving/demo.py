@@ -291,6 +291,8 @@ def _network(bundle: Bundle, variant: str) -> nn.Module:
 
 def _described(card: Card, variant: str) -> str:
     """Say what a variant is, in the words of the page."""
+    if card.exits:
+        return f"one network with {len(card.exits)} exits, of which the last answers"
     if not card.architecture.gated_layers:
         return "one network" if variant == "single" else "several networks, whose probabilities are averaged"
     return _VARIANTS[variant]

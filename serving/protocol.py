@@ -4,6 +4,9 @@ A request is JSON, or JSON followed by raw little-endian tensors (the binary ten
 tensor (`Inference-Header-Content-Length: 0`). Everything is checked here, before a request may join a batch: a request
 that gets through cannot fail in the model.
 
+A multi-exit model has one more output, `exit`, for requests that name it; where the operator allows it the request's
+parameters `exit` or `confidence` choose which exit answers.
+
 https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 """
@@ -19,12 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.engine import Prediction
+from serving.exits import ExitChoice, num_exits, read_confidence
 from zoo.card import Card
+from zoo.errors import BadInput
 
 HEADER_LENGTH: Final = b"inference-header-content-length"
 VERSION: Final = "1"
 INPUT: Final = "images"
 OUTPUTS: Final = ("probabilities", "logits")
+EXIT: Final = "exit"
 
 _ITEM_BYTES: Final = {"FP32": 4, "UINT8": 1}
 _MAX_ID: Final = 256
@@ -64,7 +70,8 @@ def bad_request(message: str) -> RequestError:
 class _Form:
     """All of a request but its pixels, and what its answer will look like.
 
-    A client repeats the same JSON with each binary request, so forms are remembered by their bytes.
+    A client repeats the same JSON with each binary request, so forms are remembered by their bytes; those of requests
+    without any JSON by their number of images.
     """
 
     rows: int
@@ -78,6 +85,8 @@ class _Form:
     binary_head: bytes | None
     """The answer's whole JSON, where every output is binary."""
     binary_headers: Headers
+    limits: NDArray[np.float32] | None
+    """By which exit the request wants to be answered, (exit - 1); None leaves it to the server."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,18 +101,31 @@ class InferRequest:
 class Codec:
     """Reads requests for one model and writes its answers."""
 
-    def __init__(self, card: Card, *, max_rows: int) -> None:
-        """Prepare for a model; `max_rows` is how many images one request may hold."""
+    def __init__(self, card: Card, *, max_rows: int, may_choose_exit: bool = False) -> None:
+        """Prepare for a model.
+
+        Args:
+            card: of the model.
+            max_rows: how many images one request may hold.
+            may_choose_exit: whether a request may say which exit of a multi-exit model is to answer.
+        """
         self._name = card.name
         self._image_shape = (card.input.channels, card.input.height, card.input.width)
         self._image_items = math.prod(self._image_shape)
         self._classes = len(card.classes)
         self._max_rows = max_rows
-        self._forms: dict[bytes, _Form] = {}
+        self._num_exits = num_exits(card)
+        self._may_choose_exit = may_choose_exit
+        self._known_outputs = (*OUTPUTS, EXIT) if self._num_exits > 1 else OUTPUTS
+        self._forms: dict[bytes | int, _Form] = {}
+        """By the JSON of a binary request, or by the number of images of a raw one."""
 
     def metadata(self) -> dict[str, Any]:
         """Return the answer to `GET /v2/models/NAME`; -1 is the batch."""
-        outputs = [{"name": name, "datatype": "FP32", "shape": [-1, self._classes]} for name in OUTPUTS]
+        outputs = [
+            {"name": name, "datatype": _datatype(name), "shape": [-1, *self._shape_of_row(name)]}
+            for name in self._known_outputs
+        ]
         return {
             "name": self._name,
             "versions": [VERSION],
@@ -111,6 +133,30 @@ class Codec:
             "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *self._image_shape]}],
             "outputs": outputs,
         }
+
+    def exit_limits(self, parameters: Parameters) -> NDArray[np.float32] | None:
+        """Return the limits, float32 (exit - 1), that the parameters `exit` or `confidence` stand for; None without.
+
+        Raises:
+            RequestError: 400 if they make no sense, the model has only one exit, or requests may not choose.
+        """
+        given = [name for name in (EXIT, "confidence") if parameters.get(name) is not None]
+        if not given:
+            return None
+        if self._num_exits == 1:
+            raise bad_request(f"the request chooses by {given[0]!r}, but {self._name} has only one exit; leave it out")
+        if not self._may_choose_exit:
+            raise bad_request(
+                f"the request chooses by {given[0]!r}, but here the server chooses which exit answers; leave it out "
+                "(the operator may allow it with MANYGATES_SERVE_ALLOW_EXIT_CHOICE=true)"
+            )
+        confidence = parameters.get("confidence")
+        try:
+            if isinstance(confidence, str):
+                confidence = read_confidence(confidence)
+            return ExitChoice(exit=parameters.get(EXIT), confidence=confidence).limits(self._name, self._num_exits)
+        except BadInput as error:
+            raise bad_request(str(error)) from error
 
     def decode(self, body: bytes, header_length: bytes | None) -> InferRequest:
         """Read and check a request.
@@ -134,9 +180,7 @@ class Codec:
         if form is None:
             form, _ = self._parse(head)
             if length <= _MAX_REMEMBERED_BYTES:
-                if len(self._forms) >= _MAX_REMEMBERED:
-                    self._forms.clear()
-                self._forms[head] = form
+                self._remember(head, form)
         if form.size is None:
             raise bad_request(
                 f"{len(body) - length} bytes follow the JSON, but the input {INPUT!r} has no 'binary_data_size'; "
@@ -153,7 +197,7 @@ class Codec:
         """Return the HTTP headers and the body of the answer to `request`."""
         form = request.form
         if form.binary_head is not None:
-            tensors = [_of(answer, name).astype("<f4", copy=False).tobytes() for name, _ in form.outputs]
+            tensors = [_bytes_of(answer, name) for name, _ in form.outputs]
             return form.binary_headers, b"".join((form.binary_head, *tensors))
         outputs = []
         tensors = []
@@ -161,7 +205,7 @@ class Codec:
             values = _of(answer, name)
             output = _output_form(name, values.shape, binary)
             if binary:
-                tensors.append(values.astype("<f4", copy=False).tobytes())
+                tensors.append(_bytes_of(answer, name))
             else:
                 output["data"] = values.ravel().tolist()
             outputs.append(output)
@@ -188,9 +232,17 @@ class Codec:
                 f"{list(self._image_shape)} per image); for UINT8 send the JSON header as well"
             )
         self._check_rows(rows)
-        outputs = tuple((name, True) for name in OUTPUTS)
-        form = self._form(None, rows, "FP32", len(body), outputs)
+        form = self._forms.get(rows)
+        if form is None:
+            outputs = tuple((name, True) for name in OUTPUTS)
+            form = self._form(None, rows, "FP32", len(body), outputs, None)
+            self._remember(rows, form)
         return InferRequest(images=self._pixels(body, 0, form), form=form)
+
+    def _remember(self, key: bytes | int, form: _Form) -> None:
+        if len(self._forms) >= _MAX_REMEMBERED:
+            self._forms.clear()
+        self._forms[key] = form
 
     def _parse(self, text: bytes) -> tuple[_Form, Any]:
         """Read the JSON of a request; returns its form and the pixels that are in it."""
@@ -217,7 +269,8 @@ class Codec:
             raise bad_request(f"the input {INPUT!r} has neither 'data' nor 'binary_data_size'; send one of them")
         binary = parameters.get("binary_data_output", False)
         outputs = self._outputs(document.get("outputs"), _boolean(binary, "binary_data_output"))
-        return self._form(request_id, rows, datatype, size, outputs), tensor.get("data")
+        limits = self.exit_limits(parameters)
+        return self._form(request_id, rows, datatype, size, outputs, limits), tensor.get("data")
 
     def _check_structure(self, text: bytes) -> None:
         """Refuse JSON of more parts than any good request has: millions of empty lists take seconds to parse."""
@@ -282,8 +335,8 @@ class Codec:
         outputs: dict[str, bool] = {}
         for output in wanted:
             name = output.get("name")
-            if not isinstance(name, str) or name not in OUTPUTS:
-                raise bad_request(f"unknown output {_short(name)}; {self._name} has {', '.join(OUTPUTS)}")
+            if not isinstance(name, str) or name not in self._known_outputs:
+                raise bad_request(f"unknown output {_short(name)}; {self._name} has {', '.join(self._known_outputs)}")
             if name in outputs:
                 raise bad_request(f"the output {name!r} is asked for twice; name it once")
             binary = _parameters(output, f"the output {name!r}").get("binary_data", binary_default)
@@ -291,16 +344,22 @@ class Codec:
         return tuple(outputs.items())
 
     def _form(
-        self, request_id: str | None, rows: int, datatype: str, size: int | None, outputs: tuple[tuple[str, bool], ...]
+        self,
+        request_id: str | None,
+        rows: int,
+        datatype: str,
+        size: int | None,
+        outputs: tuple[tuple[str, bool], ...],
+        limits: NDArray[np.float32] | None,
     ) -> _Form:
         heading = {"model_name": self._name, "model_version": VERSION}
         if request_id is not None:
             heading["id"] = request_id
         binary_head, binary_headers = None, []
         if all(binary for _, binary in outputs):
-            shape = (rows, self._classes)
-            binary_head = _to_json({**heading, "outputs": [_output_form(name, shape, True) for name, _ in outputs]})
-            total = len(binary_head) + len(outputs) * rows * self._classes * 4
+            shapes = {name: (rows, *self._shape_of_row(name)) for name, _ in outputs}
+            binary_head = _to_json({**heading, "outputs": [_output_form(name, shapes[name], True) for name in shapes]})
+            total = len(binary_head) + sum(_size_of(name, shape) for name, shape in shapes.items())
             binary_headers = _binary_headers(len(binary_head), total)
         return _Form(
             rows=rows,
@@ -310,7 +369,12 @@ class Codec:
             heading=heading,
             binary_head=binary_head,
             binary_headers=binary_headers,
+            limits=limits,
         )
+
+    def _shape_of_row(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an output for one image."""
+        return () if name == EXIT else (self._classes,)
 
     def _pixels(self, body: bytes, offset: int, form: _Form) -> NDArray[np.float32]:
         shape = (form.rows, *self._image_shape)
@@ -436,14 +500,30 @@ def _checked(images: NDArray[np.float32]) -> NDArray[np.float32]:
     return images
 
 
-def _of(answer: Prediction, name: str) -> NDArray[np.float32]:
+def _of(answer: Prediction, name: str) -> NDArray[np.float32] | NDArray[np.int64]:
+    if name == EXIT:
+        assert answer.exits is not None  # only multi-exit models have this output
+        return answer.exits
     return answer.probabilities if name == "probabilities" else answer.logits
 
 
+def _bytes_of(answer: Prediction, name: str) -> bytes:
+    return _of(answer, name).astype("<i8" if name == EXIT else "<f4", copy=False).tobytes()
+
+
+def _datatype(name: str) -> str:
+    return "INT64" if name == EXIT else "FP32"
+
+
+def _size_of(name: str, shape: tuple[int, ...]) -> int:
+    """Return how many bytes an output has."""
+    return math.prod(shape) * (8 if name == EXIT else 4)
+
+
 def _output_form(name: str, shape: tuple[int, ...], binary: bool) -> dict[str, Any]:
-    output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(shape)}
+    output: dict[str, Any] = {"name": name, "datatype": _datatype(name), "shape": list(shape)}
     if binary:
-        output["parameters"] = {"binary_data_size": math.prod(shape) * 4}
+        output["parameters"] = {"binary_data_size": _size_of(name, shape)}
     return output
 
 

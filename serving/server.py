@@ -17,7 +17,8 @@ import uvicorn
 
 from serving.app import Application, Model
 from serving.connection import SPARE_CONNECTIONS, with_header_timeout
-from serving.engine import Engine, choose_mode, graph_file
+from serving.engine import Engine, choose_mode, graph_files
+from serving.exits import LAST_EXIT, ExitChoice
 from serving.settings import Settings
 from zoo.catalogue import open_model
 from zoo.errors import BadInput
@@ -31,6 +32,8 @@ def serve(
     models: Sequence[str],
     *,
     mode: str | None = None,
+    exit: int | None = None,
+    confidence: float | Sequence[float] | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     demo: bool = False,
@@ -41,18 +44,22 @@ def serve(
     Args:
         models: catalogue names, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME`; the first is the default.
         mode: `single`, `ensemble` or `random`, for all of them; None takes `single`.
+        exit: which exit of multi-exit models answers, from 1; None is the last.
+        confidence: rather than that, the first exit answers whose largest probability is at least this, in (0, 1]: one
+            number, or one per exit but the last.
         host: the address to listen on.
         port: 0 takes a free one; the line on standard error names it.
         demo: also serve the demo under /demo (needs the extra `manygates[demo]`).
         settings: None takes the defaults and what the environment sets.
 
     Raises:
-        BadInput: if the address cannot be used, a model lacks the mode, or a setting makes no sense.
+        BadInput: if the address cannot be used, a model lacks the mode or the exit, or a setting makes no sense.
         UnknownName: for a model or mode that does not exist.
         BundleError: if a bundle is damaged.
     """
+    exit_choice = ExitChoice(exit=exit, confidence=confidence)
     with _stopped_by_signals():
-        _serve(models, mode, host, port, demo, settings or Settings.from_environment())
+        _serve(models, mode, exit_choice, host, port, demo, settings or Settings.from_environment())
 
 
 class _Stopped(BaseException):
@@ -83,13 +90,21 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _serve(models: Sequence[str], mode: str | None, host: str, port: int, demo: bool, settings: Settings) -> None:
+def _serve(
+    models: Sequence[str],
+    mode: str | None,
+    exit_choice: ExitChoice,
+    host: str,
+    port: int,
+    demo: bool,
+    settings: Settings,
+) -> None:
     allow_open_files(settings.max_connections + SPARE_CONNECTIONS + _OTHER_FILES)
     # what Pillow thinks of files that clients send is answered to them; the log would fill with it
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     listener = bind(host, port)  # before loading: a port in use should not cost the time to load
     try:
-        application = Application([load(model, mode, settings) for model in models], settings)
+        application = Application([load(model, mode, settings, exit_choice) for model in models], settings)
         if demo:
             _mount_demo(application, models)
         server = Server(application)
@@ -101,24 +116,29 @@ def _serve(models: Sequence[str], mode: str | None, host: str, port: int, demo: 
     server.run(sockets=[listener])
 
 
-def load(model: str, mode: str | None, settings: Settings) -> Model:
-    """Find a model, load the graph of its mode, and run it once at every batch size.
+def load(model: str, mode: str | None, settings: Settings, exit_choice: ExitChoice = LAST_EXIT) -> Model:
+    """Find a model, load the graphs of its mode and exits, and run them once at every batch size.
 
     Raises:
         ManygatesError: of many kinds; see `serve`.
     """
-    chosen = choose_mode(open_model(model, only=()).card, mode)
+    card = open_model(model, only=()).card
+    chosen = choose_mode(card, mode)
+    any_exit = settings.allow_exit_choice
     engine = Engine(
-        open_model(model, only=(graph_file(chosen),)),
+        open_model(model, only=graph_files(card, chosen, exit_choice, any_exit=any_exit)),
         chosen,
         threads=settings.workers,
         intra_op=settings.intra_op,
         device=settings.device,
         allow_cpu_fallback=settings.allow_cpu_fallback,
         allow_spinning=settings.allow_spinning,
+        exit_choice=exit_choice,
+        any_exit=any_exit,
     )
     engine.warm_up(settings.max_batch)
-    return Model(card=engine.card, mode=engine.mode, predictor=engine)
+    limits = engine.limits if any_exit else None
+    return Model(card=engine.card, mode=engine.mode, predictor=engine, limits=limits)
 
 
 def allow_open_files(number: int) -> None:

@@ -70,6 +70,8 @@ class Settings:
     """With device `cuda`: run on the processor where the GPU cannot be used, rather than stop."""
     allow_spinning: bool = False
     """Let ONNX Runtime's idle threads spin: less latency, and cores that are never idle."""
+    allow_exit_choice: bool = False
+    """Let a request choose which exit of a multi-exit model answers it; both of its graphs are loaded then."""
 
     def __post_init__(self) -> None:
         for name, (lowest, highest) in _RANGES.items():

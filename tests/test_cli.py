@@ -455,7 +455,7 @@ def test_paths_that_make_no_sense_are_refused(
 
 
 def test_a_plain_network_has_no_path_to_derive(plain: Path, tmp_path: Path) -> None:
-    line = refused("derive", plain, "--out", tmp_path / "out")
+    line = refused("derive", plain, "--out", tmp_path / "out", "--paths", "1")
     assert "smoke-derived is a plain network without gates, so no path can be derived from it" in line
 
 

@@ -72,6 +72,14 @@ class World:
             for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean of `value` over all ranks."""
+        if self.size == 1:
+            return value
+        total = value.detach().float().clone()
+        distributed.all_reduce(total)
+        return total / self.size
+
     def wait(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:

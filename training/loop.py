@@ -5,7 +5,7 @@ A run is a folder:
     recipe.json        the resolved recipe
     provenance.json    seed, commit, library versions, hardware, date
     log.csv            a line per epoch; the same numbers as TensorBoard events under events/
-    last.safetensors   weights, optimiser and position: what resuming reads
+    last.safetensors   weights, their moving average, optimiser, the objective's memory and position, to resume from
     best.safetensors   weights that were best on the held-out training images
 
 Resuming is bit-exact on the CPU: the checkpoint holds the position, and every draw is a function of it
@@ -24,23 +24,26 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from training.augmentation import augmented
 from training.distributed import World
-from training.objectives import Batch, Step
+from training.objectives import Batch, Memory, Step
+from training.objectives.network import num_exits
 from training.randomness import gate_generator, seed_for, tensor_generator
-from training.recipes import Phase, Recipe, from_resolved, method_name, resolved
+from training.recipes import Phase, Recipe, from_resolved, resolved
 from zoo import data, paths
-from zoo.attacks import LinfBudget, pgd
+from zoo.attacks import LinfBudget, average_exits, pgd
 from zoo.bundle import Bundle
 from zoo.catalogue import open_model
 from zoo.checkpoint import (
@@ -51,8 +54,8 @@ from zoo.checkpoint import (
     read_architecture,
     save,
 )
-from zoo.derive import derive, folded_copy
-from zoo.errors import BadInput, CheckpointError
+from zoo.derive import Ensemble, derive, folded_copy
+from zoo.errors import BadInput, CheckpointError, UnknownName
 from zoo.files import replace_directory, write_json_atomic, write_text_atomic
 from zoo.models import PLAIN_WEIGHTS, load_members
 from zoo.rgn import RandomGatedNetwork, randomly_gate
@@ -65,9 +68,9 @@ LAST, BEST, RECIPE, PROVENANCE, LOG = (
     "log.csv",
 )
 VALIDATION_PATHS = 4
-# The same images are held out whatever a recipe's seed: a run may start from the weights of another.
-HOLD_OUT_SEED = seed_for(0, "hold out")
 VALIDATION_ATTACKED = 256
+ADAM_EPS = 1e-7
+OPTIMIZER_SLOTS = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
 COLUMNS = (
     "epoch",
     "objective",
@@ -89,6 +92,11 @@ class Position:
     batch: int = 0
     step: int = 0
     best: float = -1.0
+    best_robust: float = -1.0
+    stale: int = 0
+    """Validations since the best one."""
+    stopped: bool = False
+    """Whether the run ended before its last epoch."""
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, float | int | str]] = field(default_factory=list)
@@ -102,6 +110,7 @@ def architecture_of(recipe: Recipe) -> Architecture:
         dataset=recipe.dataset,
         candidates=recipe.candidates,
         sharing=recipe.sharing if recipe.candidates > 1 else None,
+        members=recipe.members,
     )
 
 
@@ -125,7 +134,8 @@ def train(
         start: a network of the recipe's architecture to start from (fine-tuning), instead of fresh weights.
 
     Returns:
-        The trained network, in evaluation mode.
+        The trained network (the moving average of its weights where the recipe keeps one), in evaluation mode; an
+        `Ensemble` if the recipe has several members.
 
     Raises:
         BadInput: the folder holds another run, or one that `resume` was not asked to go on with.
@@ -146,12 +156,12 @@ def train(
             loop.restore()
         elif start is not None:
             load_network_state(loop.model, network_state(start))
-        if world.leads and loop.position.epoch < recipe.epochs:
+        if world.leads and not loop.finished:
             _record_start(recipe, run_dir, loop.position.step, world.size)
         loop.run()
     finally:
         world.leave()
-    return loop.model.eval()
+    return loop.deployed.eval()
 
 
 def _prepare_folder(recipe: Recipe, run_dir: Path) -> None:
@@ -166,7 +176,7 @@ def _prepare_folder(recipe: Recipe, run_dir: Path) -> None:
 
 
 def load_run(run_dir: Path, *, which: str = "last") -> tuple[nn.Module, Architecture, Recipe]:
-    """Load the network of a run, in evaluation mode, with its architecture and recipe.
+    """Load what a run trained, in evaluation mode, with its architecture and recipe.
 
     Args:
         run_dir: a folder that `train` wrote.
@@ -185,10 +195,13 @@ def load_run(run_dir: Path, *, which: str = "last") -> tuple[nn.Module, Architec
     tensors, header = load(file)
     architecture = read_architecture(header, file)
     network = architecture.build()
-    load_network_state(
-        network, {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
-    )
+    load_network_state(network, _under("ema/", tensors) or _under("model/", tensors))
     return network.eval(), architecture, from_resolved(_read_json(run_dir / RECIPE, "name"))
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _check_folder(recipe: Recipe, run_dir: Path, resume: bool) -> None:
@@ -199,7 +212,7 @@ def _check_folder(recipe: Recipe, run_dir: Path, resume: bool) -> None:
             raise BadInput(
                 f"{run_dir} already holds a run of {stored.get('name')!r}; add --resume, or choose another folder"
             )
-        if stored != document:
+        if stored != document and _meaning(stored) != recipe:
             differing = sorted(key for key in {*stored, *document} if stored.get(key) != document.get(key))
             raise BadInput(
                 f"{run_dir} was started with another recipe (different: {', '.join(differing)}); "
@@ -208,6 +221,14 @@ def _check_folder(recipe: Recipe, run_dir: Path, resume: bool) -> None:
         return
     if run_dir.exists() and any(run_dir.iterdir()):
         raise BadInput(f"{run_dir} is not empty and holds no run; choose an empty or new folder")
+
+
+def _meaning(stored: dict[str, Any]) -> Recipe | None:
+    """Return the recipe of a document, its missing fields at their defaults; None if this version cannot read it."""
+    try:
+        return from_resolved(stored)
+    except (BadInput, UnknownName):
+        return None
 
 
 def provenance(run_dir: Path) -> dict[str, Any]:
@@ -295,7 +316,7 @@ def _initial_network(recipe: Recipe, architecture: Architecture) -> nn.Module:
     """
     if recipe.start_from is None:
         return architecture.build()
-    wanted = replace(architecture, candidates=1, sharing=None)
+    wanted = architecture.member
     (plain, *_), found = load_members(_weights_of(recipe.start_from).file(PLAIN_WEIGHTS))
     if found != wanted:
         raise BadInput(f"start_from={recipe.start_from!r} is {found}, expected {wanted}")
@@ -327,7 +348,8 @@ class _Loop:
         if recipe.train_images is not None:
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed))
             images = images[order[: recipe.train_images]]
-        self.images, self.held_out = (part.to(device) for part in data.hold_out(images, recipe.held_out, HOLD_OUT_SEED))
+        rest, held_out = data.hold_out(images, recipe.held_out, data.HOLD_OUT_SEED)
+        self.images, self.held_out = rest.to(device), held_out.to(device)
         self.batches = len(self.images) // recipe.batch_size
         if self.batches == 0:
             raise BadInput(
@@ -338,16 +360,30 @@ class _Loop:
         self.precision = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self.position = Position()
         self.optimizer = self._optimizer(recipe.phases[0])
+        self.memory = Memory()
+        self.average: AveragedModel | None = None
+        if recipe.ema is not None:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)  # type: ignore[no-untyped-call]
         self.started = time.monotonic()
         self.saved = time.monotonic()
 
+    @property
+    def deployed(self) -> nn.Module:
+        """What is validated, kept and exported: the moving average of the weights if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.position.stopped or self.position.epoch >= self.recipe.epochs
+
     def run(self) -> None:
-        """Train to the end."""
+        """Train to the end, or until it is time to stop early."""
         writer = self._writer()
-        while self.position.epoch < self.recipe.epochs:
+        while not self.finished:
             phase, epoch = self._phase()
             if epoch == 0 and self.position.batch == 0:
-                self.optimizer = self._optimizer(phase)
+                self.optimizer, self.memory = self._optimizer(phase), Memory()
             self._epoch(phase, epoch)
             self._finish_epoch(phase, epoch, writer)
         if writer is not None:
@@ -361,9 +397,12 @@ class _Loop:
             epoch -= phase.epochs
         raise AssertionError("the position lies behind the last phase")
 
-    def _optimizer(self, phase: Phase) -> torch.optim.SGD:
+    def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
+        parameters = self.model.parameters()
+        if phase.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=phase.learning_rate, weight_decay=phase.weight_decay, eps=ADAM_EPS)
         return torch.optim.SGD(
-            self.model.parameters(),
+            parameters,
             lr=phase.learning_rate,
             momentum=phase.momentum,
             nesterov=phase.nesterov,
@@ -372,29 +411,51 @@ class _Loop:
 
     def _epoch(self, phase: Phase, epoch: int) -> None:
         self.model.train()
-        place, seed = self.position, self.recipe.seed
+        place, seed, objective = self.position, self.recipe.seed, phase.objective
         orders = [
             torch.randperm(len(self.images), generator=tensor_generator(seed, "order", place.epoch, stream))
-            for stream in range(phase.objective.streams)
+            for stream in range(objective.streams)
         ]
-        label = f"epoch {place.epoch + 1}/{self.recipe.epochs} {method_name(phase.objective)}"
-        for batch in self._progress(range(place.batch, self.batches), label):
-            rate = learning_rate(phase, epoch + batch / self.batches)
+        steps = self._steps(phase)
+        label = f"epoch {place.epoch + 1}/{self.recipe.epochs} {objective.name}"
+        for batch in self._progress(range(place.batch, steps), label):
+            rate = learning_rate(phase, epoch + batch / steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed(seed_for(seed, "layers", place.step, self.world.rank))
-            step = Step(seed=seed, number=place.step, precision=self.precision, rank=self.world.rank)
+            step = self._step(phase, epoch, batch)
             self.optimizer.zero_grad(set_to_none=True)
-            measured = phase.objective.accumulate(self.model, self._batches(orders, batch), step)
+            measured = objective.accumulate(self.model, self._batches(phase, orders, batch), step)
             self.world.average(self.model)
             self._check_finite(measured["loss"])
+            if phase.clip is not None:
+                clip_grad_norm_(self.model.parameters(), phase.clip)
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update_parameters(self.model)
             for name, value in measured.items():
                 place.sums[name] = place.sums.get(name, 0.0) + float(value)
             place.step += 1
             place.batch = batch + 1
             if time.monotonic() - self.saved > self.checkpoint_seconds:
                 self.checkpoint()
+
+    def _steps(self, phase: Phase) -> int:
+        """Return the steps of an epoch: one per batch, or several where an objective replays it."""
+        return self.batches * phase.objective.replays
+
+    def _step(self, phase: Phase, epoch: int, batch: int) -> Step:
+        return Step(
+            seed=self.recipe.seed,
+            number=self.position.step,
+            precision=self.precision,
+            rank=self.world.rank,
+            epoch=epoch,
+            epochs=phase.epochs,
+            batch=batch,
+            memory=self.memory,
+            average=self.world.mean,
+        )
 
     def _check_finite(self, loss: Tensor) -> None:
         """Stop before the weights are ruined: a loss or a gradient that is not finite on any rank."""
@@ -414,49 +475,70 @@ class _Loop:
             return
         kept = copy.deepcopy(self.model.state_dict())
         self.model.train()
-        orders = [torch.arange(2 * self.world.size) % len(self.images)] * 2
         for phase in self.recipe.phases:
-            step = Step(seed=self.recipe.seed, number=0, precision=self.precision, rank=self.world.rank)
-            batches = [self._first_images(order) for order in orders[: phase.objective.streams]]
+            objective = phase.objective
+            objective.check(self.model)
+            if objective.per_image_memory and self.world.size > 1:
+                raise BadInput(
+                    f"{objective.name} remembers something for every image of a batch and trains in one process, got "
+                    f"{self.world.size}; start it without torchrun"
+                )
             try:
-                phase.objective.accumulate(self.model, batches, step)
+                first = torch.arange(2 * self.world.size) % len(self.images)
+                batches = [
+                    self._batch(first, stream, objective.views, slice(0, 2)) for stream in range(objective.streams)
+                ]
+                self.memory = Memory()
+                objective.accumulate(self.model, batches, self._step(phase, 0, 0))
                 self._optimizer(phase)
             except (RuntimeError, ValueError) as error:
+                if isinstance(error, BadInput) and str(error).startswith(objective.name):
+                    raise
                 raise BadInput(f"recipe {self.recipe.name} cannot be trained: {error}") from error
+        self.memory = Memory()
         self.model.zero_grad(set_to_none=True)
         self.model.load_state_dict(kept)
 
-    def _first_images(self, order: Tensor) -> Batch:
-        index = order.to(self.device)
-        return Batch(data.as_float(self.images.pixels[index]), self.images.labels[index])
-
-    def _progress(self, batches: range, label: str) -> Iterator[int]:
+    def _progress(self, steps: range, label: str) -> Iterator[int]:
         shown = self.world.leads and sys.stderr.isatty()
-        total = self.batches
-        yield from tqdm(batches, desc=label, initial=batches.start, total=total, disable=not shown, leave=False)
+        yield from tqdm(steps, desc=label, initial=steps.start, total=steps.stop, disable=not shown, leave=False)
 
-    def _batches(self, orders: list[Tensor], batch: int) -> list[Batch]:
-        size, place = self.recipe.batch_size, self.position
-        batches = []
-        for stream, order in enumerate(orders):
-            index = order[batch * size : (batch + 1) * size].to(self.device)
-            generator = tensor_generator(self.recipe.seed, "augment", place.step, stream)
-            pixels = data.augment(self.images.pixels[index], generator, flip=self.flip)[self.share]
-            images = data.as_float(pixels)
-            if self.recipe.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            batches.append(Batch(images, self.images.labels[index][self.share]))
-        return batches
+    def _batches(self, phase: Phase, orders: list[Tensor], batch: int) -> list[Batch]:
+        size, objective = self.recipe.batch_size, phase.objective
+        number, replay = divmod(batch, objective.replays)
+        rows = slice(number * size, (number + 1) * size)
+        return [
+            self._batch(order[rows], stream, objective.views, self.share, replay) for stream, order in enumerate(orders)
+        ]
+
+    def _batch(self, order: Tensor, stream: int, views: int, share: slice, replay: int = 0) -> Batch:
+        """Return the augmented images at `order`, this rank's share of them; a replay gets the very same images."""
+        index = order.to(self.device)
+        generator = tensor_generator(self.recipe.seed, "augment", self.position.step - replay, stream)
+        made = augmented(
+            self.recipe.augmentation,
+            self.images.pixels[index],
+            generator,
+            flip=self.flip,
+            views=views,
+            severity=self.recipe.augmix_severity,
+        )
+        images, *others = (self._as_images(pixels[share]) for pixels in made)
+        return Batch(images, self.images.labels[index][share], tuple(others))
+
+    def _as_images(self, pixels: Tensor) -> Tensor:
+        images = data.as_float(pixels)
+        return images.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else images
 
     def _finish_epoch(self, phase: Phase, epoch: int, writer: Any) -> None:
         place = self.position
         row: dict[str, float | int | str] = {
             "epoch": place.epoch + 1,
-            "objective": method_name(phase.objective),
+            "objective": phase.objective.name,
             "steps": place.step,
-            "learning_rate": learning_rate(phase, epoch + 1 - 1 / self.batches),
+            "learning_rate": learning_rate(phase, epoch + 1 - 1 / self._steps(phase)),
         }
-        row |= {name: round(total / self.batches, 6) for name, total in place.sums.items() if name in COLUMNS}
+        row |= {name: round(total / self._steps(phase), 6) for name, total in place.sums.items()}
         if (place.epoch + 1) % self.recipe.validate_every == 0 or place.epoch + 1 == self.recipe.epochs:
             row |= self._validate()
         place.seconds += time.monotonic() - self.started
@@ -464,10 +546,9 @@ class _Loop:
         row["seconds"] = round(place.seconds, 1)
         place.rows.append(row)
         place.epoch, place.batch, place.sums = place.epoch + 1, 0, {}
+        better = phase is self.recipe.phases[-1] and self._judge(row)
         if self.world.leads:
-            score = cast(float, row.get(f"held_out_{self.recipe.selection}", -1.0))
-            if phase is self.recipe.phases[-1] and score > place.best:
-                place.best = score
+            if better:
                 self._save(BEST, weights_only=True)
             write_text_atomic(self.run_dir / LOG, _table(place.rows))
             if writer is not None:
@@ -476,34 +557,56 @@ class _Loop:
                         writer.add_scalar(name, value, place.epoch)
             shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
             print("  ".join(f"{name} {value}" for name, value in shown.items()), file=sys.stderr, flush=True)
+            if place.stopped:
+                print(
+                    f"stopped early: best held-out {self.recipe.selection} accuracy {place.best:.4g}", file=sys.stderr
+                )
         self.checkpoint()
 
+    def _judge(self, row: Mapping[str, float | int | str]) -> bool:
+        """Note how an epoch of the last phase did: whether it is the best so far, and whether to stop here."""
+        place, recipe = self.position, self.recipe
+        score = row.get(f"held_out_{recipe.selection}")
+        if score is None:
+            return False
+        better = cast(float, score) > place.best
+        place.best = max(place.best, cast(float, score))
+        place.stale = 0 if better else place.stale + 1
+        robust = cast(float, row["held_out_robust"])
+        collapsed = recipe.collapse is not None and robust < place.best_robust - recipe.collapse
+        place.best_robust = max(place.best_robust, robust)
+        place.stopped = collapsed or (recipe.patience is not None and place.stale >= recipe.patience)
+        return better
+
     def _validate(self) -> dict[str, float]:
-        """Measure on the held-out training images: mean over a few fixed paths, or the plain network."""
+        """Measure on the held-out training images what is deployed: a network, an ensemble, or a few fixed paths.
+
+        Of a multi-exit network the figures are means over its exits, and the attack is on the mean loss of all.
+        """
         if not len(self.held_out):
             return {}
-        self.model.eval()
-        if isinstance(self.model, RandomGatedNetwork):
+        model = self.deployed.eval()
+        deployed: list[nn.Module]
+        if isinstance(model, RandomGatedNetwork):
             rng = gate_generator(self.recipe.seed, "validation")
-            chosen = [paths.sample(self.model.num_gates, self.model.candidates, rng) for _ in range(VALIDATION_PATHS)]
-            members = [folded_copy(derive(self.model, path)) for path in chosen]
+            chosen = [paths.sample(model.num_gates, model.candidates, rng) for _ in range(VALIDATION_PATHS)]
+            deployed = [folded_copy(derive(model, path)) for path in chosen]
+        elif isinstance(model, Ensemble):
+            deployed = [Ensemble(folded_copy(member) for member in model.members).eval()]
         else:
-            members = [folded_copy(self.model)]
-        clean, robust = [], []
+            deployed = [folded_copy(model)]
+        attack = pgd if num_exits(model) == 1 else average_exits
+        clean = [self._accuracy(network, self.held_out) for network in deployed]
         attacked = self.held_out[slice(0, VALIDATION_ATTACKED)]
-        for number, member in enumerate(members):
-            correct = [
-                (member(images).argmax(1) == labels).float()
-                for images, labels in self.held_out.batches(self.recipe.batch_size)
-            ]
-            clean.append(float(torch.cat(correct).mean()))
-            if number == 0:
-                images, labels = data.as_float(attacked.pixels), attacked.labels
-                budget = LinfBudget(eps=0.01, steps=10, random_start=False)
-                adversarial = pgd(member, images, labels, budget)
-                robust.append(float((member(adversarial).argmax(1) == labels).float().mean()))
+        budget = LinfBudget(eps=self.recipe.validation_eps, steps=10, random_start=False)
+        images = attack(deployed[0], data.as_float(attacked.pixels), attacked.labels, budget)
+        robust = _share_right(deployed[0], images, attacked.labels)
         self.model.train()
-        return {"held_out_clean": sum(clean) / len(clean), "held_out_robust": sum(robust) / len(robust)}
+        return {"held_out_clean": sum(clean) / len(clean), "held_out_robust": robust}
+
+    def _accuracy(self, network: nn.Module, images: data.Images) -> float:
+        parts = [_share_right(network, *batch) * len(batch[1]) for batch in images.batches(self.recipe.batch_size)]
+        return sum(parts) / len(images)
 
     def checkpoint(self) -> None:
         """Write the last checkpoint: one file, one rename."""
@@ -512,31 +615,41 @@ class _Loop:
         self.saved = time.monotonic()
 
     def _save(self, name: str, *, weights_only: bool = False) -> None:
-        tensors = {f"model/{key}": tensor for key, tensor in network_state(self.model).items()}
-        header: dict[str, Any] = {"architecture": asdict(self.architecture), "position": asdict(self.position)}
-        if not weights_only:
-            for key, parameter in self.model.named_parameters():
-                momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-                if momentum is not None:
-                    tensors[f"momentum/{key}"] = momentum
-        save(self.run_dir / name, tensors, header)
+        header: dict[str, Any] = {"architecture": self.architecture.described(), "position": asdict(self.position)}
+        if weights_only:
+            save(self.run_dir / name, _named("model/", network_state(self.deployed)), header)
+            return
+        tensors = _named("model/", network_state(self.model))
+        if self.average is not None:
+            tensors |= _named("ema/", network_state(self.deployed))
+        for key, parameter in self.model.named_parameters():
+            for slot, value in self.optimizer.state.get(parameter, {}).items():
+                if value is not None:
+                    tensors[f"optimizer/{slot}/{key}"] = value
+        save(self.run_dir / name, tensors | _named("memory/", self.memory.state()), header)
 
     def restore(self) -> None:
         """Take up the last checkpoint."""
         tensors, header = load(self.run_dir / LAST)
-        model = {key.removeprefix("model/"): t for key, t in tensors.items() if key.startswith("model/")}
-        load_network_state(self.model, model)
+        load_network_state(self.model, _under("model/", tensors))
         try:
             self.position = Position(**header["position"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{self.run_dir / LAST} does not say how far the run is ({error})") from error
-        if self.position.epoch >= self.recipe.epochs:
+        if self.average is not None:
+            load_network_state(self.deployed, _under("ema/", tensors))
+            self.average.n_averaged.fill_(self.position.step)
+        if self.finished:
             return
         self.optimizer = self._optimizer(self._phase()[0])
         for key, parameter in self.model.named_parameters():
-            if f"momentum/{key}" in tensors:
-                buffer = torch.empty_like(parameter).copy_(tensors[f"momentum/{key}"])
-                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+            for slot in OPTIMIZER_SLOTS:
+                stored = tensors.get(f"optimizer/{slot}/{key}")
+                if stored is not None:
+                    # in the memory format of the parameter, on its device; a counter of steps stays where Adam keeps it
+                    like = torch.empty_like(parameter).copy_(stored) if stored.shape == parameter.shape else stored
+                    self.optimizer.state[parameter][slot] = like
+        self.memory = Memory({key: value.to(self.device) for key, value in _under("memory/", tensors).items()})
 
     def _writer(self) -> Any:
         if not self.world.leads:
@@ -546,11 +659,25 @@ class _Loop:
         return SummaryWriter(str(self.run_dir / "events"), purge_step=self.position.epoch + 1)
 
 
+def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _share_right(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the share of images that a network classifies as labelled, over all its exits."""
+    said = network(images)
+    exits = [said] if isinstance(said, Tensor) else list(said)
+    return float(torch.stack([logits.argmax(1) == labels for logits in exits]).float().mean())
+
+
 def learning_rate(phase: Phase, epoch: float) -> float:
     """Return the learning rate `epoch` epochs into a phase (a fraction within an epoch)."""
     if phase.schedule == "step":
         passed = sum(int(epoch) >= milestone for milestone in phase.milestones)
         return phase.learning_rate * 0.1**passed
+    if phase.schedule == "cyclic":
+        return phase.learning_rate * (1 - abs(2 * epoch / phase.epochs - 1))
     warm_up = phase.epochs / 20
     if epoch < warm_up:
         return phase.learning_rate * (epoch + 1e-3) / (warm_up + 1e-3)

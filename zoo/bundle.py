@@ -14,6 +14,8 @@ from zoo.model_card import model_card
 
 CARD_FILE = "card.json"
 README_FILE = "README.md"
+EARLY_EXIT_FILE = "early_exit.onnx"
+"""The graph of a multi-exit network that stops where it is sure; a file, no variant."""
 _MAX_CARD_BYTES = 16 * 2**20
 
 
@@ -65,6 +67,10 @@ class Bundle:
                 raise MissingFile(
                     f"{folder}: the card has the variant {variant!r} but lists no {variant}.onnx; export it again"
                 )
+        if card.exits and EARLY_EXIT_FILE not in card.files:
+            raise MissingFile(
+                f"{folder}: the card has {len(card.exits)} exits but lists no {EARLY_EXIT_FILE}; export it again"
+            )
         bundle = cls(folder, card, verify=verify)
         for name in card.files if only is None else only:
             bundle.file(name)

@@ -17,7 +17,7 @@ from typing import Any
 import zoo.paths
 from zoo.errors import BadPath, BundleError
 
-SCHEMA = 2
+SCHEMA = 3
 NORMS = ("linf", "l2")
 VERDICTS = ("ok", "alarm", "skipped")
 VARIANTS = ("single", "ensemble", "gated")
@@ -105,6 +105,18 @@ class Paths:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Exit:
+    """One exit of a network that may answer early."""
+
+    macs: int
+    """Multiply-accumulates (convolutions and linear layers) of one image up to this exit's answer, with the answers of
+    the exits before it."""
+
+    def __post_init__(self) -> None:
+        _expect(self.macs > 0, "exits.macs", self.macs, "a positive count")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
     """Where the weights come from."""
 
@@ -134,7 +146,8 @@ class Table:
     """Numbers behind a result: a transfer matrix, accuracy against steps, accuracy per corruption and severity."""
 
     name: str
-    """What the numbers are: "transfer", "steps", "corruptions", "sources", "draws", "paths", "attacks", "exits"."""
+    """What the numbers are: "transfer", "steps", "corruptions", "sources", "draws", "paths", "attacks", "exits",
+    "budgeted"."""
     row_axis: str
     column_axis: str
     rows: tuple[str, ...]
@@ -281,6 +294,8 @@ class Card:
     input: InputFormat
     classes: tuple[str, ...]
     paths: Paths
+    exits: tuple[Exit, ...] = ()
+    """First exit first; empty for a network with one exit. Such a bundle holds early_exit.onnx too."""
     variants: tuple[str, ...]
     """Which graphs there are: variant V is the file V.onnx."""
     training: Training
@@ -306,6 +321,7 @@ class Card:
         _expect_unique("variants", self.variants)
         _expect_unique("lint", tuple(lint.variant for lint in self.lint))
         self._check_paths()
+        self._check_exits()
         for file_name in self.files:
             check_file_name(file_name)
 
@@ -325,6 +341,17 @@ class Card:
             _expect(self.paths.single is not None, "paths.single", None, "the path of the variant 'single'")
         if gates and "ensemble" in self.variants:
             _expect(bool(self.paths.ensemble), "paths.ensemble", [], "the paths of the variant 'ensemble'")
+
+    def _check_exits(self) -> None:
+        """Several exits, each at least as expensive as the one before, and nothing that exits are not combined with."""
+        if not self.exits:
+            return
+        costs = [found.macs for found in self.exits]
+        _expect(len(costs) >= 2, "exits", costs, "none, or at least two")
+        _expect(costs == sorted(costs), "exits.macs", costs, "costs that grow from exit to exit")
+        _expect(not self.architecture.gated_layers, "exits", costs, "none, because layers are gated")
+        for variant in self.variants:
+            _expect(variant == "single", "variants", variant, "only 'single' for a network with several exits")
 
     @property
     def suspect(self) -> tuple[str, ...]:
@@ -350,8 +377,8 @@ class Card:
                     f"card.json has schema {schema}, this version reads up to {SCHEMA}; upgrade with "
                     "`pip install --upgrade manygates`"
                 )
-            if schema == 1:
-                document = _upgraded(document)
+            while type(document.get("schema")) is int and document["schema"] in _UPGRADES:
+                document = _UPGRADES[document["schema"]](document)
         card: Card = _decode(cls, document, "")
         return card
 
@@ -360,13 +387,21 @@ class Card:
         return json.dumps(_encode(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
+def _from_first(document: dict[str, Any]) -> dict[str, Any]:
     """Turn a card of schema 1 into one of schema 2, which added norms, draws, tables and the linter's findings."""
     results = document.get("results")
     if isinstance(results, list):
         added: dict[str, Any] = {"norm": "linf", "draws": 0, "tables": []}
         results = [{**added, **entry} if isinstance(entry, dict) else entry for entry in results]
-    return {**document, "schema": SCHEMA, "results": results, "lint": []}
+    return {**document, "schema": 2, "results": results, "lint": []}
+
+
+def _from_second(document: dict[str, Any]) -> dict[str, Any]:
+    """Turn a card of schema 2 into one of schema 3, which added exits."""
+    return {**document, "schema": 3, "exits": []}
+
+
+_UPGRADES = {1: _from_first, 2: _from_second}
 
 
 def check_file_name(name: str) -> None:

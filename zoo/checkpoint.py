@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from zoo import networks
 from zoo.data import source
+from zoo.derive import Ensemble
 from zoo.errors import BadInput, CheckpointError
 from zoo.files import write_bytes_atomic
 from zoo.rgn import RandomGatedNetwork, Sharing, randomly_gate
@@ -35,14 +36,30 @@ class Architecture:
     dataset: str = "cifar10"
     candidates: int = 1
     sharing: Sharing | None = None
+    members: int = 1
+    """Separate networks that are trained together, as an `Ensemble`."""
 
     @property
     def gated(self) -> bool:
         """Whether this is a random gated network rather than a plain one."""
         return self.sharing is not None
 
+    @property
+    def member(self) -> Architecture:
+        """One plain network of this kind: what a path or a member is."""
+        return replace(self, candidates=1, sharing=None, members=1)
+
+    def described(self) -> dict[str, Any]:
+        """Return the fields for a file's header; a single network does not speak of members."""
+        fields = asdict(self)
+        if self.members == 1:
+            del fields["members"]
+        return fields
+
     def build(self) -> nn.Module:
         """Build the network, freshly initialised from torch's global generator."""
+        if self.members > 1:
+            return Ensemble(self.member.build() for _ in range(self.members))
         dataset = source(self.dataset)
         template = networks.build(self.network, images=dataset.format, classes=len(dataset.classes), **self.options)
         if self.sharing is None:
@@ -148,7 +165,7 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def save_network(file: Path, network: nn.Module, architecture: Architecture) -> None:
     """Write a network's weights and architecture."""
-    save(file, network_state(network), {"architecture": asdict(architecture)})
+    save(file, network_state(network), {"architecture": architecture.described()})
 
 
 def load_network(file: Path) -> tuple[nn.Module, Architecture]:

@@ -62,6 +62,8 @@ def mean_probability(logits: Tensor) -> Tensor:
 def folded_copy(network: nn.Module) -> fx.GraphModule:
     """Return `network` with its BatchNorms folded into its convolutions: the same function in evaluation mode, faster.
 
+    What no answer depends on is left out; `num_exits` is kept.
+
     Raises:
         BadInput: the network is in training mode, where BatchNorm is not affine.
     """
@@ -71,6 +73,7 @@ def folded_copy(network: nn.Module) -> fx.GraphModule:
         )
     network = copy.deepcopy(network)
     graph = graphs.trace(network)
+    graph.graph.eliminate_dead_code()
     layers = [layer for layer in graphs.convolutions(graph) if layer.norm is not None]
     tensors = fold(network, layers, {})
     folded = graphs.without_norms(graph, layers)
@@ -78,6 +81,7 @@ def folded_copy(network: nn.Module) -> fx.GraphModule:
         conv = cast(nn.Conv2d, folded.get_submodule(layer.conv))
         conv.weight = nn.Parameter(tensors[f"{layer.conv}.weight"])
         conv.bias = nn.Parameter(tensors[f"{layer.conv}.bias"])
+    folded.num_exits = len(graphs.answers(folded))  # type: ignore[assignment]
     return folded.eval()
 
 

@@ -18,26 +18,35 @@ from torch import Tensor, nn
 
 import zoo.card
 from zoo import data, onnx_graphs, paths
-from zoo.bundle import Bundle, write_bundle
-from zoo.card import Card, Check, InputFormat, Lint, Paths, Result, Training
+from zoo.bundle import EARLY_EXIT_FILE, Bundle, write_bundle
+from zoo.card import Card, Check, Exit, InputFormat, Lint, Paths, Result, Training
 from zoo.checkpoint import Architecture, load_network, save_network
+from zoo.cost import macs
 from zoo.derive import Ensemble, derive, folded_copy
+from zoo.early_exit import leaving
 from zoo.errors import BadInput, BundleError, DataMissing
 from zoo.models import (
     PLAIN_WEIGHTS,
     RGN_WEIGHTS,
+    AtExit,
+    load_exits,
     load_members,
     load_rgn,
     member_networks,
     save_members,
     weights_file,
 )
+from zoo.networks import num_exits
 from zoo.rgn import RandomGatedNetwork
 
 _runtime: Any = onnxruntime  # it re-exports its names without saying so, which strict typing refuses
 
 TOLERANCE = 1e-4
+CLOSE_CALL = 1e-4
+"""A probability so near to its limit may fall on either side in the graph and in the weights."""
 BATCH_SIZES = (1, 3, 64)
+CHOSEN_EXIT_IMAGES = 8
+"""Images that verification sends through each exit of a graph that stops early."""
 LICENSE = "apache-2.0"
 
 
@@ -97,15 +106,31 @@ def export_rgn(
 def export_members(
     folder: Path, members: Sequence[nn.Module], architecture: Architecture, description: Description
 ) -> Bundle:
-    """Write the bundle of one plain network, or of an ensemble of several (variant single is then the first)."""
+    """Write the bundle of one plain network, or of an ensemble of several (variant single is then the first).
+
+    The bundle of a network with several exits also holds early_exit.onnx, and its card what each exit costs.
+
+    Raises:
+        BadInput: no network, or several with several exits each.
+        BundleError: a graph disagrees with the weights; nothing is written then.
+    """
     if not members:
         raise BadInput("a bundle needs at least one network, got none")
+    exits = num_exits(members[0])
+    if exits > 1 and len(members) > 1:
+        raise BadInput(
+            f"{len(members)} networks with {exits} exits each make no ensemble: members may leave at different exits, "
+            "so there is nothing to average; export one of them"
+        )
     architecture = replace(architecture, candidates=1, sharing=None)
     for member in members:
         member.eval()
     graphs = {"single": onnx_graphs.single_graph(members[0])}
     if len(members) > 1:
         graphs["ensemble"] = onnx_graphs.members_graph(members)
+    variants = tuple(graphs)
+    if exits > 1:
+        graphs[EARLY_EXIT_FILE.removesuffix(".onnx")] = onnx_graphs.early_exit_graph(members[0])
     card = _card(
         description,
         architecture,
@@ -119,7 +144,8 @@ def export_members(
             single_path_parameters=_parameters(members[0]),
         ),
         Paths(single=None, ensemble=()),
-        tuple(graphs),
+        variants,
+        _exits_of(members[0]),
     )
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / PLAIN_WEIGHTS
@@ -139,6 +165,11 @@ def verify_graphs(bundle: Bundle) -> list[Check]:
             checks += _check_variant(bundle, variant, images, origin)
         except _GraphError as error:
             checks.append(Check(name=_answers(variant), held=False, detail=str(error)))
+    if bundle.card.exits:
+        try:
+            checks.append(_check_early_exit(bundle.read(EARLY_EXIT_FILE), load_exits(bundle), images, origin))
+        except _GraphError as error:
+            checks.append(Check(name=_EARLY, held=False, detail=str(error)))
     return checks
 
 
@@ -151,6 +182,9 @@ def sample_images(card: Card, number: int) -> tuple[Tensor, str]:
         shape = (number, card.input.channels, card.input.height, card.input.width)
         generator = torch.Generator().manual_seed(0)
         return torch.rand(shape, generator=generator), f"{number} random images ({card.dataset} is not on this machine)"
+
+
+_EARLY = f"{EARLY_EXIT_FILE} answers as its weights"
 
 
 class _GraphError(BundleError):
@@ -173,13 +207,13 @@ def session(content: bytes) -> Any:
         raise _GraphError(f"ONNX Runtime cannot load the graph ({error}); export it again") from error
 
 
-def _run(opened: Any, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits and probabilities."""
+def _run(opened: Any, feeds: dict[str, np.ndarray], *more: str) -> tuple[np.ndarray, ...]:
+    """Return logits, probabilities, and whatever else is named."""
     try:
-        logits, probabilities = opened.run(["logits", "probabilities"], feeds)
+        answers: list[np.ndarray] = opened.run(["logits", "probabilities", *more], feeds)
     except Exception as error:  # as above
         raise _GraphError(f"ONNX Runtime cannot run the graph ({error}); export it again") from error
-    return logits, probabilities
+    return tuple(answers)
 
 
 def _answers(variant: str) -> str:
@@ -193,8 +227,11 @@ def _check_variant(bundle: Bundle, variant: str, images: Tensor, origin: str) ->
     members = member_networks(bundle, variant)
     network = members[0] if variant == "single" else Ensemble(members).eval()
     checks = [_check_answers(variant, content, network, images, origin)]
+    whole = network.network if isinstance(network, AtExit) else network
+    if whole is not network:
+        checks.append(_check_exit_logits(content, whole, images, origin))
     if variant == "single":
-        checks.append(_check_pruned(content, members[0]))
+        checks.append(_check_pruned(content, whole))
     return checks
 
 
@@ -204,6 +241,7 @@ def _card(
     network: zoo.card.Architecture,
     chosen: Paths,
     variants: tuple[str, ...],
+    exits: tuple[Exit, ...] = (),
 ) -> Card:
     dataset = data.source(architecture.dataset)
     image = dataset.format
@@ -225,6 +263,7 @@ def _card(
         ),
         classes=dataset.classes,
         paths=chosen,
+        exits=exits,
         variants=variants,
         training=description.training,
         results=description.results,
@@ -233,9 +272,14 @@ def _card(
     )
 
 
+def _exits_of(network: nn.Module) -> tuple[Exit, ...]:
+    """Return what the card says of a network's exits: nothing if it has one."""
+    return tuple(Exit(macs=cost) for cost in macs(network)) if num_exits(network) > 1 else ()
+
+
 def _write(folder: Path, card: Card, graphs: dict[str, bytes], weights: Path) -> Bundle:
     """Write to a scratch folder, check every graph there, and only then to where it belongs."""
-    files: dict[str, bytes | Path | str] = {f"{variant}.onnx": content for variant, content in graphs.items()}
+    files: dict[str, bytes | Path | str] = {f"{name}.onnx": content for name, content in graphs.items()}
     files[weights.name] = weights.read_bytes()
     with tempfile.TemporaryDirectory() as scratch:
         failed = [
@@ -274,6 +318,7 @@ def _check_card(bundle: Bundle) -> Check:
         "classes": (card.classes, dataset.classes),
         "input.mean": (card.input.mean, dataset.format.mean),
         "input.std": (card.input.std, dataset.format.std),
+        "exits": (card.exits, _exits_of(one)),
     }
     wrong = [f"{key} is {said!r}, the weights say {found!r}" for key, (said, found) in pairs.items() if said != found]
     return Check(
@@ -286,10 +331,75 @@ def _check_card(bundle: Bundle) -> Check:
 def _check_answers(variant: str, content: bytes, network: nn.Module, images: Tensor, origin: str) -> Check:
     opened = session(content)
 
-    def graph(batch: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def graph(batch: Tensor) -> tuple[np.ndarray, ...]:
         return _run(opened, {"images": onnx_graphs.as_numpy(batch)})
 
     return _compare(_answers(variant), graph, network, images, origin)
+
+
+def _check_exit_logits(content: bytes, network: nn.Module, images: Tensor, origin: str) -> Check:
+    """Compare every exit of the graph with that of the weights."""
+    opened = session(content)
+    for exit_index in range(num_exits(network)):
+
+        def graph(batch: Tensor, exit_index: int = exit_index) -> tuple[np.ndarray, ...]:
+            _, _, every = _run(opened, {"images": onnx_graphs.as_numpy(batch)}, onnx_graphs.EXIT_LOGITS)
+            logits = np.ascontiguousarray(every[:, exit_index])
+            return logits, torch.from_numpy(logits).softmax(1).numpy()
+
+        name = "single.onnx answers at every exit as its weights"
+        check = _compare(name, graph, AtExit(network, exit_index), images, origin)
+        if not check.held:
+            return replace(check, detail=f"exit {exit_index + 1}: {check.detail}")
+    return replace(check, detail=f"{num_exits(network)} exits; the last: {check.detail}")
+
+
+@torch.no_grad()
+def _check_early_exit(content: bytes, network: nn.Module, images: Tensor, origin: str) -> Check:
+    """Compare the graph that stops early with the weights: with limits that choose each exit, and with some between.
+
+    Those between lie in the widest gap among the confidences of these images at each exit. An image whose confidence is
+    so near to a limit that rounding decides is left out.
+    """
+    opened = session(content)
+    answers = torch.stack(network(images), dim=1)  # (image, exit, class)
+    confidence = answers.softmax(2).amax(2)
+    last = answers.shape[1] - 1
+    chosen = [[float("inf")] * exit_index + [0.0] * (last - exit_index) for exit_index in range(last + 1)]
+    between = [_widest_gap(confidence[:, exit_index]) for exit_index in range(last)]
+    worst, wrong, judged, taken = 0.0, 0, 0, [0] * (last + 1)
+    for limits, number in [*((limits, CHOSEN_EXIT_IMAGES) for limits in chosen), (between, len(images))]:
+        expected = leaving(confidence, limits)
+        for image in range(min(number, len(images))):
+            exit_index = int(expected[image])
+            asked = range(min(exit_index + 1, last))
+            if any(abs(float(confidence[image, index]) - limits[index]) < CLOSE_CALL for index in asked):
+                continue
+            feeds = {"images": onnx_graphs.as_numpy(images[image : image + 1]), "limits": np.array(limits, np.float32)}
+            logits, probabilities, left = _run(opened, feeds, onnx_graphs.EXIT)
+            wanted = answers[image, exit_index]
+            differences = (logits[0] - wanted.numpy(), probabilities[0] - wanted.softmax(0).numpy())
+            judged += 1
+            taken[exit_index] += 1
+            wrong += int(left[0]) != exit_index
+            worst = max(worst, *(float(np.abs(np.nan_to_num(found, nan=np.inf)).max()) for found in differences))
+    held = worst <= TOLERANCE and not wrong and all(taken)
+    left_at = ", ".join(str(times) for times in taken)
+    detail = f"{judged} answers, which left {left_at} times at the exits in turn, {wrong} of them at another exit than "
+    detail += f"the weights say; largest difference {worst:.1e} (allowed {TOLERANCE:.0e}), "
+    return Check(name=_EARLY, held=held, detail=f"{detail}limits {_written(between)} and those of each exit, {origin}")
+
+
+def _widest_gap(confidence: Tensor) -> float:
+    """Return the middle of the widest gap between any two neighbouring confidences."""
+    ordered = confidence.sort().values
+    gaps = ordered.diff()
+    place = int(gaps.argmax())
+    return float(ordered[place] + gaps[place] / 2)
+
+
+def _written(limits: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{limit:.4f}" for limit in limits) + ")"
 
 
 def _check_gated(content: bytes, rgn: RandomGatedNetwork, images: Tensor, origin: str, draws: int = 8) -> Check:
@@ -299,7 +409,7 @@ def _check_gated(content: bytes, rgn: RandomGatedNetwork, images: Tensor, origin
     chosen += [paths.sample(rgn.num_gates, rgn.candidates, rng) for _ in range(draws)]
     for path in chosen:
 
-        def graph(batch: Tensor, path: paths.Path = path) -> tuple[np.ndarray, np.ndarray]:
+        def graph(batch: Tensor, path: paths.Path = path) -> tuple[np.ndarray, ...]:
             return _run(opened, {"images": onnx_graphs.as_numpy(batch), "gates": np.array(path, np.int64)})
 
         check = _compare(_answers("gated"), graph, partial(rgn, path=path), images, origin)
@@ -311,7 +421,7 @@ def _check_gated(content: bytes, rgn: RandomGatedNetwork, images: Tensor, origin
 @torch.no_grad()
 def _compare(
     name: str,
-    graph: Callable[[Tensor], tuple[np.ndarray, np.ndarray]],
+    graph: Callable[[Tensor], tuple[np.ndarray, ...]],
     network: Callable[[Tensor], Tensor],
     images: Tensor,
     origin: str,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import fx, nn
+from torch.func import functional_call
 
 from zoo.errors import BadInput
 
@@ -131,6 +132,13 @@ def residual_branches(graph_module: fx.GraphModule, *, projections: bool) -> lis
     return found
 
 
+def answers(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
+    """Return the nodes that a network answers with, one per exit, first exit first; one for a network without exits."""
+    (output,) = graph_module.graph.find_nodes(op="output")
+    answered = output.args[0]
+    return tuple(answered) if isinstance(answered, (tuple, list)) else (answered,)
+
+
 def feature_nodes(graph_module: fx.GraphModule, layers: Sequence[Convolution], *, activated: bool) -> list[str]:
     """Name the graph node that is the feature of each layer: what distillation compares (DVERGE, section 3.1).
 
@@ -186,3 +194,38 @@ def without_norms(graph_module: fx.GraphModule, layers: Sequence[Convolution]) -
             continue
         copies[node] = graph.node_copy(node, lambda source: copies[source])
     return fx.GraphModule(graph_module, graph)
+
+
+def prefix(
+    graph_module: fx.GraphModule,
+    layers: Sequence[Convolution],
+    layer: int,
+    *,
+    activated: bool,
+    folded: Sequence[Convolution] = (),
+) -> fx.GraphModule:
+    """Return the network cut off at feature `layer`, sharing its layers.
+
+    Args:
+        graph_module: a traced network.
+        layers: whose features may be compared; see `feature_nodes`.
+        layer: 1 to len(layers) + 1; the last is what the network answers.
+        activated: take the feature behind the activation.
+        folded: convolutions whose BatchNorm is left out, for weights into which it has been folded.
+
+    Raises:
+        BadInput: a layer out of range.
+    """
+    if not 1 <= layer <= len(layers) + 1:
+        raise BadInput(f"layer {layer} is out of range, expected 1 to {len(layers) + 1}")
+    if layer <= len(layers):
+        graph_module = cut(graph_module, feature_nodes(graph_module, layers, activated=activated)[layer - 1])
+    normed = [convolution for convolution in folded if convolution.norm is not None]
+    return without_norms(graph_module, normed) if normed else graph_module
+
+
+def bound(graph_module: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a graph as a function of images, with those of `tensors` bound whose layers it has."""
+    present = {name for name, _ in graph_module.named_modules()}
+    needed = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in present}
+    return lambda images: cast(torch.Tensor, functional_call(graph_module, needed, (images,)))

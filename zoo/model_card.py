@@ -79,12 +79,22 @@ def _facts(card: Card) -> str:
     if architecture.gated_layers:
         gates, candidates = len(architecture.gated_layers), architecture.candidates
         rows.append(("Gates", f"{gates} layers with {candidates} candidates each: {candidates}^{gates} paths"))
+    if card.exits:
+        costs = ", ".join(f"{found.macs / 1e6:,.2f}" for found in card.exits)
+        rows.append(("Exits", f"{len(card.exits)}, at {costs} million multiply-accumulates"))
     rows += [
         ("Input", f"{size} images with pixels in [{images.range[0]:g}, {images.range[1]:g}]"),
         ("Classes", ", ".join(card.classes)),
-        ("Variants", "; ".join(f"`{variant}` ({_VARIANTS[variant]})" for variant in card.variants) or "none exported"),
+        (
+            "Variants",
+            "; ".join(f"`{variant}` ({_variant(card, variant)})" for variant in card.variants) or "none exported",
+        ),
     ]
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
+
+
+def _variant(card: Card, variant: str) -> str:
+    return "the network; its last exit answers" if card.exits else _VARIANTS[variant]
 
 
 def _results(card: Card) -> str:
@@ -153,6 +163,13 @@ def _usage(card: Card) -> str:
     if "gated" in card.variants:
         blocks.append(
             f"`gated.onnx` also takes `gates`, int64 [{len(card.architecture.gated_layers)}]: one candidate per layer."
+        )
+    if card.exits:
+        blocks.append(
+            f"Of the {len(card.exits)} exits the last one answers; `exit_logits`, [batch, {len(card.exits)}, "
+            f"{len(card.classes)}], are those of all. `early_exit.onnx` takes one image and `limits`, float32 "
+            f"[{len(card.exits) - 1}]: it answers at the first exit whose largest probability reaches its limit, "
+            "computes nothing behind it, and says which in `exit`, from 0."
         )
     return "\n\n".join(blocks)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from zoo.checkpoint import (
 )
 from zoo.derive import Ensemble, derive
 from zoo.errors import BadInput, CheckpointError
+from zoo.networks import num_exits
 from zoo.rgn import RandomGatedNetwork
 
 RGN_WEIGHTS, PLAIN_WEIGHTS = "rgn.safetensors", "weights.safetensors"
@@ -51,6 +51,36 @@ class RandomGates(nn.Module):
         return torch.cat([self.rgn(image[None], path) for image, path in zip(images, draws, strict=True)])
 
 
+class AtExit(nn.Module):
+    """One exit of a multi-exit network as a network of its own, with one answer.
+
+    Args:
+        network: returns a tuple of logits, first exit first; its layers and mode are shared.
+        exit_index: which exit, from 0; negative from the last.
+
+    Raises:
+        BadInput: a network with one exit, or no such exit.
+    """
+
+    def __init__(self, network: nn.Module, exit_index: int = -1) -> None:
+        super().__init__()
+        exits = num_exits(network)
+        if exits < 2:
+            raise BadInput(f"{type(network).__name__} has one exit, so there is none to choose; use it as it is")
+        if not -exits <= exit_index < exits:
+            raise BadInput(f"exit {exit_index} is out of range, expected 0 to {exits - 1}, or {-exits} to -1")
+        self.network = network
+        self.exit_index = exit_index % exits
+        if hasattr(network, "image_shape"):
+            self.image_shape = network.image_shape
+        self.train(network.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (batch, class) of the chosen exit."""
+        logits: Tensor = self.network(images)[self.exit_index]
+        return logits
+
+
 def weights_file(card: Card) -> str:
     """Return the name of the bundle's weights: of the bank, or of the plain members."""
     return RGN_WEIGHTS if card.architecture.gated_layers else PLAIN_WEIGHTS
@@ -63,7 +93,7 @@ def save_members(file: Path, members: Sequence[nn.Module], architecture: Archite
         return
     states = [network_state(member) for member in members]
     stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-    save(file, stacked, {"architecture": asdict(architecture), "members": len(members)})
+    save(file, stacked, {"architecture": architecture.member.described(), "members": len(members)})
 
 
 def load_members(file: Path) -> tuple[list[nn.Module], Architecture]:
@@ -104,24 +134,51 @@ def load_rgn(bundle: Bundle) -> RandomGatedNetwork:
 
 
 def member_networks(bundle: Bundle, variant: str) -> list[nn.Module]:
-    """Return the plain networks of the variant "single" or "ensemble", in evaluation mode."""
+    """Return the plain networks of the variant "single" or "ensemble", in evaluation mode.
+
+    Each has one answer: of a multi-exit network it is the last exit's.
+    """
     check_variant(bundle, variant)
     card = bundle.card
     if not card.architecture.gated_layers:
         members, _ = load_members(bundle.file(PLAIN_WEIGHTS))
-        return members[:1] if variant == "single" else members
+        answering = [member if num_exits(member) == 1 else AtExit(member) for member in members]
+        return answering[:1] if variant == "single" else answering
     rgn = load_rgn(bundle)
     chosen = [card.paths.single] if variant == "single" else card.paths.ensemble
     return [derive(rgn, paths.parse(path, rgn.num_gates, rgn.candidates)) for path in chosen if path is not None]
 
 
-def load_variant(bundle: Bundle, variant: str, *, rng: random.Random | None = None) -> nn.Module:
-    """Return what a variant deploys, in evaluation mode: a plain network, an `Ensemble` or `RandomGates`.
+def load_exits(bundle: Bundle) -> nn.Module:
+    """Return the whole multi-exit network of a bundle, in evaluation mode: it answers with a tuple of logits.
 
     Raises:
-        BadInput: the bundle has no such variant.
+        BadInput: its network has one exit.
+    """
+    if not bundle.card.architecture.gated_layers:
+        members, _ = load_members(bundle.file(PLAIN_WEIGHTS))
+        if num_exits(members[0]) > 1:
+            return members[0]
+    raise BadInput(f"{bundle.card.name} has one exit; expected a network with several, such as msdnet3")
+
+
+def load_variant(
+    bundle: Bundle, variant: str, *, rng: random.Random | None = None, exit_index: int | None = None
+) -> nn.Module:
+    """Return what a variant deploys, in evaluation mode: a plain network, an `Ensemble` or `RandomGates`.
+
+    Args:
+        bundle: its weights are read.
+        variant: "single", "ensemble" or "gated".
+        rng: where random gates come from; see `RandomGates`.
+        exit_index: which exit of a multi-exit network answers, from 0; the last if None (`load_exits` gives all).
+
+    Raises:
+        BadInput: the bundle has no such variant, its network no such exit.
     """
     check_variant(bundle, variant)
+    if exit_index is not None:
+        return AtExit(load_exits(bundle), exit_index)
     if variant == "gated":
         return RandomGates(load_rgn(bundle), rng).eval()
     members = member_networks(bundle, variant)

@@ -8,6 +8,9 @@ no exporter can merge or drop them. Every graph is then put together from that s
     gated     each gated convolution an `If` over its candidates; the gates are an input
 
 So a graph holds nothing of the candidates that it does not run (docs/adr/0005).
+
+A network with several exits has two graphs: `single`, which answers at all of them, and `early_exit`, in which every
+node behind the first exit stands in the branch of an `If` that runs only where the exits before were not sure enough.
 """
 
 from __future__ import annotations
@@ -24,12 +27,14 @@ from torch import Tensor, nn
 
 from zoo.derive import derive, folded_copy
 from zoo.errors import BadInput
+from zoo.networks import num_exits
 from zoo.paths import Path
 from zoo.rgn import RandomGatedNetwork
 
 OPSET = 18
 IR_VERSION = 10  # onnx.helper would write a newer one than ONNX Runtime loads
 LOGITS, PROBABILITIES, IMAGES, GATES = "logits", "probabilities", "images", "gates"
+EXIT_LOGITS, LIMITS, EXIT = "exit_logits", "limits", "exit"
 
 Weights = Mapping[str, np.ndarray]
 
@@ -44,15 +49,36 @@ class Stencil:
     classes: int
     gate_of: dict[str, int] = field(default_factory=dict)
     """Gated tensor name -> position of its gate."""
+    exits: tuple[str, ...] = (LOGITS,)
+    """Names of the logits of every exit, first exit first; the last are always `logits`."""
 
 
 def single_graph(network: nn.Module) -> bytes:
     """Return the ONNX file of a plain network in evaluation mode.
 
-    Input `images` float32 (batch, channel, height, width) in [0, 1]; outputs `logits` and `probabilities`.
+    Input `images` float32 (batch, channel, height, width) in [0, 1]; outputs `logits` and `probabilities`. Of a
+    multi-exit network these are the last exit's, and `exit_logits` (batch, exit, class) are those of all.
     """
     stencil = _stencil(folded_copy(network), _image_shape(network))
+    if len(stencil.exits) > 1:
+        return _all_exits_graph(stencil)
     return _path_graph(stencil, [{}])
+
+
+def early_exit_graph(network: nn.Module) -> bytes:
+    """Return the ONNX file of a multi-exit network in evaluation mode that computes no more than its answer takes.
+
+    Inputs: `images` float32 (1, channel, height, width) in [0, 1], and `limits` float32 (exit - 1). The answer is that
+    of the first exit k whose largest probability is at least limits[k], else the last one's. Outputs: `logits` and
+    `probabilities` (1, class), and `exit` int64 (1), counted from 0.
+
+    Raises:
+        BadInput: the network has one exit.
+    """
+    stencil = _stencil(folded_copy(network), _image_shape(network))
+    if len(stencil.exits) < 2:
+        raise BadInput(f"{type(network).__name__} has one exit, so it cannot answer early; export its variant single")
+    return _early_exit_graph(stencil)
 
 
 def rgn_graphs(
@@ -133,6 +159,7 @@ def _image_shape(network: nn.Module) -> tuple[int, ...]:
 
 def _stencil(network: nn.Module, image_shape: tuple[int, ...], gate_of: dict[str, int] | None = None) -> Stencil:
     gate_of = gate_of or {}
+    exits = (*(f"{EXIT_LOGITS}_{index}" for index in range(num_exits(network) - 1)), LOGITS)
     example = torch.zeros(2, *image_shape)
     with warnings.catch_warnings():
         # torch's exporter calls its own deprecated functions (FutureWarning, DeprecationWarning).
@@ -145,7 +172,7 @@ def _stencil(network: nn.Module, image_shape: tuple[int, ...], gate_of: dict[str
             dynamo=True,
             opset_version=OPSET,
             input_names=[IMAGES],
-            output_names=[LOGITS],
+            output_names=list(exits),
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             verbose=False,
         )
@@ -163,8 +190,9 @@ def _stencil(network: nn.Module, image_shape: tuple[int, ...], gate_of: dict[str
     used = {name for node in nodes for name in node.input}
     shared = {name: array for name, array in constants.items() if name in used and name not in gate_of}
     with torch.no_grad():
-        classes = network(example).shape[1]
-    return Stencil(nodes, shared, image_shape, classes, gate_of)
+        answer = network(example)
+    classes = (answer if len(exits) == 1 else answer[-1]).shape[1]
+    return Stencil(nodes, shared, image_shape, classes, gate_of, exits)
 
 
 def _pooled(node: NodeProto, constants: Weights) -> NodeProto:
@@ -248,6 +276,115 @@ def _average(answers: Sequence[str], tensors: dict[str, np.ndarray]) -> list[Nod
     return nodes
 
 
+def _all_exits_graph(stencil: Stencil) -> bytes:
+    """Assemble the graph that answers at every exit."""
+    tensors = {**stencil.shared, "exit_axis": np.array([1], np.int64)}
+    nodes = list(stencil.nodes)
+    rows = [f"{name}/row" for name in stencil.exits]
+    nodes += [
+        helper.make_node("Unsqueeze", [name, "exit_axis"], [row], name=row)
+        for name, row in zip(stencil.exits, rows, strict=True)
+    ]
+    nodes.append(helper.make_node("Concat", rows, [EXIT_LOGITS], name=EXIT_LOGITS, axis=1))
+    nodes.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], name=PROBABILITIES, axis=1))
+    shape: list[int | str | None] = ["batch", len(rows), stencil.classes]
+    return _finish(
+        stencil, nodes, tensors, more_outputs=[helper.make_tensor_value_info(EXIT_LOGITS, TensorProto.FLOAT, shape)]
+    )
+
+
+def _early_exit_graph(stencil: Stencil) -> bytes:
+    """Assemble the graph of nested choices; see `_answer_from`."""
+    nodes, tensors = _answer_from(stencil, _stages(stencil), 0, (LOGITS, PROBABILITIES, EXIT))
+    limits = helper.make_tensor_value_info(LIMITS, TensorProto.FLOAT, [len(stencil.exits) - 1])
+    return _model(
+        nodes,
+        tensors,
+        [_images(stencil, 1), limits],
+        [*_answers(stencil, 1), helper.make_tensor_value_info(EXIT, TensorProto.INT64, [1])],
+        {"exits": str(len(stencil.exits))},
+    )
+
+
+def _answer_from(
+    stencil: Stencil, stages: Sequence[Sequence[NodeProto]], exit_index: int, outputs: Sequence[str]
+) -> tuple[list[NodeProto], dict[str, np.ndarray]]:
+    """Return nodes, and the tensors that they are the first to use, for the answer of this exit or of one behind it.
+
+    The exits behind it are in a branch of their own, and so is all that they need beyond what is computed already.
+    """
+    logits, probabilities = f"{EXIT_LOGITS}_{exit_index}", f"exit_probabilities_{exit_index}"
+    earlier = {name for nodes in stages[:exit_index] for node in nodes for name in node.input}
+    used = {name for node in stages[exit_index] for name in node.input} - earlier  # a branch sees what is around it
+    tensors = {name: array for name, array in stencil.shared.items() if name in used}
+    nodes = [
+        *stages[exit_index],
+        helper.make_node("Softmax", [logits], [probabilities], name=probabilities, axis=1),
+    ]
+
+    def answer(names: Sequence[str]) -> list[NodeProto]:
+        return [
+            helper.make_node("Identity", [logits], [names[0]], name=names[0]),
+            helper.make_node("Identity", [probabilities], [names[1]], name=names[1]),
+            helper.make_node("Constant", [], [names[2]], name=names[2], value_ints=[exit_index]),
+        ]
+
+    if exit_index == len(stages) - 1:
+        return [*nodes, *answer(outputs)], tensors
+    position, limit, most, sure = (f"{name}_{exit_index}" for name in ("position", "limit", "confidence", "sure"))
+    tensors[position] = np.array(exit_index, np.int64)
+    leaving, staying = ([f"{name}/{way}_{exit_index}" for name in outputs] for way in ("left_at", "behind"))
+    behind, theirs = _answer_from(stencil, stages, exit_index + 1, staying)
+    choice = helper.make_node(
+        "If",
+        [sure],
+        list(outputs),
+        name=f"exit_{exit_index}",
+        then_branch=helper.make_graph(answer(leaving), f"leave_at_{exit_index}", [], _answers_of(leaving)),
+        else_branch=helper.make_graph(
+            behind,
+            f"behind_{exit_index}",
+            [],
+            _answers_of(staying),
+            [_tensor(array, name) for name, array in theirs.items()],
+        ),
+    )
+    nodes += [
+        helper.make_node("ReduceMax", [probabilities], [most], name=most, keepdims=0),
+        helper.make_node("Gather", [LIMITS, position], [limit], name=limit),
+        helper.make_node("GreaterOrEqual", [most, limit], [sure], name=sure),
+        choice,
+    ]
+    return nodes, tensors
+
+
+def _answers_of(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
+    return [*map(_any, names[:2]), helper.make_tensor_value_info(names[2], TensorProto.INT64, None)]
+
+
+def _stages(stencil: Stencil) -> list[list[NodeProto]]:
+    """Return the nodes by the first exit that needs them, in their order; the last logits get a number as well."""
+    number = len(stencil.exits)
+    makes = {output: index for index, node in enumerate(stencil.nodes) for output in node.output}
+    first: dict[int, int] = {}
+    for exit_index, answer in enumerate(stencil.exits):
+        waiting = [answer]
+        while waiting:
+            node = makes.get(waiting.pop())
+            if node is not None and node not in first:
+                first[node] = exit_index
+                waiting += stencil.nodes[node].input
+    stages: list[list[NodeProto]] = [[] for _ in range(number)]
+    for index in sorted(first):
+        copy = NodeProto()
+        copy.CopyFrom(stencil.nodes[index])
+        for names in (copy.input, copy.output):
+            for position, name in enumerate(names):
+                names[position] = f"{EXIT_LOGITS}_{number - 1}" if name == LOGITS else name
+        stages[first[index]].append(copy)
+    return stages
+
+
 def _gated_graph(stencil: Stencil, candidates: Sequence[Weights], num_gates: int) -> bytes:
     """Assemble the graph whose gates are an input: one path per call.
 
@@ -319,28 +456,50 @@ def _tensor(array: np.ndarray, name: str) -> TensorProto:
     return numpy_helper.from_array(np.ascontiguousarray(array), name)
 
 
+def _images(stencil: Stencil, batch: int | str = "batch") -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(IMAGES, TensorProto.FLOAT, [batch, *stencil.image_shape])
+
+
+def _answers(stencil: Stencil, batch: int | str = "batch") -> list[onnx.ValueInfoProto]:
+    return [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, stencil.classes])
+        for name in (LOGITS, PROBABILITIES)
+    ]
+
+
 def _finish(
     stencil: Stencil,
     nodes: Sequence[NodeProto],
     tensors: Weights,
     more_inputs: Sequence[onnx.ValueInfoProto] = (),
     facts: Mapping[str, str] | None = None,
+    more_outputs: Sequence[onnx.ValueInfoProto] = (),
 ) -> bytes:
     used = {name for node in nodes for name in node.input}
-    graph = helper.make_graph(
-        list(nodes),
-        "manygates",
-        [helper.make_tensor_value_info(IMAGES, TensorProto.FLOAT, ["batch", *stencil.image_shape]), *more_inputs],
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", stencil.classes])
-            for name in (LOGITS, PROBABILITIES)
-        ],
-        [_tensor(array, name) for name, array in tensors.items() if name in used],
+    return _model(
+        nodes,
+        {name: array for name, array in tensors.items() if name in used},
+        [_images(stencil), *more_inputs],
+        [*_answers(stencil), *more_outputs],
+        facts or {},
     )
+
+
+def _model(
+    nodes: Sequence[NodeProto],
+    tensors: Weights,
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    facts: Mapping[str, str],
+) -> bytes:
+    constants = [_tensor(array, name) for name, array in tensors.items()]
     model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="manygates"
+        helper.make_graph(list(nodes), "manygates", list(inputs), list(outputs), constants),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="manygates",
     )
-    helper.set_model_props(model, dict(facts or {}))
+    helper.set_model_props(model, dict(facts))
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString())
 

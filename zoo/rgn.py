@@ -43,7 +43,7 @@ class RandomGatedNetwork(nn.Module):
     All candidates start equal to the template's own layer; `randomly_gate` makes them differ.
 
     Raises:
-        BadInput: no layer to gate, or fewer than one candidate.
+        BadInput: no layer to gate, several exits, or fewer than one candidate.
     """
 
     def __init__(self, template: nn.Module, *, candidates: int = 2, sharing: Sharing = "independent") -> None:
@@ -53,6 +53,11 @@ class RandomGatedNetwork(nn.Module):
             raise BadInput(f"sharing must be one of {', '.join(get_args(Sharing))}, got {sharing!r}")
         super().__init__()
         graph = graphs.trace(template)
+        if (exits := len(graphs.answers(graph))) > 1:
+            raise BadInput(
+                f"{type(template).__name__} answers at {exits} exits; gates and exits are not combined, so gate a "
+                "network with one answer"
+            )
         self.convolutions = graphs.convolutions(graph)
         self.layers = [
             layer
@@ -144,13 +149,13 @@ class RandomGatedNetwork(nn.Module):
             raise BadInput(f"layer {layer} is out of range, expected 1 to {self.num_features}")
         key = (layer, activated, folded)
         if key not in self._prefixes:
-            (graph,) = self._trace
-            if layer < self.num_features:
-                names = graphs.feature_nodes(graph, self.layers, activated=activated)
-                graph = graphs.cut(graph, names[layer - 1])
-            if folded:
-                graph = graphs.without_norms(graph, [conv for conv in self.convolutions if conv.norm is not None])
-            self._prefixes[key] = graph
+            self._prefixes[key] = graphs.prefix(
+                self._trace[0],
+                self.layers,
+                layer,
+                activated=activated,
+                folded=self.convolutions if folded else (),
+            )
         return self._prefixes[key]
 
     def features(
@@ -163,10 +168,7 @@ class RandomGatedNetwork(nn.Module):
         self, layer: int, tensors: dict[str, Tensor], *, activated: bool = False, folded: bool = False
     ) -> Callable[[Tensor], Tensor]:
         """Return the prefix up to `layer` as a function of images, with the tensors of `select` or `folded` bound."""
-        graph = self.prefix(layer, activated=activated, folded=folded)
-        present = {name for name, _ in graph.named_modules()}
-        needed = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in present}
-        return lambda images: cast(Tensor, functional_call(graph, needed, (images,)))
+        return graphs.bound(self.prefix(layer, activated=activated, folded=folded), tensors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomGatedNetwork:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -204,7 +206,7 @@ def randomly_gate(
         generator: where the draws come from; torch's global generator if None.
 
     Raises:
-        BadInput: nothing to gate, or a forward that cannot be traced.
+        BadInput: nothing to gate, several exits, or a forward that cannot be traced.
     """
     if start not in get_args(Start):
         raise BadInput(f"start must be one of {', '.join(get_args(Start))}, got {start!r}")

@@ -8,6 +8,7 @@ declared first; where they are present nothing is done.
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -34,9 +35,19 @@ def _declare_missing_operators() -> None:
             torch.library.define(f"torchvision::{name}", schema)
 
 
+@cache
 def torchvision() -> ModuleType:
     """Return the torchvision package, importable whatever build it is."""
     _declare_missing_operators()
     import torchvision.models
 
     return torchvision
+
+
+@cache
+def transforms() -> ModuleType:
+    """Return `torchvision.transforms.v2`."""
+    torchvision()
+    import torchvision.transforms.v2 as v2
+
+    return v2

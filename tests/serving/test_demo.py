@@ -34,12 +34,12 @@ from serving import demo
 from serving.server import bind, url_of
 from zoo import card as cards
 from zoo import networks
-from zoo.bundle import Bundle, write_bundle
+from zoo.bundle import EARLY_EXIT_FILE, Bundle, write_bundle
 from zoo.card import Card, Check, InputFormat, Paths, Result, Training
 from zoo.checkpoint import Architecture, save_network
 from zoo.data import DATASETS
 from zoo.errors import BadInput, MissingFile, UnknownName
-from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS
+from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS, load_exits
 from zoo.rgn import randomly_gate
 
 # gradio's queue uses what pandas 3 is about to drop
@@ -58,7 +58,7 @@ def one_thread() -> Iterator[None]:
 
 
 def make_bundle(
-    folder: Path, name: str, *, gated: bool = False, dataset: str = "cifar10", network: str = "resnet8"
+    folder: Path, name: str, *, gated: bool = False, dataset: str = "cifar10", network: str = "resnet8", exits: int = 1
 ) -> str:
     """Write the bundle of a network that was not trained; its graphs are empty, because the demo opens none."""
     source = DATASETS[dataset]
@@ -95,6 +95,7 @@ def make_bundle(
             resize="bicubic",
         ),
         classes=source.classes,
+        exits=tuple(cards.Exit(macs=index + 1) for index in range(exits)) if exits > 1 else (),
         paths=Paths(single="0" * GATES, ensemble=("0" * GATES, "1" * GATES))
         if gated
         else Paths(single=None, ensemble=()),
@@ -109,6 +110,8 @@ def make_bundle(
     )
     save_network(weights_file, rgn or template, architecture)
     graphs: dict[str, bytes | Path | str] = {f"{variant}.onnx": b"" for variant in card.variants}
+    if exits > 1:
+        graphs[EARLY_EXIT_FILE] = b""
     write_bundle(folder, card, {**graphs, RGN_WEIGHTS if gated else PLAIN_WEIGHTS: weights_file})
     return f"local-dir:{folder}"
 
@@ -301,6 +304,20 @@ def test_settings_out_of_range_are_refused_with_the_range() -> None:
 def test_a_plain_model_stands_against_random_gates_by_default(shelf: demo.Shelf) -> None:
     assert shelf.defaults == (PLAIN, GATED)
     assert [value for _, value in shelf.choices] == [PLAIN, "gates/single", "gates/ensemble", GATED, MNIST]
+
+
+def test_a_multi_exit_model_is_attacked_at_its_last_exit(tmp_path: Path) -> None:
+    shelf = demo.Shelf([make_bundle(tmp_path / "leaver", "leaver", network="msdnet3", exits=3)])
+    contestant = shelf.contestant("leaver/single")
+    levels = np.random.default_rng(0).integers(0, 256, size=(3, 32, 32)).astype(np.uint8)
+    with torch.no_grad():
+        every_exit = load_exits(Bundle.open(tmp_path / "leaver"))(torch.from_numpy(levels / np.float32(255))[None])
+    answer = contestant.probabilities(torch.from_numpy(levels / np.float32(255))[None], random.Random(0))[0, 0]
+    assert answer.tolist() == pytest.approx(every_exit[-1][0].softmax(0).tolist(), abs=1e-5)
+    assert answer.tolist() != pytest.approx(every_exit[0][0].softmax(0).tolist(), abs=1e-3)
+    crafted = demo.craft(contestant, levels, int(answer.argmax()), demo.Attack(eps_levels=2, steps=2))
+    assert np.abs(crafted.levels.astype(int) - levels).max() <= 2
+    assert "one network with 3 exits, of which the last answers" in demo.card_html(*shelf.card("leaver/single"))
 
 
 def test_an_unknown_choice_is_refused_with_the_known_ones(shelf: demo.Shelf) -> None:

@@ -73,6 +73,14 @@ def test_a_raw_tensor_alone_is_read_as_fp32(codec: Codec, images: np.ndarray) ->
     assert (b"content-type", b"application/octet-stream") in headers
 
 
+def test_raw_tensors_of_different_sizes_are_each_answered_in_their_own(codec: Codec) -> None:
+    for rows in (2, 1, 2, 3):
+        headers, body = codec.encode(codec.decode(np.zeros((rows, 3, 4, 4), "<f4").tobytes(), b"0"), answer(rows))
+        head = json.loads(body[: int(dict(headers)[b"inference-header-content-length"])])
+        assert [output["shape"] for output in head["outputs"]] == [[rows, 3], [rows, 3]]
+        assert int(dict(headers)[b"content-length"]) == len(body)
+
+
 @pytest.mark.parametrize("binary_body", [False, True])
 def test_uint8_pixels_are_divided_by_255(codec: Codec, binary_body: bool) -> None:
     levels = np.arange(PIXELS, dtype=np.uint8) * 5

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from zoo.bundle import Bundle, record_results, write_bundle
-from zoo.card import Card, FileEntry
+from zoo.card import Card, Exit, FileEntry, Paths
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
 
 FILES = {"rgn.safetensors": b"weights", "single.onnx": b"one", "ensemble.onnx": b"many", "gated.onnx": b"all"}
@@ -53,6 +53,26 @@ def test_the_same_bundle_gives_the_same_bytes(tmp_path: Path, card: Card, folder
     write_bundle(tmp_path / "again", card, FILES)
     for entry in folder.iterdir():
         assert (tmp_path / "again" / entry.name).read_bytes() == entry.read_bytes()
+
+
+def test_a_bundle_with_several_exits_holds_the_graph_that_stops_early(tmp_path: Path, card: Card) -> None:
+    plain = replace(card.architecture, gated_layers=(), candidates=1, sharing=None)
+    early = replace(
+        card,
+        architecture=plain,
+        paths=Paths(single=None, ensemble=()),
+        variants=("single",),
+        exits=(Exit(macs=9_248_000), Exit(macs=20_804_352)),
+    )
+    graphs = {"single.onnx": b"all", "weights.safetensors": b"weights"}
+    with pytest.raises(MissingFile, match=r"the card has 2 exits but lists no early_exit\.onnx; export it again"):
+        write_bundle(tmp_path / "without", early, graphs)
+    assert not (tmp_path / "without").exists()
+    write_bundle(tmp_path / "with", early, {**graphs, "early_exit.onnx": b"nested"})
+    text = (tmp_path / "with" / "README.md").read_text()
+    assert "| Exits | 2, at 9.25, 20.80 million multiply-accumulates |" in text
+    assert "`single` (the network; its last exit answers)" in text
+    assert "`limits`, float32 [1]" in text
 
 
 def test_a_bundle_replaces_the_one_that_was_there(folder: Path, card: Card) -> None:

@@ -63,10 +63,52 @@ def test_a_card_of_the_first_schema_is_read_as_one_of_today() -> None:
     del document["lint"]
     for result in document["results"]:
         del result["norm"], result["draws"], result["tables"]
+    del document["exits"]
     card = Card.from_json(json.dumps(document))
-    assert card.schema == 2
+    assert card.schema == 3
     assert card.lint == ()
+    assert card.exits == ()
     assert all((result.norm, result.draws, result.tables) == ("linf", 0, ()) for result in card.results)
+
+
+def test_a_card_of_the_second_schema_is_read_as_one_of_today() -> None:
+    document = json.loads(GOLDEN)
+    document["schema"] = 2
+    del document["exits"]
+    assert Card.from_json(json.dumps(document)).to_json() == GOLDEN
+
+
+def early(*costs: int, **changes: Any) -> str:
+    """Return the golden card as one of a plain network with exits of these costs."""
+    document = json.loads(GOLDEN)
+    document["architecture"].update(gated_layers=[], candidates=1, sharing=None)
+    document.update(paths={"single": None, "ensemble": []}, variants=["single"], lint=[])
+    document.update(exits=[{"macs": cost} for cost in costs], **changes)
+    return json.dumps(document)
+
+
+def test_the_exits_of_a_card_come_back_with_their_costs() -> None:
+    card = Card.from_json(early(10, 25, 25))
+    assert [found.macs for found in card.exits] == [10, 25, 25]
+    assert json.loads(card.to_json())["exits"] == [{"macs": 10}, {"macs": 25}, {"macs": 25}]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (early(10), "exits is [10], expected none, or at least two"),
+        (early(10, 0), "exits.macs is 0, expected a positive count"),
+        (early(20, 10), "exits.macs is [20, 10], expected costs that grow from exit to exit"),
+        (early(10, 20, variants=["single", "ensemble"]), "variants is 'ensemble', expected only 'single'"),
+        (changed("exits", [{"macs": 1}, {"macs": 2}]), "exits is [1, 2], expected none, because layers are gated"),
+        (changed("exits", [{"macs": 1, "name": "first"}]), "unknown key 'exits[0].name' = 'first'"),
+        (changed("exits", [{"macs": 1.5}]), "exits[0].macs is 1.5, expected an integer"),
+    ],
+)
+def test_exits_that_make_no_sense_are_refused_with_the_reason(text: str, said: str) -> None:
+    with pytest.raises(BundleError) as refusal:
+        Card.from_json(text)
+    assert said in str(refusal.value)
 
 
 def test_a_model_is_suspect_where_the_linter_raised_an_alarm() -> None:
@@ -75,14 +117,15 @@ def test_a_model_is_suspect_where_the_linter_raised_an_alarm() -> None:
 
 
 def test_a_newer_schema_says_to_upgrade() -> None:
-    with pytest.raises(BundleError, match="schema 3, this version reads up to 2; upgrade"):
-        Card.from_json('{"schema": 3, "whatever": "the future brings"}')
+    with pytest.raises(BundleError, match="schema 4, this version reads up to 3; upgrade"):
+        Card.from_json('{"schema": 4, "whatever": "the future brings"}')
 
 
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("schema", 0, "schema is 0, expected 2"),
+        ("schema", 0, "schema is 0, expected 3"),
+        ("exits", ..., "lacks the key 'exits', expected an array"),
         ("schema", "1", "schema is '1', expected an integer"),
         ("name", ..., "lacks the key 'name', expected a string"),
         ("training.seed", ..., "lacks the key 'training.seed', expected an integer"),

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from zoo import paths
 from zoo.derive import Ensemble, derive, folded_copy, mean_probability, recalibrate
 from zoo.errors import BadInput, BadPath
-from zoo.networks import ImageFormat, build
+from zoo.models import AtExit
+from zoo.networks import ImageFormat, build, num_exits
 from zoo.rgn import RandomGatedNetwork, randomly_gate
 
 SMALL = ImageFormat(height=16, width=16)
@@ -180,3 +181,29 @@ def test_recalibrating_on_nothing_is_refused_and_changes_nothing(rgn: RandomGate
     with pytest.raises(BadInput, match="at least one batch of training images, got none"):
         recalibrate(derived, [])
     assert all(torch.equal(tensor, before[name]) for name, tensor in derived.state_dict().items())
+
+
+@torch.no_grad()
+def test_folding_keeps_every_exit_and_says_how_many() -> None:
+    network = build("msdnet", images=SMALL, exits=3, base=1, step=1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    images = torch.rand(3, 3, 16, 16)
+    folded = folded_copy(network.eval())
+    assert num_exits(folded) == 3
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    for found, expected in zip(folded(images), network(images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_folding_one_exit_leaves_out_what_only_the_others_need() -> None:
+    network = build("small_cnn3", images=SMALL).eval()
+    folded = folded_copy(AtExit(network, 0))
+    expected = [*network.stage1.parameters(), *network.exit1.parameters()]
+    assert num_exits(folded) == 1
+    assert sum(p.numel() for p in folded.parameters()) == sum(p.numel() for p in expected)
+    images = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(folded(images), network(images)[0])

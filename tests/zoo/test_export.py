@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from torch import nn
 
 from zoo import checkpoint, export, paths
 from zoo.bundle import Bundle, write_bundle
-from zoo.card import Training
+from zoo.card import Card, Training
 from zoo.checkpoint import Architecture
+from zoo.cost import macs
 from zoo.derive import derive
 from zoo.errors import BadInput, BadPath, BundleError
 from zoo.export import Description, export_members, export_rgn, sample_images, verify_graphs
 from zoo.models import RGN_WEIGHTS
+from zoo.onnx_graphs import early_exit_graph, single_graph
 from zoo.rgn import RandomGatedNetwork
 
 TRAINING = Training(recipe={}, seed=0, commit="abc", versions={}, date="2026-11-21", summary="none")
@@ -338,3 +341,100 @@ def test_a_card_that_describes_other_weights_does_not_verify(
     other = write_bundle(tmp_path / "other", card, {name: bundle.read(name) for name in card.files})
     checks = {check.name: check for check in verify_graphs(other)}
     assert not checks["the card describes its weights"].held
+
+
+# --- networks with several exits ---
+
+EARLY = Architecture(
+    network="msdnet", options={"exits": 3, "base": 1, "step": 1, "channels": 4, "growth": 2}, dataset="tiny"
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def early(tiny_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("early") / "bundle"
+    export_members(folder, [built(EARLY)], EARLY, DESCRIPTION)
+    return folder
+
+
+def altered(folder: Path, place: Path, card: Card | None = None, **files: bytes) -> Bundle:
+    """Return a copy of a bundle with another card, or other graphs that its card knows all the same."""
+    bundle = Bundle.open(folder)
+    content = {name: bundle.read(name) for name in bundle.card.files}
+    content.update({f"{name}.onnx": graph for name, graph in files.items()})
+    return write_bundle(place, card or bundle.card, content)
+
+
+def test_a_network_with_exits_becomes_a_bundle_with_one_variant_and_the_graph_that_stops_early(early: Path) -> None:
+    bundle = Bundle.open(early)
+    assert bundle.card.variants == ("single",)
+    assert set(bundle.card.files) == {"single.onnx", "early_exit.onnx", "weights.safetensors"}
+    assert tuple(found.macs for found in bundle.card.exits) == macs(built(EARLY))
+    checks = verify_graphs(bundle)
+    assert [check.name for check in checks] == [
+        "the card describes its weights",
+        "single.onnx answers as its weights",
+        "single.onnx answers at every exit as its weights",
+        "single.onnx holds one path only",
+        "early_exit.onnx answers as its weights",
+    ]
+    assert all(check.held for check in checks)
+    taken = re.search(r"left (\d+), (\d+), (\d+) times", checks[-1].detail)
+    assert taken is not None
+    assert all(int(times) >= 8 for times in taken.groups())
+
+
+def test_a_network_with_exits_gives_the_same_bytes_again(early: Path, tmp_path: Path) -> None:
+    export_members(tmp_path / "again", [built(EARLY)], EARLY, DESCRIPTION)
+    for entry in early.iterdir():
+        assert (tmp_path / "again" / entry.name).read_bytes() == entry.read_bytes()
+
+
+def test_networks_with_exits_make_no_ensemble(tiny_dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="2 networks with 3 exits each make no ensemble: members may leave at different"):
+        export_members(tmp_path / "out", [built(EARLY), built(EARLY, seed=1)], EARLY, DESCRIPTION)
+    assert not (tmp_path / "out").exists()
+
+
+def test_graphs_of_other_weights_with_exits_are_found(early: Path, tmp_path: Path) -> None:
+    other = built(EARLY, seed=1).eval()
+    bundle = altered(early, tmp_path / "one", early_exit=early_exit_graph(other))
+    assert [check.name for check in verify_graphs(bundle) if not check.held] == [
+        "early_exit.onnx answers as its weights"
+    ]  # fmt: skip
+    first = built(EARLY).eval()
+    nn.init.normal_(first.exits[0].classifier.weight)
+    bundle = altered(early, tmp_path / "two", single=single_graph(first))
+    (failed,) = [check for check in verify_graphs(bundle) if not check.held]
+    assert failed.name == "single.onnx answers at every exit as its weights"
+    assert failed.detail.startswith("exit 1: largest difference")
+
+
+def test_a_graph_that_leaves_elsewhere_is_found_though_its_answers_are_right(early: Path, tmp_path: Path) -> None:
+    model = onnx.load_from_string(Bundle.open(early).read("early_exit.onnx"))
+    for node in model.graph.node:
+        if node.op_type == "GreaterOrEqual":
+            node.op_type = "Less"  # it leaves where it is not sure
+    bundle = altered(early, tmp_path / "out", early_exit=model.SerializeToString())
+    (failed,) = [check for check in verify_graphs(bundle) if not check.held]
+    assert failed.name == "early_exit.onnx answers as its weights"
+    wrong = re.search(r"(\d+) of them at another exit", failed.detail)
+    assert wrong is not None
+    assert int(wrong[1]) > 20
+
+
+def test_a_graph_that_stops_early_and_cannot_be_loaded_is_a_check_that_does_not_hold(
+    early: Path, tmp_path: Path
+) -> None:
+    for name, content in {"broken": b"not a graph", "other": Bundle.open(early).read("single.onnx")}.items():
+        (failed,) = [c for c in verify_graphs(altered(early, tmp_path / name, early_exit=content)) if not c.held]
+        assert failed.name == "early_exit.onnx answers as its weights"
+        assert "ONNX Runtime cannot" in failed.detail
+
+
+def test_a_card_that_tells_other_costs_of_its_exits_does_not_verify(early: Path, tmp_path: Path) -> None:
+    card = Bundle.open(early).card
+    cheaper = replace(card, exits=tuple(replace(found, macs=found.macs - 1) for found in card.exits))
+    (failed,) = [c for c in verify_graphs(altered(early, tmp_path / "out", card=cheaper)) if not c.held]
+    assert failed.name == "the card describes its weights"
+    assert failed.detail.startswith("exits is (Exit(macs=")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,16 @@ import manygates
 from zoo import models, paths
 from zoo.bundle import Bundle, write_bundle
 from zoo.card import Architecture as CardArchitecture
-from zoo.card import Card, InputFormat, Paths, Training
+from zoo.card import Card, Exit, InputFormat, Paths, Training
 from zoo.checkpoint import Architecture, network_state, save_network
 from zoo.derive import Ensemble
 from zoo.errors import BadInput, CheckpointError
 from zoo.models import (
     PLAIN_WEIGHTS,
     RGN_WEIGHTS,
+    AtExit,
     RandomGates,
+    load_exits,
     load_members,
     load_rgn,
     load_variant,
@@ -27,7 +30,7 @@ from zoo.models import (
     save_members,
     weights_file,
 )
-from zoo.networks import MNIST_FORMAT
+from zoo.networks import MNIST_FORMAT, build
 from zoo.rgn import RandomGatedNetwork
 
 GATED = Architecture(network="lenet", dataset="mnist", candidates=2, sharing="independent")
@@ -217,3 +220,56 @@ def test_an_ensemble_of_plain_networks_answers_by_its_members(tmp_path: Path) ->
     mean = torch.stack([member(IMAGES).softmax(1) for member in members]).mean(0)
     torch.testing.assert_close(load_variant(bundle, "ensemble")(IMAGES).exp(), mean)
     assert len(models.member_networks(bundle, "ensemble")) == 3
+
+
+EARLY = Architecture(network="small_cnn3", dataset="mnist")
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Three exits; the last is moved from its start at zero."""
+    folder = tmp_path_factory.mktemp("early")
+    torch.manual_seed(0)
+    network = EARLY.build().eval()
+    nn.init.normal_(network.exit3[-1].weight)
+    save_members(folder / "weights", [network], EARLY)
+    files = dict.fromkeys(("single.onnx", "early_exit.onnx"), b"graph")
+    described = replace(card(EARLY, ("single",)), exits=(Exit(macs=1), Exit(macs=2), Exit(macs=3)))
+    return write_bundle(folder / "bundle", described, {PLAIN_WEIGHTS: folder / "weights", **files})
+
+
+@torch.no_grad()
+def test_a_network_with_exits_answers_with_all_of_them_with_the_last_or_with_the_one_that_is_named(
+    early: Bundle,
+) -> None:
+    every = load_exits(early)(IMAGES)
+    assert len(every) == 3
+    assert torch.equal(load_variant(early, "single")(IMAGES), every[2])
+    assert torch.equal(manygates.load(str(early.folder))(IMAGES), every[2])
+    for index in range(3):
+        network = load_variant(early, "single", exit_index=index)
+        assert not any(module.training for module in network.modules())
+        assert torch.equal(network(IMAGES), every[index])
+    (member,) = member_networks(early, "single")
+    assert torch.equal(member(IMAGES), every[2])
+
+
+def test_an_exit_keeps_the_mode_and_the_image_shape_of_its_network() -> None:
+    network = build("msdnet", exits=2, base=1, step=1).train()
+    assert AtExit(network).training
+    assert not AtExit(network.eval()).training
+    assert AtExit(network).image_shape == (3, 32, 32)
+    assert AtExit(network).exit_index == 1
+
+
+def test_exits_that_are_not_there_are_refused(early: Bundle, gated: Bundle, tmp_path: Path) -> None:
+    for index in (3, -4):
+        with pytest.raises(BadInput, match=rf"exit {index} is out of range, expected 0 to 2, or -3 to -1"):
+            load_variant(early, "single", exit_index=index)
+    for bundle in (gated, plain_bundle(tmp_path, plain_members(1))):
+        with pytest.raises(BadInput, match="digits has one exit; expected a network with several, such as msdnet3"):
+            load_exits(bundle)
+        with pytest.raises(BadInput, match="digits has one exit"):
+            load_variant(bundle, "single", exit_index=0)
+    with pytest.raises(BadInput, match="LeNet has one exit, so there is none to choose"):
+        AtExit(plain_members(1)[0])

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from zoo.errors import BadInput, UnknownName
-from zoo.networks import CIFAR_FORMAT, MNIST_FORMAT, NETWORKS, ImageFormat, build
+from zoo.networks import CIFAR_FORMAT, MNIST_FORMAT, NETWORKS, ImageFormat, build, num_exits
+from zoo.networks.msdnet import Transition
 from zoo.networks.normalise import Normalise
 
 SMALL = ImageFormat(height=16, width=16)
@@ -20,6 +21,7 @@ PARAMETERS = {
     "resnet110": 1_727_962 + 2_752,
     "vgg16": 14_728_266,
     "preact_resnet18": 11_171_146 + 1_024,
+    "resnet50_cifar": 23_520_842,
     "wide_resnet16_4": 2_748_890,
     "wide_resnet28_10": 36_479_194,
     "wide_resnet34_10": 46_160_474,
@@ -35,9 +37,12 @@ def test_every_network_answers_with_one_logit_per_class(name: str) -> None:
     images = CIFAR_FORMAT if name == "vgg16" else SMALL  # VGG-16 halves its input five times
     network = build(name, images=images, classes=7).eval()
     with torch.no_grad():
-        logits = network(torch.rand(2, images.channels, images.height, images.width))
-    assert logits.shape == (2, 7)
-    assert logits.isfinite().all()
+        answer = network(torch.rand(2, images.channels, images.height, images.width))
+    answers = answer if num_exits(network) > 1 else (answer,)
+    assert len(answers) == num_exits(network)
+    for logits in answers:
+        assert logits.shape == (2, 7)
+        assert logits.isfinite().all()
 
 
 def test_every_network_normalises_its_own_input(name: str) -> None:
@@ -90,6 +95,121 @@ def test_a_leaky_network_leaks() -> None:
     assert slopes == {0.1}
 
 
+@pytest.mark.parametrize("name", ["preact_resnet18", "wide_resnet16_4", "resnet8", "resnet50_cifar"])
+def test_a_hook_on_a_blocks_shortcut_always_sees_what_the_skip_carries(name: str) -> None:
+    options = {} if name == "wide_resnet16_4" else {"width": 2}
+    network = build(name, images=SMALL, **options).eval()
+    blocks = [module for module in network.modules() if hasattr(module, "shortcut")]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for block in blocks:
+        block.shortcut.register_forward_hook(lambda _, given, carried: seen.append((given[0], carried)))
+    with torch.no_grad():
+        network(torch.rand(1, 3, 16, 16))
+    assert len(seen) == len(blocks)
+    identities = [
+        torch.equal(*pair) for block, pair in zip(blocks, seen, strict=True) if not list(block.shortcut.parameters())
+    ]
+    assert identities
+    assert all(identities)
+
+
+def test_an_identity_shortcut_adds_no_tensor_to_the_weights() -> None:
+    names = list(build("preact_resnet18", width=2).state_dict())
+    assert [name for name in names if "shortcut" in name] == [
+        f"stages.{stage}.0.shortcut.weight" for stage in (1, 2, 3)
+    ]  # fmt: skip
+
+
+def test_a_pre_activation_block_adds_the_raw_features_where_the_shape_stays() -> None:
+    network = build("preact_resnet18", images=SMALL, width=2).eval()
+    same, changing = network.stages[0][0], network.stages[1][0]
+    for block in (same, changing):
+        nn.init.zeros_(block.conv2.weight)
+    features = torch.randn(1, 2, 8, 8)
+    assert torch.equal(same(features), features)
+    active = torch.relu(changing.norm1(features))
+    assert torch.equal(changing(features), changing.shortcut(active))
+
+
+def test_the_exits_of_the_small_network_for_digits_are_the_published_ones() -> None:
+    network = build("small_cnn3", images=MNIST_FORMAT)
+    widths = [[layer.in_features for layer in head if isinstance(layer, nn.Linear)] for head in (
+        network.exit1, network.exit2, network.exit3
+    )]  # fmt: skip
+    assert widths == [[576, 200, 200], [1600, 200, 200], [1024, 200, 200]]
+    linear = [layer for layer in network.exit1 if not isinstance(layer, nn.Dropout)]
+    assert [type(layer) for layer in linear[-3:]] == [nn.Linear] * 3  # no activation between them
+    trunk = [layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    assert sorted(trunk) == [16, 32, 32, 64, 64]
+
+
+def test_the_last_exit_of_the_small_network_starts_undecided_and_the_others_do_not() -> None:
+    first, second, last = build("small_cnn3", images=MNIST_FORMAT).eval()(torch.rand(2, 1, 28, 28))
+    assert not last.any()
+    assert first.any()
+    assert second.any()
+
+
+def test_an_earlier_exit_does_not_depend_on_later_layers() -> None:
+    network = build("msdnet", images=SMALL, exits=3, base=2, step=1).eval()
+    images = torch.rand(2, 3, 16, 16)
+    before = network(images)
+    for tensor in network.blocks[1].parameters():
+        nn.init.normal_(tensor)
+    after = network(images)
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+    assert not torch.equal(before[2], after[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({"exits": 3, "base": 4, "step": 2}, [4, 2, 2]),
+        ({"exits": 4, "base": 1, "step": 2, "step_mode": "lin_grow"}, [1, 3, 5, 7]),
+    ],
+)
+def test_blocks_of_an_msdnet_have_the_layers_that_were_asked_for(options: dict[str, object], layers: list[int]) -> None:
+    with torch.device("meta"):
+        network = build("msdnet", **options)
+    found = [sum(not isinstance(part, Transition) for part in block) for block in network.blocks]
+    assert found == layers
+    assert sum(isinstance(part, Transition) for part in network.modules()) == 2  # three scales, dropped one by one
+
+
+def test_the_three_exit_msdnet_is_the_one_with_two_layers_per_block() -> None:
+    torch.manual_seed(0)
+    named = build("msdnet3").state_dict()
+    torch.manual_seed(0)
+    chosen = build("msdnet", exits=3, base=2, step=2).state_dict()
+    assert named.keys() == chosen.keys()
+    assert all(torch.equal(tensor, chosen[name]) for name, tensor in named.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exits": 1}, "needs exits of at least 2, got 1"),
+        ({"base": 0}, "needs base of at least 1, got 0"),
+        ({"step_mode": "fast"}, "step_mode must be one of even, lin_grow, got 'fast'"),
+    ],
+)
+def test_an_msdnet_that_makes_no_sense_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        build("msdnet", **options)
+
+
+def test_each_dropout_mask_of_dropens_network_is_a_model_of_its_own() -> None:
+    network = build("two_layer_cnn", width=4)
+    images = torch.rand(1, 3, 32, 32)
+    first, second = network.train()(images), network(images)
+    assert not torch.equal(first, second)
+    network.eval()
+    assert torch.equal(network(images), network(images))
+    assert sum(isinstance(module, nn.Conv2d) for module in network.modules()) == 2
+    assert sum(isinstance(module, nn.Linear) for module in network.modules()) == 1
+
+
 @pytest.mark.parametrize(("name", "expected"), [("lenet", 1), ("wide_resnet16_4", 6)])
 def test_dropout_is_there_when_asked_for_and_only_then(name: str, expected: int) -> None:
     def count(network: nn.Module) -> int:
@@ -110,9 +230,10 @@ def test_an_option_that_a_network_lacks_is_refused_by_name() -> None:
         build("resnet8", widen=2)
 
 
-def test_images_too_small_for_lenet_are_refused_with_their_size() -> None:
-    with pytest.raises(BadInput, match="at least 16x16 pixels, got 8x8"):
-        build("lenet", images=ImageFormat(height=8, width=8))
+@pytest.mark.parametrize(("name", "size", "least"), [("lenet", 8, 16), ("small_cnn3", 15, 16), ("two_layer_cnn", 3, 4)])
+def test_images_too_small_for_a_network_are_refused_with_their_size(name: str, size: int, least: int) -> None:
+    with pytest.raises(BadInput, match=f"at least {least}x{least} pixels, got {size}x{size}"):
+        build(name, images=ImageFormat(height=size, width=size))
 
 
 @pytest.mark.parametrize(

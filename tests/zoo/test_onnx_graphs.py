@@ -356,3 +356,131 @@ def test_a_network_that_does_not_say_the_shape_of_its_images_is_refused() -> Non
 def test_a_network_in_training_mode_is_refused() -> None:
     with pytest.raises(BadInput, match=r"CifarResNet is in training mode"):
         onnx_graphs.single_graph(build("resnet8", images=SMALL, width=4))
+
+
+# --- networks with several exits ---
+
+INFINITE = float("inf")
+
+
+@dataclass(frozen=True)
+class Early:
+    """A multi-exit network and its graphs."""
+
+    network: nn.Module
+    single: bytes
+    early_exit: bytes
+
+    def images(self, number: int) -> Tensor:
+        shape = tuple(self.network.image_shape)
+        return torch.rand(number, *shape, generator=torch.Generator().manual_seed(number))
+
+
+MULTI_EXIT: dict[str, Callable[[], nn.Module]] = {
+    "msdnet": lambda: build("msdnet", images=SMALL, exits=3, base=2, step=1, channels=4, growth=2),
+    "two exits": lambda: build("msdnet", images=SMALL, exits=2, base=1, step=1, channels=4, growth=2),
+    "digits": lambda: build("small_cnn3", images=GREY),
+}
+
+
+@pytest.fixture(scope="module", params=MULTI_EXIT)
+def early(request: pytest.FixtureRequest) -> Early:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    network = with_statistics(MULTI_EXIT[request.param]())
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.2)
+    return Early(network, onnx_graphs.single_graph(network), onnx_graphs.early_exit_graph(network))
+
+
+def at_limits(graph: bytes, image: Tensor, limits: list[float]) -> tuple[np.ndarray, np.ndarray, int]:
+    feeds = {"images": image.numpy(), "limits": np.array(limits, np.float32)}
+    logits, probabilities, left_at = session(graph).run(["logits", "probabilities", "exit"], feeds)
+    assert left_at.shape == (1,)
+    return logits, probabilities, int(left_at[0])
+
+
+@torch.no_grad()
+def test_the_single_graph_of_several_exits_answers_at_all_and_its_logits_are_the_last(early: Early) -> None:
+    for number in UNTRACED:
+        images = early.images(number)
+        names = ["logits", "probabilities", "exit_logits"]
+        logits, probabilities, every = session(early.single).run(names, {"images": images.numpy()})
+        expected = torch.stack(early.network(images), dim=1)
+        assert every.shape == expected.shape
+        np.testing.assert_allclose(every, expected.numpy(), atol=1e-4)
+        np.testing.assert_array_equal(logits, every[:, -1])
+        np.testing.assert_allclose(probabilities, expected[:, -1].softmax(1).numpy(), atol=1e-5)
+
+
+@torch.no_grad()
+def test_limits_choose_every_exit_and_its_answer_is_that_of_the_weights(early: Early) -> None:
+    image = early.images(1)
+    answers = early.network(image)
+    last = len(answers) - 1
+    for chosen, expected in enumerate(answers):
+        for at_it in (0.0, -INFINITE):
+            limits = [INFINITE] * chosen + [at_it] * (last - chosen)
+            logits, probabilities, left_at = at_limits(early.early_exit, image, limits)
+            assert left_at == chosen
+            np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+            np.testing.assert_allclose(probabilities, expected.softmax(1).numpy(), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_limit_is_reached_by_a_confidence_that_equals_it_and_missed_by_one_below(early: Early) -> None:
+    image = early.images(1)
+    infinite = [INFINITE] * (len(early.network(image)) - 2)
+    *_, first = at_limits(early.early_exit, image, [0.0, *infinite])
+    assert first == 0
+    _, probabilities, _ = at_limits(early.early_exit, image, [0.0, *infinite])
+    confidence = probabilities.max()
+    assert at_limits(early.early_exit, image, [float(confidence), *infinite])[2] == 0
+    above = float(np.nextafter(confidence, np.float32(1)))
+    assert at_limits(early.early_exit, image, [above, *infinite])[2] == len(infinite) + 1
+
+
+def test_an_early_answer_computes_nothing_that_only_later_exits_need(early: Early) -> None:
+    """Every tensor behind the first exit is made NaN: an answer there is none of its business."""
+    model = onnx.load_from_string(early.early_exit)
+    (choice,) = [node for node in model.graph.node if node.op_type == "If"]
+    behind = next(attribute.g for attribute in choice.attribute if attribute.name == "else_branch")
+    poisoned = 0
+    for tensor in behind.initializer:
+        array = numpy_helper.to_array(tensor).copy()
+        if array.dtype == np.float32:
+            tensor.CopyFrom(numpy_helper.from_array(np.full_like(array, np.nan), tensor.name))
+            poisoned += array.size
+    assert poisoned > 100
+    later = len(early.network(early.images(1))) - 2
+    content = model.SerializeToString()
+    logits, _, left_at = at_limits(content, early.images(1), [0.0] + [0.0] * later)
+    assert (left_at, bool(np.isfinite(logits).all())) == (0, True)
+    logits, _, left_at = at_limits(content, early.images(1), [INFINITE] * (1 + later))
+    assert (left_at, bool(np.isfinite(logits).any())) == (1 + later, False)
+
+
+def test_both_graphs_hold_every_weight_once(early: Early) -> None:
+    assert onnx_graphs.count_parameters(early.early_exit) == onnx_graphs.count_parameters(early.single)
+    folded = folded_copy(early.network)
+    weights = sum(parameter.numel() for parameter in folded.parameters())
+    assert onnx_graphs.count_parameters(early.single) == weights + sum(b.numel() for b in folded.buffers())
+
+
+def test_a_graph_that_stops_early_says_what_it_takes(early: Early) -> None:
+    opened = session(early.early_exit)
+    exits = len(early.network(early.images(1)))
+    shape = list(early.network.image_shape)
+    assert {given.name: given.shape for given in opened.get_inputs()} == {"images": [1, *shape], "limits": [exits - 1]}
+    assert [(given.name, given.shape, given.type) for given in opened.get_outputs()] == [
+        ("logits", [1, 10], "tensor(float)"),
+        ("probabilities", [1, 10], "tensor(float)"),
+        ("exit", [1], "tensor(int64)"),
+    ]
+    assert opened.get_modelmeta().custom_metadata_map == {"exits": str(exits)}
+
+
+def test_a_network_with_one_exit_has_no_graph_that_stops_early() -> None:
+    with pytest.raises(BadInput, match="CifarResNet has one exit, so it cannot answer early"):
+        onnx_graphs.early_exit_graph(build("resnet8", images=SMALL, width=2).eval())

@@ -130,6 +130,13 @@ EVERY_TABLE = (
     matrix("sources", ["three"], ["SGM", "all"], [0.6, 0.5]),
     matrix("attacks", ["none", "EOT-20"], ["mean", "worst of 10"], [0.8, 0.7], [0.4, 0.3]),
     matrix("exits", ["clean", "average"], ["1", "2"], [0.7, 0.8], [0.3, 0.4]),
+    matrix(
+        "budgeted",
+        ["0.5", "1"],
+        ["million MACs, clean", "accuracy, clean", "million MACs, attack", "accuracy, attack"],
+        [9.3, 0.7, 11.0, 0.4],
+        [20.1, 0.8, 20.8, 0.5],
+    ),
     matrix("diversity", ["011"], ["100"], [5.25]),
 )
 
@@ -171,7 +178,7 @@ def test_the_page_needs_no_network_and_no_script_and_its_identifiers_are_unique(
 def test_every_figure_says_what_it_shows_and_stands_beside_its_numbers(tmp_path: Path) -> None:
     page = page_of(tmp_path / "report", with_table("golden", *EVERY_TABLE))
     pictures = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(pictures) == 7
+    assert len(pictures) == 8
     for attributes in pictures:
         assert attributes["role"] == "img"
         assert all(name in page.ids for name in (attributes["aria-labelledby"] or "missing").split())
@@ -398,6 +405,7 @@ def test_a_section_without_data_is_left_out(tmp_path: Path) -> None:
         "Black-box attacks by surrogate",
         "Attack by attack",
         "Accuracy at every exit",
+        "Accuracy at a mean cost",
         "Other tables",
         "Can these numbers be trusted?",
         "The models",
@@ -476,6 +484,33 @@ def test_official_and_synthetic_corruptions_are_never_compared(tmp_path: Path) -
     ]
 
 
+def test_budgets_are_drawn_in_order_of_cost_and_what_does_not_fit_stays_a_table() -> None:
+    budgets = EVERY_TABLE[-2]
+    assert budgets.name == "budgeted"
+    backwards = replace(budgets, values=budgets.values[::-1])
+    sections = {
+        section.key: section for section in report_of([with_table("golden", backwards)], title="budgets").sections
+    }
+    (drawn,) = sections["budgeted"].exhibits
+    assert drawn.picture is not None
+    assert isinstance(drawn.picture.drawing, Lines)
+    assert [(line.label, line.at, line.values) for line in drawn.picture.drawing.series] == [
+        ("clean", (9.3, 20.1), (0.7, 0.8)),
+        ("attack", (11.0, 20.8), (0.4, 0.5)),
+    ]
+    assert "tables" not in sections
+    for odd in (
+        replace(budgets, columns=("cost", *budgets.columns[1:])),
+        replace(budgets, values=((9.3, 1.7, 11.0, 0.4), budgets.values[1])),
+        replace(budgets, values=((None, 0.7, 11.0, 0.4), budgets.values[1])),
+    ):
+        sections = {
+            section.key: section for section in report_of([with_table("golden", odd)], title="budgets").sections
+        }
+        assert "budgeted" not in sections
+        assert len(sections["tables"].exhibits) == 1
+
+
 def test_every_command_is_there_to_repeat_and_once_per_variant(tmp_path: Path) -> None:
     commands = ["manygates evaluate golden --protocol whitebox --eps 1/100 8/255", "manygates evaluate --seed 1"]
     results = [
@@ -496,7 +531,7 @@ HOSTILE = '<script>alert("1")</script>|`*_[x](javascript:1)\n# $\\frac{1}$ &amp;
 def test_hostile_text_stays_text_in_every_place(tmp_path: Path) -> None:
     tables = [
         matrix(name, [HOSTILE, "b"], [HOSTILE, "c"], [0.1, 0.2], [0.3, 0.4])
-        for name in ("steps", "transfer", "paths", "corruptions", "sources", "attacks", "exits", HOSTILE)
+        for name in ("steps", "transfer", "paths", "corruptions", "sources", "attacks", "exits", "budgeted", HOSTILE)
     ]
     finding = Finding(code=HOSTILE, name=HOSTILE, verdict="alarm", figure=HOSTILE, meaning=HOSTILE)
     result = attacked(

@@ -365,6 +365,10 @@ def test_norms_without_an_affine_map_can_be_gated_and_folded() -> None:
         ),
         (lambda plain: randomly_gate(plain, start="zero"), "start must be one of redraw, copy, got 'zero'"),
         (lambda _: randomly_gate(nn.Sequential(nn.Flatten(), nn.Linear(12, 2))), "Sequential has no 2-d convolution"),
+        (
+            lambda _: randomly_gate(build("msdnet", images=SMALL, exits=2, base=1, step=1)),
+            "MSDNet answers at 2 exits; gates and exits are not combined, so gate a network with one answer",
+        ),
         (lambda plain: randomly_gate(plain).prefix(0), "layer 0 is out of range, expected 1 to 8"),
         (lambda plain: randomly_gate(plain).prefix(9), "layer 9 is out of range, expected 1 to 8"),
     ],

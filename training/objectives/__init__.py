@@ -1,13 +1,62 @@
 """What a training step minimises. One objective is one frozen dataclass in one file and one line here."""
 
-from training.objectives.base import Batch, Objective, Step
+from training.objectives.adp import Adp
+from training.objectives.attack import Attack
+from training.objectives.awp import Awp
+from training.objectives.base import Batch, Memory, Objective, Step
+from training.objectives.dropen import Dropen
+from training.objectives.dverge import Dverge
 from training.objectives.ensemble_in_one import EnsembleInOne
+from training.objectives.ews import Ews
+from training.objectives.fast_at import FastAt
+from training.objectives.free_at import FreeAt
+from training.objectives.gal import Gal
+from training.objectives.multi_exit import MultiExit
+from training.objectives.neo_kd import NeoKd
+from training.objectives.pgd_at import PgdAt
 from training.objectives.standard import Standard
+from training.objectives.trades import Trades
+from training.objectives.trs import Trs
 
 # Read by recipes, JSON and the command line; Python code passes the object.
 OBJECTIVES: dict[str, type[Objective]] = {
     "standard": Standard,
+    "pgd_at": PgdAt,
+    "fast_at": FastAt,
+    "free_at": FreeAt,
+    "trades": Trades,
+    "awp": Awp,
+    "ews": Ews,
     "ensemble_in_one": EnsembleInOne,
+    "adp": Adp,
+    "gal": Gal,
+    "dverge": Dverge,
+    "trs": Trs,
+    "dropen": Dropen,
+    "multi_exit": MultiExit,
+    "neo_kd": NeoKd,
 }
 
-__all__ = ["OBJECTIVES", "Batch", "EnsembleInOne", "Objective", "Standard", "Step"]
+__all__ = [
+    "OBJECTIVES",
+    "Adp",
+    "Attack",
+    "Awp",
+    "Batch",
+    "Dropen",
+    "Dverge",
+    "EnsembleInOne",
+    "Ews",
+    "FastAt",
+    "FreeAt",
+    "Gal",
+    "Memory",
+    "MultiExit",
+    "NeoKd",
+    "Objective",
+    "PgdAt",
+    "Standard",
+    "Step",
+    "Trades",
+    "Trs",
+]

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from training.randomness import gate_generator, tensor_generator
+
+Needs = Literal["any network", "several members", "gates", "dropout", "several exits", "residual blocks"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,51 @@ class Batch:
 
     images: Tensor
     labels: Tensor
+    views: tuple[Tensor, ...] = ()
+    """Further augmentations of the same images, `Objective.views` - 1 of them."""
+
+
+class Stateful(Protocol):
+    """What an objective keeps that is more than a tensor: a controller with its optimiser, say."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything it needs to go on bit for bit."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` returned."""
+        ...
+
+
+Part = TypeVar("Part", bound=Stateful)
+
+
+class Memory:
+    """What an objective keeps from step to step. The loop stores it with every checkpoint, and empties it per phase."""
+
+    def __init__(self, state: Mapping[str, Tensor] | None = None) -> None:
+        self.tensors: dict[str, Tensor] = dict(state or {})
+        self._parts: dict[str, Stateful] = {}
+
+    def part(self, name: str, make: Callable[[], Part]) -> Part:
+        """Return what is kept under `name`; `make` builds it at its first use, the checkpoint then fills it."""
+        if name not in self._parts:
+            part = make()
+            prefix = f"{name}/"
+            stored = [key for key in self.tensors if key.startswith(prefix)]
+            if stored:
+                part.load({key.removeprefix(prefix): self.tensors.pop(key) for key in stored})
+            self._parts[name] = part
+        return cast(Part, self._parts[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that is kept, by name; `Memory(state)` goes on with it."""
+        parts = {f"{name}/{key}": tensor for name, part in self._parts.items() for key, tensor in part.state().items()}
+        return {**self.tensors, **parts}
+
+
+def _alone(value: Tensor) -> Tensor:
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +76,33 @@ class Step:
 
     seed: int
     number: int
+    """Of the step, over the whole run."""
     precision: torch.dtype = torch.float32
     """bfloat16 runs the forward passes under autocast."""
     rank: int = 0
+    epoch: int = 0
+    """Within the phase, from 0 on."""
+    epochs: int = 1
+    """Of the phase."""
+    batch: int = 0
+    """Within the epoch, from 0 on; steps that see the same images again count too."""
+    memory: Memory = field(default_factory=Memory, compare=False)
+    average: Callable[[Tensor], Tensor] = field(default=_alone, compare=False)
+    """Averages a tensor over the processes of a distributed run, for what all of them must agree on."""
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """Return the context in which forward passes run."""
         if self.precision == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.precision)
+
+    def generator(self, purpose: str, *parts: int | str) -> torch.Generator:
+        """Return the CPU generator of tensors for one purpose in this step; every rank draws its own."""
+        return tensor_generator(self.seed, purpose, self.number, *parts, self.rank)
+
+    def rng(self, purpose: str, *parts: int | str) -> random.Random:
+        """Return the generator of gates, layers and the like for one purpose in this step; all ranks draw the same."""
+        return gate_generator(self.seed, purpose, self.number, *parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +111,45 @@ class Objective(ABC):
 
     streams: ClassVar[int] = 1
     """Independent shuffles of the training set that a step needs."""
+    published: ClassVar[str] = ""
+    """Where the method was published."""
+    needs: ClassVar[Needs] = "any network"
+    """What a network must have to be trained so."""
+    per_image_memory: ClassVar[bool] = False
+    """Whether it remembers something per image of a batch, which ties it to one process."""
+
+    @property
+    def name(self) -> str:
+        """The method's name in tables and cards: its key in `OBJECTIVES`, with those of the wrappers around it."""
+        from training.objectives import OBJECTIVES
+
+        return next(name for name, kind in OBJECTIVES.items() if type(self) is kind)
+
+    @property
+    def views(self) -> int:
+        """Augmentations of each image that a step compares; 1 where it takes just the image."""
+        return 1
+
+    @property
+    def replays(self) -> int:
+        """Consecutive steps that see the same images."""
+        return 1
+
+    def forwards(self, networks: int = 1, exits: int = 1) -> float:
+        """Return the predicted cost of a step in forward passes of one network over the batch; a backward counts two.
+
+        Args:
+            networks: members of an ensemble.
+            exits: of a multi-exit network.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what a step costs")
+
+    def check(self, model: nn.Module) -> None:  # noqa: B027 - most methods train whatever they are given
+        """Say in one sentence if `model` cannot be trained so; called before the first step.
+
+        Raises:
+            BadInput: it lacks what the method needs.
+        """
 
     @abstractmethod
     def accumulate(self, model: nn.Module, batches: list[Batch], step: Step) -> dict[str, Tensor]:

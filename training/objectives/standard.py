@@ -1,42 +1,71 @@
 """Cross-entropy on clean images; of a random gated network, along one random path per batch.
 
-For a random gated network this is the pre-training of Ensemble-in-One (algorithm 1, lines 1 to 6).
+For a random gated network this is the pre-training of Ensemble-in-One (algorithm 1, lines 1 to 6); for an ensemble,
+separate networks trained on the same batches: the baseline of DVERGE and its relatives. With `consistency` it is AugMix
+(Hendrycks et al. 2020, arXiv:1912.02781, section 3): the network should say the same of every augmentation of an image.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from training.objectives.base import Batch, Objective, Step
-from training.randomness import gate_generator
-from zoo import paths
+from training.objectives.base import Batch
+from training.objectives.network import Network
+from training.objectives.single import Loss, NetworkObjective, View
 from zoo.errors import BadInput
-from zoo.rgn import RandomGatedNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standard(Objective):
-    """Mean cross-entropy."""
+class Standard(NetworkObjective):
+    """Mean cross-entropy, and the Jensen-Shannon divergence between views of an image if `consistency` is not 0."""
+
+    published: ClassVar[str] = "(empirical risk minimisation)"
 
     label_smoothing: float = 0.0
+    consistency: float = 0.0
+    """Weight of the Jensen-Shannon divergence between the image and two augmentations of it (AugMix: 12)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise BadInput(f"need 0 <= label_smoothing < 1, got {self.label_smoothing}")
+        if not 0 <= self.consistency < float("inf"):
+            raise BadInput(f"need consistency >= 0, got {self.consistency}")
 
-    def accumulate(self, model: nn.Module, batches: list[Batch], step: Step) -> dict[str, Tensor]:
-        """See `Objective.accumulate`; one forward and one backward pass."""
-        (batch,) = batches
-        with step.autocast(batch.images.device):
-            if isinstance(model, RandomGatedNetwork):
-                path = paths.sample(model.num_gates, model.candidates, gate_generator(step.seed, "gates", step.number))
-                logits = model(batch.images, path)
-            else:
-                logits = model(batch.images)
-        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
-        loss.backward()  # type: ignore[no-untyped-call]
-        accuracy = (logits.detach().argmax(1) == batch.labels).float().mean()
-        return {"loss": loss.detach(), "accuracy": accuracy}
+    @property
+    def views(self) -> int:
+        """See `Objective.views`."""
+        return 3 if self.consistency else 1
+
+    def forwards(self, networks: int = 1, exits: int = 1) -> float:
+        """See `Objective.forwards`."""
+        return 3.0 * networks * self.views
+
+    def inputs(self, network: Network, batch: Batch) -> Tensor:
+        """Return all views of all images in one batch, so that they share BatchNorm statistics."""
+        return torch.cat([batch.images, *batch.views]) if batch.views else batch.images
+
+    def loss(self, network: Network, inputs: Tensor, batch: Batch) -> Loss:
+        """See `NetworkObjective.loss`; one forward pass."""
+        size = len(batch.labels)
+        logits = network(inputs)
+        value = F.cross_entropy(logits[:size], batch.labels, label_smoothing=self.label_smoothing)
+        parts = torch.split(logits, size)
+        if self.consistency and len(parts) > 1:
+            value = value + self.consistency * jensen_shannon(parts)
+        share = 1 / len(parts)
+        views = [View(images, said, share) for images, said in zip(torch.split(inputs, size), parts, strict=True)]
+        return Loss(value, tuple(views))
+
+
+def jensen_shannon(logits: tuple[Tensor, ...]) -> Tensor:
+    """Return the mean Jensen-Shannon divergence, in nats, between what several logits (batch, class) say."""
+    probabilities = [part.softmax(1) for part in logits]
+    # clamped as in the reference: the logarithm of a mixture that underflows would be infinite
+    mixture = torch.stack(probabilities).mean(0).clamp(1e-7, 1).log()
+    terms = [F.kl_div(mixture, part, reduction="batchmean") for part in probabilities]
+    return torch.stack(terms).mean()

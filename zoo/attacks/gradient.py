@@ -98,6 +98,7 @@ def pgd(
     momentum: float = 0.0,
     diversity: InputDiversity | None = None,
     keep: Keep = "last",
+    start: Tensor | None = None,
     generator: torch.Generator | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
@@ -118,6 +119,7 @@ def pgd(
         diversity: shrink and pad at random before every gradient.
         keep: "last" judges an attempt by its last iterate, as DVERGE does; "first broken" returns the first iterate
             that reached the goal and goes on without that image, which is stricter and faster.
+        start: where every attempt begins, inside the ball; what the budget says if None.
         generator: draws the random starts and the diversity, on the CPU; torch's global generator if None.
         watch: called after each step with (step, iterate, logits at the iterate before the step).
 
@@ -137,11 +139,14 @@ def pgd(
     rise = ascent(seen, loss)
     result = images.clone()
     remaining = torch.arange(len(images), device=images.device)
-    for _ in range(budget.restarts):
+    for attempt in range(budget.restarts):
         if not len(remaining):
             break
         # drawn for all images, so that a start does not depend on which others are still unbroken
-        starts = budget.start(images, generator) if budget.random_start else images
+        if start is not None:
+            starts = budget.project(start.detach(), images)
+        else:
+            starts = budget.start(images, generator) if budget.random_start else images
         rows, adversarial = _attempt(
             rise,
             model,
@@ -153,6 +158,7 @@ def pgd(
             momentum=momentum,
             keep=keep,
             exact=diversity is None,
+            judged=attempt + 1 < budget.restarts,
             watch=watch,
         )
         result[remaining] = adversarial
@@ -181,9 +187,13 @@ def _attempt(
     momentum: float,
     keep: Keep,
     exact: bool,
+    judged: bool,
     watch: Watch | None,
 ) -> tuple[Tensor, Tensor]:
-    """One attempt from the given starts; returns which images did not reach the goal, and where each one ended."""
+    """One attempt from the given starts; returns which images did not reach the goal, and where each one ended.
+
+    If not `judged`, as for the last attempt, the last iterates are not tried, and all images still attacked count.
+    """
     result = adversarial.clone()
     active = torch.arange(len(images), device=images.device)
     velocity = torch.zeros_like(images)
@@ -205,7 +215,7 @@ def _attempt(
         if watch is not None:
             watch(step, adversarial, logits)
     result[active] = adversarial
-    if len(active):
+    if judged and len(active):
         with torch.no_grad():
             active = active[~succeeded(full_precision(model(adversarial)), labels, targets)]
     return active, result

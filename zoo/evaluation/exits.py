@@ -1,130 +1,196 @@
 """Multi-exit networks: accuracy at every exit (anytime), at a mean cost (budgeted), clean and under attack.
 
-As in MSDNet (Huang et al. 2018, arXiv:1703.09844) and Triple Wins (Hu et al. 2020, arXiv:2002.10025).
+As in MSDNet (Huang et al. 2018, arXiv:1703.09844), Triple Wins (Hu et al. 2020, arXiv:2002.10025) and NEO-KD (Ham et
+al. 2023, arXiv:2311.00428).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from zoo import data
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.exits import MultiExit, average_exits, exits_of, max_average_exits, single_exit
-from zoo.card import Result
+from zoo.attacks.exits import MultiExit, average_exits, exits_of, single_exit
+from zoo.card import Check, Result, Table
+from zoo.data import Images
+from zoo.early_exit import geometric_quotas, leaving, thresholds
 from zoo.errors import BadInput
-from zoo.evaluation.run import Run, table
+from zoo.evaluation.run import Run, ready, table
+from zoo.models import load_exits
 
-Attack = Callable[..., Tensor]
-ATTACKS: dict[str, Attack] = {"average": average_exits, "max-average": max_average_exits}
+RATIOS = tuple(number / 20 for number in range(1, 40))
+"""Each exit's quota relative to the one before, for the 39 budgets of MSDNet."""
+CALIBRATED_ON = 1000
+"""Training images that limits are chosen on where the training held none out."""
+MILLION = 1e6
 
 
 def exits(run: Run) -> list[Result]:
-    """Anytime accuracy of every exit under the single, average and max-average attacks: PGD of 20 steps of eps / 5.
+    """Accuracy of every exit under the single, average and max-average attacks: PGD of 20 steps of eps / 5.
 
-    Row "single" attacks exit i where exit i is judged. The accuracy of the result is the mean over exits under the
-    max-average attack.
+    Row "single" of the table "exits" attacks exit i where exit i is judged; the table "transfer" is where each of these
+    attacks takes every other exit. The max-average attack keeps, per image, the single attack with the largest loss
+    summed over the exits. The accuracy of the result is the mean over exits under it.
+
+    In the table "budgeted" an image leaves at the first exit that is sure enough (`zoo.early_exit`), and what an answer
+    costs is the mean over images. Limits are chosen on clean held-out training images, for clean and for attacked test
+    images alike: who serves a model does not know which of them come.
     """
-    images = run.images(1000)
-    network = run.network
-    first, _ = next(images.batches(2))
-    with torch.no_grad():
-        outputs = network(first)
-    if isinstance(outputs, Tensor) and outputs.dim() == 2:
+    card = run.bundle.card
+    try:
+        network = ready(load_exits(run.bundle), run.device)
+    except BadInput as error:
         raise BadInput(
-            f"{run.bundle.card.name} ({run.request.variant}) has one exit; the protocol exits is for multi-exit "
-            "networks, use --protocol whitebox"
-        )
-    number = len(exits_of(network, first))
+            f"{card.name} ({run.request.variant}) has one exit; the protocol exits is for multi-exit networks, use "
+            "--protocol whitebox"
+        ) from error
+    if not card.exits:
+        raise BadInput(f"the card of {card.name} does not say what its exits cost; export the bundle again")
+    images = run.images(1000)
+    number, names = len(card.exits), [str(index + 1) for index in range(len(card.exits))]
     steps, restarts = run.request.steps or 20, run.request.restarts or 1
-    names = [str(index + 1) for index in range(number)]
+    held_out, calibration = _held_out(run)
+    limits = _limits(run.judged("held-out images", held_out, lambda x, _, __: _confidence(_answers(network, x))))
+    clean = run.judged("clean", images, lambda x, _, __: _answers(network, x))
+    labels = images.labels.cpu()
     results = []
     for eps in run.request.eps:
         budget = LinfBudget(eps=float(eps), steps=steps, restarts=restarts)
-        rows = {"clean": run.judged("clean", images, lambda x, y, _: _right(network, x, y))}
-        for name, attack in ATTACKS.items():
-            stage = f"{name}, eps {eps}"
+        stages = (f"average attack, eps {eps}", f"single attacks, eps {eps}")
 
-            def judge(x: Tensor, y: Tensor, batch: int, stage: str = stage, attack: Attack = attack) -> Tensor:
-                return _right(network, attack(network, x, y, budget, generator=run.generator(stage, batch)), y)  # noqa: B023
+        def average(x: Tensor, y: Tensor, batch: int, stage: str = stages[0], budget: LinfBudget = budget) -> Tensor:
+            generator = run.generator(stage, batch)
+            return _answers(network, average_exits(network, x, y, budget, generator=generator))
 
-            rows[name] = run.judged(stage, images, judge)
-        singles = []
-        for index in range(number):
-            stage = f"single attack on exit {index + 1}, eps {eps}"
+        def singles(x: Tensor, y: Tensor, batch: int, stage: str = stages[1], budget: LinfBudget = budget) -> Tensor:
+            generator = run.generator(stage, batch)
+            made = [single_exit(network, x, y, budget, index, generator=generator) for index in range(number)]
+            return torch.stack([_answers(network, adversarial) for adversarial in made], dim=1)
 
-            def alone(x: Tensor, y: Tensor, batch: int, stage: str = stage, index: int = index) -> Tensor:
-                adversarial = single_exit(network, x, y, budget, index, generator=run.generator(stage, batch))  # noqa: B023
-                return _right(network, adversarial, y)[:, index]
-
-            singles.append(run.judged(stage, images, alone))
-        rows["single"] = torch.stack(singles, dim=1)
-        values = torch.stack([right.double().mean(0) for right in rows.values()])
+        averaged = run.judged(stages[0], images, average)
+        single = run.judged(stages[1], images, singles)  # (image, attacked exit, exit, class)
+        harshest = strongest(single, labels)
+        moved = _right(single, labels).double().mean(0)  # (attacked exit, exit)
+        rows = {
+            "clean": _right(clean, labels).double().mean(0),
+            "average": _right(averaged, labels).double().mean(0),
+            "max-average": _right(harshest, labels).double().mean(0),
+            "single": moved.diagonal(),
+        }
         results.append(
             run.result(
                 attack="max-average PGD",
-                accuracy=float(rows["max-average"].double().mean()),
+                accuracy=float(rows["max-average"].mean()),
                 images=len(images),
                 eps=eps,
                 steps=steps,
                 step_size=budget.step,
                 restarts=restarts,
-                note=f"mean over {number} exits",
-                tables=[table("exits", (f"attack, eps {eps}", "exit"), list(rows), names, values)],
+                note=f"mean over {number} exits; limits of the table budgeted chosen on clean images, {calibration}",
+                checks=[_own_exit_suffers(moved)] if eps else [],
+                tables=[
+                    table("exits", (f"attack, eps {eps}", "exit"), list(rows), names, torch.stack(list(rows.values()))),
+                    table("transfer", ("made on exit", "judged on exit"), names, names, moved),
+                    _budgets({"clean": clean, "average attack": averaged}, labels, limits, run),
+                ],
             )
         )
     return results
 
 
-def _right(network: MultiExit, pixels: Tensor, labels: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.stack([outputs.argmax(1) == labels for outputs in exits_of(network, pixels)], dim=1)
-
-
-def thresholds(confidence: Tensor, quotas: Sequence[Fraction | float]) -> list[float]:
-    """Return the confidence at which an image leaves at each exit, so that exit k takes its quota (MSDNet, section 5).
+def strongest(answers: Tensor, labels: Tensor) -> Tensor:
+    """Return, per image, the answers to the attack whose cross-entropy summed over exits is largest (max-average).
 
     Args:
-        confidence: largest probability of each validation image at each exit (image, exit).
-        quotas: the share of the images that leaves at each exit; they sum to 1, the last exit takes the rest.
+        answers: logits (image, attack, exit, class).
+        labels: (image,).
 
-    Raises:
-        BadInput: quotas that are not one share per exit, or do not sum to 1.
+    Returns:
+        Logits (image, exit, class).
     """
-    images, number = confidence.shape
-    if len(quotas) != number or any(quota < 0 for quota in quotas) or abs(float(sum(quotas)) - 1) > 1e-6:
-        raise BadInput(f"need {number} shares that sum to 1, one per exit, got {[float(quota) for quota in quotas]}")
-    waiting = torch.ones(images, dtype=torch.bool)
-    found = []
-    for index in range(number - 1):
-        taken = round(float(quotas[index]) * images)
-        candidates = confidence[:, index].masked_fill(~waiting, -1)
-        if taken <= 0 or not bool(waiting.any()):
-            found.append(float("inf"))
-            continue
-        threshold = float(candidates.topk(min(taken, int(waiting.sum()))).values[-1])
-        found.append(threshold)
-        waiting &= confidence[:, index] < threshold
-    return [*found, float("-inf")]
+    images, attacks, number, _ = answers.shape
+    wanted = labels[:, None, None].expand(images, attacks, number)
+    harm = F.cross_entropy(answers.flatten(0, 2).float(), wanted.flatten(), reduction="none").view(wanted.shape).sum(2)
+    return answers[torch.arange(images), harm.argmax(1)]
 
 
 def budgeted(
-    logits: Sequence[Tensor], labels: Tensor, limits: Sequence[float], costs: Sequence[float]
-) -> tuple[float, float]:
+    answers: Tensor, labels: Tensor, limits: Sequence[float], costs: Sequence[float]
+) -> tuple[float, float]:  # fmt: skip
     """Return (accuracy, mean cost) when every image leaves at the first exit whose confidence reaches its limit.
 
     Args:
-        logits: per exit (image, class).
+        answers: logits (image, exit, class).
         labels: (image,).
-        limits: of `thresholds`.
-        costs: of running up to each exit, for example in FLOPs.
+        limits: one per exit but the last; see `zoo.early_exit`.
+        costs: of running up to each exit.
     """
-    confidence = torch.stack([outputs.softmax(1).amax(1) for outputs in logits], dim=1)
-    reached = confidence >= torch.tensor(limits, dtype=confidence.dtype)
-    reached[:, -1] = True
-    leaving = reached.to(torch.int8).argmax(1)
-    right = torch.stack([outputs.argmax(1) == labels for outputs in logits], dim=1)
-    chosen = right.gather(1, leaving[:, None])[:, 0]
-    return float(chosen.double().mean()), float(torch.tensor(costs, dtype=torch.float64)[leaving].mean())
+    left_at = leaving(_confidence(answers), limits)
+    right = _right(answers, labels).gather(1, left_at[:, None])
+    return float(right.double().mean()), float(torch.tensor(costs, dtype=torch.float64)[left_at].mean())
+
+
+def _answers(network: MultiExit, pixels: Tensor) -> Tensor:
+    """Return the logits of every exit (image, exit, class)."""
+    with torch.no_grad():
+        return torch.stack(exits_of(network, pixels), dim=1)
+
+
+def _right(answers: Tensor, labels: Tensor) -> Tensor:
+    """Return which answers (image, …, class) are the image's label."""
+    found = answers.argmax(-1)
+    return found == labels.view(-1, *[1] * (found.dim() - 1))
+
+
+def _confidence(answers: Tensor) -> Tensor:
+    return answers.softmax(-1).amax(-1)
+
+
+def _held_out(run: Run) -> tuple[Images, str]:
+    """Return the images that limits are chosen on, and what they are."""
+    training = run.bundle.card.training
+    images = data.load(run.bundle.card.dataset, "train")
+    only, kept_back = (training.recipe.get(key) for key in ("train_images", "held_out"))
+    if isinstance(only, int):  # a trial on fewer images held back some of those
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(training.seed))[:only]]
+    if isinstance(kept_back, int) and 0 < kept_back < len(images):
+        number, said = kept_back, "held out of training"
+    else:
+        number, said = min(CALIBRATED_ON, len(images) - 1), "of the training, which the model has seen"
+    _, chosen = data.hold_out(images, number, data.HOLD_OUT_SEED)
+    return chosen.to(run.device), f"{number} {said}"
+
+
+def _limits(confidence: Tensor) -> dict[float, list[float]]:
+    """Return the limits of every budget, by the ratio of its quotas."""
+    number = confidence.shape[1]
+    return {ratio: thresholds(confidence, geometric_quotas(ratio, number)) for ratio in RATIOS}
+
+
+def _budgets(measured: dict[str, Tensor], labels: Tensor, limits: dict[float, list[float]], run: Run) -> Table:
+    """Accuracy and mean cost of every budget, in million multiply-accumulates."""
+    costs = [found.macs / MILLION for found in run.bundle.card.exits]
+    columns = [f"{what}, {name}" for name in measured for what in ("million MACs", "accuracy")]
+    rows = []
+    for chosen in limits.values():
+        row = []
+        for answers in measured.values():
+            accuracy, cost = budgeted(answers, labels, chosen, costs)
+            row += [cost, accuracy]
+        rows.append(row)
+    names = [f"{ratio:g}" for ratio in limits]
+    return table("budgeted", ("ratio of quotas", "measured"), names, columns, torch.tensor(rows, dtype=torch.float64))
+
+
+def _own_exit_suffers(moved: Tensor) -> Check:
+    """Check that an attack on an exit harms it at least as much as the attacks on others do."""
+    gaps = moved.diagonal() - moved.amin(0)
+    return Check(
+        name="an exit suffers most from the attack on itself",
+        held=float(gaps.max()) <= 0.03,
+        detail=f"an attack made on another exit leaves up to {float(gaps.max()):.3f} less of it",
+    )

@@ -62,7 +62,7 @@ class Run:
 
     @cached_property
     def network(self) -> nn.Module:
-        """What a deterministic variant deploys.
+        """What a deterministic variant deploys; of a multi-exit network its last exit.
 
         Raises:
             BadInput: random gates.
@@ -190,8 +190,10 @@ class Run:
         checks: Sequence[Check] = (),
         tables: Sequence[Table] = (),
     ) -> Result:
-        """Return the result as the card keeps it, with its 95 % interval."""
+        """Return the result as the card keeps it, with its 95 % interval; of several exits it says which was judged."""
         low, high = wilson(accuracy, images)
+        if (number := len(self.bundle.card.exits)) and self.request.protocol != "exits":
+            note = "; ".join(filter(None, (note, f"the last of {number} exits")))
         return Result(
             protocol=self.request.protocol,
             variant=self.request.variant,

@@ -1,6 +1,7 @@
 """Plain networks, the templates that random gated networks are made of. Each normalises its own input.
 
-Every network takes float images (batch, channel, height, width) in [0, 1] and returns logits (batch, class).
+Every network takes float images (batch, channel, height, width) in [0, 1] and returns logits (batch, class). A network
+with several exits returns a tuple of them, first exit first, and says how many in its attribute `num_exits`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from typing import Any
 from torch import nn
 
 from zoo.errors import BadInput, UnknownName
+from zoo.networks.bottleneck_resnet import CifarResNet50
 from zoo.networks.lenet import LeNet
+from zoo.networks.msdnet import MSDNet
 from zoo.networks.preact_resnet import PreActResNet18
 from zoo.networks.resnet import CifarResNet
+from zoo.networks.small_cnn import SmallCNN
+from zoo.networks.two_layer import TwoLayerCNN
 from zoo.networks.vgg import VGG16
 from zoo.networks.wide_resnet import WideResNet
 
@@ -51,12 +56,17 @@ def _wide(depth: int, widen: int) -> Callable[..., nn.Module]:
 # name -> builder(image format, classes, **options)
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": _resnet(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "resnet50_cifar": lambda images, classes, **options: CifarResNet50(images.mean, images.std, classes, **options),
     "vgg16": lambda images, classes, **options: VGG16(images.mean, images.std, classes, **options),
     "preact_resnet18": lambda images, classes, **options: PreActResNet18(images.mean, images.std, classes, **options),
     "wide_resnet16_4": _wide(16, 4),
     "wide_resnet28_10": _wide(28, 10),
     "wide_resnet34_10": _wide(34, 10),
     "lenet": lambda images, classes, **options: LeNet(images, classes, **options),
+    "two_layer_cnn": lambda images, classes, **options: TwoLayerCNN(images, classes, **options),
+    "small_cnn3": lambda images, classes, **options: SmallCNN(images, classes, **options),
+    "msdnet": lambda images, classes, **options: MSDNet(images, classes, **options),
+    "msdnet3": lambda images, classes, **options: MSDNet(images, classes, exits=3, base=2, step=2, **options),
 }
 
 
@@ -77,3 +87,8 @@ def build(name: str, *, images: ImageFormat = CIFAR_FORMAT, classes: int = 10, *
         raise BadInput(f"network {name} does not take these options: {options} ({error})") from error
     network.image_shape = (images.channels, images.height, images.width)  # type: ignore[assignment]
     return network
+
+
+def num_exits(network: nn.Module) -> int:
+    """Return at how many exits a network answers; one that returns a tuple of logits says so in `num_exits`."""
+    return int(getattr(network, "num_exits", 1))

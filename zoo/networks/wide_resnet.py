@@ -24,14 +24,16 @@ class WideBlock(nn.Module):
         self.activation2 = nn.ReLU()
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.shortcut: nn.Module | None = None
-        if stride != 1 or channels_in != channels:
+        self.projects = stride != 1 or channels_in != channels
+        # a module either way, so that a hook on it always sees what the skip carries
+        self.shortcut: nn.Module = nn.Identity()
+        if self.projects:
             self.shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (batch, channels_in, h, w) to (batch, channels, h / stride, w / stride)."""
         active = self.activation1(self.norm1(features))
-        carried = features if self.shortcut is None else self.shortcut(active)
+        carried = self.shortcut(active if self.projects else features)
         hidden = self.dropout(self.activation2(self.norm2(self.conv1(active))))
         return self.conv2(hidden) + carried  # type: ignore[no-any-return]
 

@@ -39,6 +39,7 @@ def report_of(cards: Sequence[Card], *, title: str) -> Report:
         tabled.sources(),
         tabled.attacks(),
         tabled.exits(),
+        tabled.budgeted(),
         tabled.others(),
         findings(entries),
         models(entries),

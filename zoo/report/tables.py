@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from zoo.report.wording import capital, measured, number, only, percent, plural,
 
 _SHARES = ("transfer", "steps", "corruptions", "sources", "draws", "paths", "attacks", "exits")
 """Tables of shares, shown as per cent; others are shown as the numbers they are."""
+_COST, _ACCURACY = "million MACs, ", "accuracy, "
+"""How the columns of a table "budgeted" begin: two for every kind of images."""
 _LONG_LABEL = 12
 _SHORT_LIST = 8
 _LARGE_MATRIX = 64
@@ -122,7 +125,11 @@ class Tabled:
     def others(self) -> Section:
         """Tables of another name, or with other numbers than shares."""
         drawn = [name for name in _SHARES if name != "draws"]
-        plain = [found for found in self.found if found.table.name not in drawn or not found.shares]
+        plain = [
+            found
+            for found in self.found
+            if (found.table.name not in drawn or not found.shares) and not _budgets_of(found)
+        ]
         return Section(
             key="tables",
             title="Other tables",
@@ -415,6 +422,65 @@ class Tabled:
             intro="Of a network that may answer early. The row “single” attacks each exit for itself.",
             exhibits=tuple(exhibits),
         )
+
+    def budgeted(self) -> Section:
+        """Accuracy against what an answer costs in the mean."""
+        exhibits = []
+        for found in self.found:
+            curves = _budgets_of(found)
+            if not curves:
+                continue
+            costs = [cost for points in curves.values() for cost, _ in points]
+            low, high = min(costs), max(costs)
+            places = dict.fromkeys(low + (high - low) * index / 4 for index in range(5))
+            exhibits.append(
+                Exhibit(
+                    title=found.title,
+                    picture=Picture(
+                        name=self.named(f"budgeted {_short(found)}"),
+                        alt="Line chart: accuracy from 0 to 100 % against the mean cost of an answer, for "
+                        f"{plural(len(curves), 'kind')} of images; its numbers are in the table beside it.",
+                        drawing=Lines(
+                            axis="million multiply-accumulates per answer, mean",
+                            ticks=tuple((place, number(place)) for place in places),
+                            series=tuple(
+                                Series(
+                                    label=name,
+                                    style=Style(colour=index, dash=index),
+                                    at=tuple(cost for cost, _ in points),
+                                    values=tuple(accuracy for _, accuracy in points),
+                                )
+                                for index, (name, points) in enumerate(curves.items())
+                            ),
+                        ),
+                    ),
+                    grids=(found.grid(folded=True),),
+                    remarks=found.remarks,
+                )
+            )
+        return Section(
+            key="budgeted",
+            title="Accuracy at a mean cost",
+            intro="Every image leaves at the first exit that is sure enough; a point is one choice of how sure.",
+            exhibits=tuple(exhibits),
+        )
+
+
+def _budgets_of(found: Found) -> dict[str, list[tuple[float, float]]]:
+    """Return (cost, accuracy) in order of cost, by what the images are; empty if it is no table "budgeted" to draw."""
+    columns = found.table.columns
+    if found.table.name != "budgeted":
+        return {}
+    curves = {}
+    for cost, accuracy in itertools.pairwise(range(len(columns))):
+        name = columns[cost].removeprefix(_COST)
+        if name == columns[cost] or columns[accuracy] != _ACCURACY + name:
+            continue
+        points = [(row[cost], row[accuracy]) for row in found.values]
+        known = [(x, y) for x, y in points if x is not None and y is not None and x >= 0 and 0 <= y <= 1]
+        if len(known) == len(points):
+            curves[name] = sorted(known)
+    return curves if 2 * len(curves) == len(columns) else {}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

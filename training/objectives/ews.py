@@ -1,0 +1,198 @@
+"""Enhancing weak subnets (Guo, Stutz and Schiele, ECCV 2022, arXiv:2201.12765), around the loss of any one network.
+
+    min_w  L(w) + lambda * sum over views v of weight_v * KL( f_w(v), detached || f_{w, a}(v) )
+
+a is a subnet of the residual network f_w: some paths of each block and some of the channels inside it
+(`training/subnets.py`). An LSTM proposes it, and is trained every few steps to propose subnets of low accuracy
+(`training/controller.py`), so that the weakest parts of the network are pulled up to the whole. The subnet normalises
+with the statistics of its own batch and leaves the running ones alone.
+
+The views are those of the loss within: the image (standard), each augmentation of it (AugMix), the adversarial example
+(adversarial training), or both with their weights (TRADES), which gives the paper's
+
+    [CE(x) + lambda KL_sub(x)] + beta [KL(x, x') + lambda KL_sub(x')]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from training.controller import Controller, LogProb
+from training.objectives.awp import Awp
+from training.objectives.base import Batch, Needs
+from training.objectives.network import Network
+from training.objectives.single import Loss, NetworkObjective, View, kl_divergence
+from training.objectives.standard import Standard
+from training.objectives.wrapper import Wrapper, passes
+from training.subnets import Choice, Paths, Space, applied, lowest_norm_choice, random_choice, space_of
+from zoo.derive import Ensemble
+from zoo.errors import BadInput
+from zoo.rgn import RandomGatedNetwork
+
+Search = Literal["controller", "random", "l1"]
+Reduction = Literal["batchmean", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ews(Wrapper):
+    """The loss within, and the divergence of a weak subnet from the whole network."""
+
+    published: ClassVar[str] = "Guo et al., ECCV 2022"
+    needs: ClassVar[Needs] = "residual blocks"
+
+    inner: NetworkObjective = field(default_factory=Standard)
+    search: Search = "controller"
+    """How subnets are found: by the controller; uniformly at random; as those of the lowest L1 norms."""
+    keep: float = 0.7
+    """Share of the channels, and of the paths, that a subnet keeps: the paper's rho; 0.9 for adversarial training."""
+    paths: Paths = "ceil"
+    """How many of a block's two paths that is: rounded up, which keeps both for every share above 1/2 (the released
+    code), or to the nearest, which keeps one below 3/4 (the paper's figure 2)."""
+    weight: float = 1.0
+    """Of the divergence: the paper's lambda; 0.1 for adversarial training."""
+    kl_reduction: Reduction = "batchmean"
+    """Averages the divergence over images, or ("mean", the released script for CIFAR) over images and classes."""
+    controller_every: int = 10
+    """Steps from one update of the controller to the next."""
+    controller_learning_rate: float = 3e-4
+    controller_betas: tuple[float, float] = (0.5, 0.999)
+    controller_clip: float = 3.0
+    """Largest norm of the controller's gradient."""
+    entropy_weight: float = 0.005
+    """What the entropy of its decisions is worth to the controller; 0.01 for adversarial training."""
+    log_prob: LogProb = "plackett_luce"
+    """Exactly the probability of a draw without replacement, or the released code's sum of log softmax."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within: NetworkObjective = self.inner
+        while isinstance(within, Wrapper):
+            if isinstance(within, Ews):
+                raise BadInput("ews cannot go around ews; once enhances the weak subnets already")
+            if isinstance(within, Awp):
+                raise BadInput(
+                    "ews cannot go around awp, whose perturbation is the whole network's; put awp around ews"
+                )
+            within = within.inner
+        for name, kind in (("search", Search), ("kl_reduction", Reduction), ("paths", Paths), ("log_prob", LogProb)):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        if not 0 < self.keep <= 1:
+            raise BadInput(f"need 0 < keep <= 1, got {self.keep}; it is the share that a subnet keeps")
+        if self.controller_every < 1:
+            raise BadInput(f"need controller_every >= 1, got {self.controller_every}")
+        for name in ("weight", "entropy_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise BadInput(f"need {name} >= 0, got {getattr(self, name)}")
+        for name in ("controller_learning_rate", "controller_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise BadInput(f"need {name} > 0, got {getattr(self, name)}")
+        if len(self.controller_betas) != 2 or not all(0 <= beta < 1 for beta in self.controller_betas):
+            raise BadInput(f"controller_betas must be two numbers, 0 <= beta < 1, got {self.controller_betas}")
+
+    @classmethod
+    def adversarial(cls, inner: NetworkObjective, **changes: Any) -> Ews:
+        """Return it with the numbers that the paper uses around adversarial training."""
+        return cls(**{"inner": inner, "keep": 0.9, "weight": 0.1, "entropy_weight": 0.01, **changes})
+
+    @property
+    def name(self) -> str:
+        """The name of what is within, then "ews", and how subnets are searched for if not by the controller."""
+        return super().name + ("" if self.search == "controller" else f"-{self.search}")
+
+    def forwards(self, networks: int = 1, exits: int = 1) -> float:
+        """See `Objective.forwards`: per view a pass of the subnet and its backward, and the controller's share."""
+        rewards = 1 / self.controller_every if self.search == "controller" else 0.0
+        return self.inner.forwards(networks, exits) + networks * passes(self.inner) * (3.0 + rewards)
+
+    def check(self, model: nn.Module) -> None:
+        """See `Objective.check`; every member of an ensemble needs residual blocks."""
+        super().check(model)
+        members = model.members if isinstance(model, Ensemble) else [model]
+        for member in members:
+            space_of(member.template if isinstance(member, RandomGatedNetwork) else member, self.keep, self.paths)
+
+    def loss(self, network: Network, inputs: Any, batch: Batch) -> Loss:
+        """See `NetworkObjective.loss`; a forward pass of a subnet more, and now and then one for the controller."""
+        loss = self.inner.loss(network, inputs, batch)
+        space = space_of(network.module, self.keep, self.paths)
+        if self.search == "controller" and network.step.number % self.controller_every == 0:
+            self._teach(self._controller(network, space), network, loss.views, batch.labels)
+        said = answers(network, self.choose(network, space), loss.views)
+        value = loss.value
+        for view, student in zip(loss.views, said, strict=True):
+            value = value + self.weight * view.weight * self._divergence(view.logits.detach(), student)
+        return Loss(value, loss.views)
+
+    def choose(self, network: Network, space: Space) -> Choice:
+        """Return the subnet of this step; the same on all ranks."""
+        if self.search == "l1":
+            return lowest_norm_choice(space, network.parameters)
+        generator = _generator(network, "subnet")
+        if self.search == "random":
+            return random_choice(space, generator)
+        with torch.no_grad():
+            return self._controller(network, space).sample(generator).choice
+
+    def _controller(self, network: Network, space: Space) -> Controller:
+        """Return the controller of this network, kept from step to step."""
+        return network.step.memory.part(
+            f"ews/controller{network.index}",
+            lambda: Controller(
+                space,
+                _generator(network, "controller"),
+                learning_rate=self.controller_learning_rate,
+                betas=self.controller_betas,
+                entropy_weight=self.entropy_weight,
+                clip=self.controller_clip,
+                log_prob=self.log_prob,
+            ),
+        )
+
+    def _teach(self, controller: Controller, network: Network, views: Sequence[View], labels: Tensor) -> None:
+        """Sample a subnet, measure its accuracy on this batch (over all ranks) and learn from it.
+
+        Views count as they do in the loss.
+        """
+        sample = controller.sample(_generator(network, "reward"))
+        with torch.no_grad():
+            said = answers(network, sample.choice, views)
+            right = torch.stack([(logits.argmax(1) == labels).float().mean() for logits in said])
+            shares = torch.tensor([view.weight for view in views], device=right.device)
+            accuracy = network.step.average((right * shares).sum() / shares.sum())
+        controller.update(sample, float(accuracy))
+
+    def _divergence(self, teacher: Tensor, student: Tensor) -> Tensor:
+        divergence = kl_divergence(teacher, student)
+        return divergence if self.kl_reduction == "batchmean" else divergence / teacher.shape[1]
+
+
+def answers(network: Network, choice: Choice, views: Sequence[View]) -> list[Tensor]:
+    """Return what the subnet `choice` says of each view, logits (batch, class), on batch statistics.
+
+    Views that went through the network in one batch, and so shared their statistics, do so again.
+    """
+    together: dict[int, list[int]] = {}
+    for position, view in enumerate(views):
+        # logits cut out of one forward pass share its memory
+        together.setdefault(view.logits.untyped_storage().data_ptr(), []).append(position)
+    said: dict[int, Tensor] = {}
+    with network.statistics("train_frozen"), applied(network.module, choice):
+        for positions in together.values():
+            images = [views[position].images.detach() for position in positions]
+            logits = network(torch.cat(images) if len(images) > 1 else images[0])
+            said.update(zip(positions, torch.split(logits, [len(part) for part in images]), strict=True))
+    return [said[position] for position in range(len(views))]
+
+
+def _generator(network: Network, purpose: str) -> torch.Generator:
+    """Return a CPU generator that is the same on all ranks."""
+    seed = network.step.rng("ews", purpose, network.index).getrandbits(63)
+    return torch.Generator().manual_seed(seed)

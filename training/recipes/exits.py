@@ -1,0 +1,122 @@
+"""Multi-exit networks: plain, adversarially trained, self-distilled, ARD-style, and NEO-KD."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from training.objectives import Attack, MultiExit, NeoKd
+from training.recipes.recipe import Phase, Recipe
+
+DIGITS_ATTACK = Attack(eps=0.3, steps=40, step_size=0.01, batch_norm="eval")
+SHORT_DIGITS_ATTACK = Attack(eps=0.3, steps=10, step_size=0.05, batch_norm="eval")
+CIFAR_ATTACK = Attack(batch_norm="eval")
+
+
+def _milestones(objective: MultiExit | NeoKd) -> tuple[Phase, ...]:
+    return (Phase(objective=objective, epochs=300, milestones=(150, 225)),)
+
+
+def multi_exit_msdnet3_cifar10() -> Recipe:
+    """MSDNet with three exits on clean images (Huang et al. 2018): batch 64, 300 epochs.
+
+    manygates train multi-exit-msdnet3-cifar10 --out RUN        one GPU; not run
+    """
+    return Recipe(
+        name="multi-exit-msdnet3-cifar10",
+        description="MSDNet with three exits, clean training, 300 epochs",
+        network="msdnet3",
+        phases=_milestones(MultiExit()),
+        batch_size=64,
+    )
+
+
+def multi_exit_adv_msdnet3_cifar10() -> Recipe:
+    """Adversarial training of all exits without distillation (Hu et al. 2020): max-average PGD-10 at 8/255.
+
+    manygates train multi-exit-adv-msdnet3-cifar10 --out RUN        one GPU; not run
+    The baselines with distillation: --set phases.0.objective.distillation=self (or ard).
+    """
+    return replace(
+        multi_exit_msdnet3_cifar10(),
+        name="multi-exit-adv-msdnet3-cifar10",
+        description="MSDNet with three exits, adversarial training of all exits, 300 epochs",
+        phases=_milestones(MultiExit(attack=CIFAR_ATTACK)),
+        selection="robust",
+        validation_eps=8 / 255,
+    )
+
+
+def neo_kd_msdnet3_cifar10() -> Recipe:
+    """NEO-KD (Ham et al. 2023): MSDNet with three exits, max-average PGD-10 at 8/255, alpha 3, beta 1.
+
+    manygates train neo-kd-msdnet3-cifar10 --out RUN        one GPU; not run
+    Expect (published, by a third party's digest): 44.2 % on average over exits under the average attack at 8/255.
+    """
+    return replace(
+        multi_exit_adv_msdnet3_cifar10(),
+        name="neo-kd-msdnet3-cifar10",
+        description="NEO-KD, MSDNet with three exits, 300 epochs",
+        phases=_milestones(NeoKd()),
+    )
+
+
+def neo_kd_small_cnn3_mnist() -> Recipe:
+    """NEO-KD on MNIST: the three-exit SmallCNN of Triple Wins, max-average PGD-40 at 0.3.
+
+    manygates train neo-kd-small-cnn3-mnist --out RUN        one GPU; not run
+    """
+    return Recipe(
+        name="neo-kd-small-cnn3-mnist",
+        description="NEO-KD, SmallCNN with three exits on MNIST, 100 epochs",
+        network="small_cnn3",
+        dataset="mnist",
+        phases=(Phase(objective=NeoKd(attack=DIGITS_ATTACK), epochs=100, learning_rate=0.01, milestones=(50, 75)),),
+        augmentation="none",
+        selection="robust",
+        validation_eps=0.3,
+    )
+
+
+def neo_kd_small_cnn3_mnist_cpu() -> Recipe:
+    """NEO-KD on MNIST within the hour on two CPU cores: the average attack with 10 steps, 8 epochs.
+
+    manygates train neo-kd-small-cnn3-mnist-cpu --out RUN        not run
+    """
+    objective = NeoKd(attack=SHORT_DIGITS_ATTACK, attacked="average")
+    return replace(
+        neo_kd_small_cnn3_mnist(),
+        name="neo-kd-small-cnn3-mnist-cpu",
+        description="NEO-KD, SmallCNN with three exits on MNIST, trained on two CPU cores",
+        phases=(Phase(objective=objective, epochs=8, learning_rate=0.02, schedule="cosine"),),
+    )
+
+
+def multi_exit_msdnet3_cifar10_cpu() -> Recipe:
+    """MSDNet with three exits on clean images in about twenty-five minutes on two CPU cores, 24 epochs.
+
+    manygates train multi-exit-msdnet3-cifar10-cpu --out RUN        not run
+    """
+    return replace(
+        multi_exit_msdnet3_cifar10(),
+        name="multi-exit-msdnet3-cifar10-cpu",
+        description="MSDNet with three exits, clean training on two CPU cores",
+        phases=(Phase(objective=MultiExit(), epochs=24, schedule="cosine"),),
+        batch_size=128,
+        validate_every=4,
+    )
+
+
+def neo_kd_msdnet3_cifar10_cpu() -> Recipe:
+    """NEO-KD on CIFAR-10 in about an hour on two CPU cores: the average attack with 5 steps, 12 epochs.
+
+    manygates train neo-kd-msdnet3-cifar10-cpu --out RUN        not run
+    """
+    attack = Attack(steps=5, step_size=2.5 / 255, batch_norm="eval")
+    return replace(
+        neo_kd_msdnet3_cifar10(),
+        name="neo-kd-msdnet3-cifar10-cpu",
+        description="NEO-KD, MSDNet with three exits, trained on two CPU cores",
+        phases=(Phase(objective=NeoKd(attack=attack, attacked="average"), epochs=12, schedule="cosine"),),
+        batch_size=128,
+        validate_every=4,
+    )

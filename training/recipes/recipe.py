@@ -1,0 +1,161 @@
+"""What determines a trained model: a `Recipe`, made of phases."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from training.augmentation import AUGMENTATIONS
+from training.objectives import EnsembleInOne, Objective
+from zoo.errors import BadInput, UnknownName
+from zoo.rgn import Sharing
+
+Schedule = Literal["step", "cosine", "cyclic"]
+Optimizer = Literal["sgd", "adam"]
+Precision = Literal["fp32", "bf16"]
+Selection = Literal["clean", "robust"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of a run with one objective and an optimiser of its own."""
+
+    objective: Objective
+    epochs: int
+    optimizer: Optimizer = "sgd"
+    """"adam" has betas (0.9, 0.999) and eps 1e-7, as ADP, GAL, TRS and Dropen are trained."""
+    learning_rate: float = 0.1
+    schedule: Schedule = "step"
+    """"step" multiplies by 0.1 at each milestone; "cosine" warms up over 1/20 of the phase and falls to 0; "cyclic"
+    rises from 0 to `learning_rate` in a straight line until the middle of the phase and falls back to 0."""
+    milestones: tuple[int, ...] = (100, 150)
+    """Epochs at which "step" lowers the learning rate."""
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    clip: float | None = None
+    """Scale the gradient of a step down to this Euclidean norm where it is longer; never if None."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not 0 < self.learning_rate < math.inf:
+            raise BadInput(
+                f"a phase needs epochs >= 1 and learning_rate > 0, got {self.epochs} and {self.learning_rate}"
+            )
+        if not (0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
+            raise BadInput(f"need 0 <= momentum < 1 and weight_decay >= 0, got {self.momentum} and {self.weight_decay}")
+        if self.nesterov and not self.momentum:
+            raise BadInput("nesterov needs momentum > 0, got 0; set momentum=0.9 or nesterov=false")
+        for name, kind in (("schedule", Schedule), ("optimizer", Optimizer)):
+            if getattr(self, name) not in get_args(kind):
+                raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise BadInput(f"need clip > 0, got {self.clip}; leave it out (none) to clip nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that determines a trained model."""
+
+    name: str
+    description: str
+    network: str = "resnet20"
+    network_options: dict[str, Any] = field(default_factory=dict)
+    dataset: str = "cifar10"
+    candidates: int = 1
+    """Alternatives per gated layer; 1 trains the plain network."""
+    sharing: Sharing = "independent"
+    members: int = 1
+    """Separate networks trained together; more than 1 makes an ensemble."""
+    start_from: str | None = None
+    """A trained plain model (MODEL) of the same network to copy into every candidate; fresh weights if None."""
+    start_noise: float = 0.1
+    """Relative noise on each copy, so that candidates differ from the first step on."""
+    phases: tuple[Phase, ...]
+    batch_size: int = 128
+    """Images per step, over all ranks."""
+    augmentation: str = "crop_flip"
+    """One of `training.augmentation.AUGMENTATIONS`; digits are never mirrored."""
+    augmix_severity: int = 5
+    """Strength of AugMix's operations, 1 to 10: 5 in EWS, 3 in AugMix's own code."""
+    train_images: int | None = None
+    """Use only this many training images (a trial); all if None."""
+    held_out: int = 1000
+    """Training images kept back to choose the best checkpoint; the test set is never looked at."""
+    seed: int = 0
+    precision: Precision = "bf16"
+    channels_last: bool = True
+    validate_every: int = 1
+    """Epochs between validations on the held-out images."""
+    selection: Selection = "clean"
+    """What the best checkpoint is best at, on held-out images: clean accuracy, or PGD-10 accuracy."""
+    validation_eps: float = 0.01
+    """Radius of that PGD-10, in pixel units."""
+    ema: float | None = None
+    """Decay per step of an exponential moving average of the weights, which is then what is validated, kept as best
+    and exported; the weights themselves if None."""
+    patience: int | None = None
+    """Stop after this many validations without a better one; train to the end if None."""
+    collapse: float | None = None
+    """Stop when held-out robust accuracy lies this far below its best: single-step training can collapse within an
+    epoch (catastrophic overfitting). The best checkpoint is from before."""
+    ensemble_paths: int = 3
+    """Paths of the ensemble variant that is exported from this run."""
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise BadInput(f"recipe {self.name} has no phase; it needs at least one")
+        if self.batch_size < 2 or self.candidates < 1 or self.ensemble_paths < 1:
+            raise BadInput(
+                f"need batch_size >= 2, candidates >= 1 and ensemble_paths >= 1, got {self.batch_size}, "
+                f"{self.candidates} and {self.ensemble_paths}"
+            )
+        if self.validate_every < 1 or self.held_out < 0 or self.start_noise < 0:
+            raise BadInput(
+                f"need validate_every >= 1, held_out >= 0 and start_noise >= 0, got {self.validate_every}, "
+                f"{self.held_out} and {self.start_noise}"
+            )
+        gated = [phase.objective for phase in self.phases if isinstance(phase.objective, EnsembleInOne)]
+        if gated and self.candidates < 2:
+            raise BadInput(f"ensemble_in_one needs candidates >= 2 per gated layer, got {self.candidates}")
+        if self.members < 1 or (self.members > 1 and self.candidates > 1):
+            raise BadInput(
+                f"got members={self.members} and candidates={self.candidates}: an ensemble has several plain members, "
+                "a random gated network several candidates per layer; set one of them to 1"
+            )
+        if self.members > 1 and self.start_from is not None:
+            raise BadInput(f"start_from={self.start_from!r} would make all {self.members} members equal; leave it out")
+        if self.augmentation not in AUGMENTATIONS:
+            raise UnknownName(self.augmentation, AUGMENTATIONS, kind="augmentation")
+        if not 1 <= self.augmix_severity <= 10:
+            raise BadInput(f"need 1 <= augmix_severity <= 10, got {self.augmix_severity}")
+        for phase in self.phases:
+            if phase.objective.views > 1 and self.augmentation != "augmix":
+                raise BadInput(
+                    f"{phase.objective.name} compares {phase.objective.views} augmentations of an image (consistency), "
+                    f"which augmentation={self.augmentation!r} does not make; set augmentation=augmix"
+                )
+        if not 0 <= self.validation_eps <= 1:
+            raise BadInput(f"need 0 <= validation_eps <= 1, got {self.validation_eps}; pixels are in [0, 1]")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise BadInput(f"need 0 < ema < 1, got {self.ema}; 0.999 is usual, none keeps the weights themselves")
+        if self.patience is not None and self.patience < 1:
+            raise BadInput(f"need patience >= 1, got {self.patience}; none trains to the end")
+        if self.collapse is not None and not 0 < self.collapse < 1:
+            raise BadInput(f"need 0 < collapse < 1, got {self.collapse}; 0.2 is 20 points of accuracy")
+        if (self.patience is not None or self.collapse is not None) and not self.held_out:
+            raise BadInput("stopping early needs held-out images to judge by; set held_out=1000")
+        for name, kind in (("precision", Precision), ("sharing", Sharing), ("selection", Selection)):
+            if getattr(self, name) not in get_args(kind):
+                raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+
+    @property
+    def method(self) -> str:
+        """The method's name: that of the last phase's objective."""
+        return self.phases[-1].objective.name
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all phases together."""
+        return sum(phase.epochs for phase in self.phases)
