@@ -202,6 +202,18 @@ def _train(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _methods(arguments: argparse.Namespace) -> int:
+    from training.methods import markdown_table, methods
+
+    if arguments.json:
+        import dataclasses
+
+        _print_json([dataclasses.asdict(method) for method in methods()])
+    else:
+        print(markdown_table(methods()), end="")
+    return DONE
+
+
 def _derive(arguments: argparse.Namespace) -> int:
     import dataclasses
 
@@ -594,19 +606,34 @@ def _attack(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from serving.exits import read_confidence
     from serving.server import serve
     from zoo.catalogue import list_bundled
 
+    confidence = None if arguments.confidence is None else read_confidence(arguments.confidence)
     models = arguments.models
     if not models:
         variant = "gated" if arguments.mode == "random" else arguments.mode or "single"
         cards = list_bundled()
+        if arguments.exit is not None or confidence is not None:
+            cards = [card for card in cards if card.exits]
+            _some(
+                [card.name for card in cards], "no bundled model has several exits; name one, such as local-dir:FOLDER"
+            )
         models = [card.name for card in cards if variant in card.variants]
         if left_out := [card.name for card in cards if variant not in card.variants]:
             _say(f"not served, because without the variant {variant!r}: {', '.join(left_out)}")
     if arguments.demo:
         _require("gradio", "demo")
-    serve(_some(models), mode=arguments.mode, host=arguments.host, port=arguments.port, demo=arguments.demo)
+    serve(
+        _some(models),
+        mode=arguments.mode,
+        exit=arguments.exit,
+        confidence=confidence,
+        host=arguments.host,
+        port=arguments.port,
+        demo=arguments.demo,
+    )
     return DONE
 
 
@@ -643,11 +670,13 @@ def _repeatable_name(arguments: argparse.Namespace, name: str) -> str:
     return str(arguments.model) if elsewhere else name
 
 
-def _some(models: list[str]) -> list[str]:
+def _some(
+    models: list[str], none: str = "no model is bundled with this installation; name one, such as local-dir:FOLDER"
+) -> list[str]:
     from zoo.errors import BadInput
 
     if not models:
-        raise BadInput("no model is bundled with this installation; name one, such as local-dir:FOLDER")
+        raise BadInput(none)
     return models
 
 
@@ -912,6 +941,9 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--resume", action="store_true", help="go on where the run in RUN was stopped")
     added.add_argument("--device", metavar="DEVICE", help="cpu or cuda; a GPU if there is one by default")
 
+    added = command("methods", _methods, "The methods that recipes train by: paper, needs, cost, recipes.")
+    json_flag(added)
+
     added = command("derive", _derive, "Derive plain networks: paths of a random gated one, or members of an ensemble.")
     added.add_argument("source", metavar="RUN|MODEL")
     added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that will hold the bundle")
@@ -1008,6 +1040,14 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--mode", choices=("single", "ensemble", "random"))
     added.add_argument("--host", default="127.0.0.1", metavar="H")
     added.add_argument("--port", type=int, default=8000, metavar="P")
+    added.add_argument(
+        "--exit", type=int, metavar="K", help="the exit of multi-exit models that answers; the last else"
+    )
+    added.add_argument(
+        "--confidence",
+        metavar="P[,P…]",
+        help="or the first exit whose largest probability reaches P; one P, or one per exit but the last",
+    )
     added.add_argument("--demo", action="store_true", help="also serve the attack page under /demo")
 
     added = command("demo", _demo, "The page on which one attacks models.")

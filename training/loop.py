@@ -346,8 +346,7 @@ class _Loop:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = data.load(recipe.dataset, "train")
         if recipe.train_images is not None:
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed))
-            images = images[order[: recipe.train_images]]
+            images = data.drawn(images, recipe.train_images, recipe.seed)
         rest, held_out = data.hold_out(images, recipe.held_out, data.HOLD_OUT_SEED)
         self.images, self.held_out = rest.to(device), held_out.to(device)
         self.batches = len(self.images) // recipe.batch_size

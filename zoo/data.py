@@ -212,6 +212,11 @@ def augment(pixels: Tensor, generator: torch.Generator, *, flip: bool = True, pa
     return cropped.permute(0, 3, 1, 2)
 
 
+def drawn(images: Images, number: int, seed: int) -> Images:
+    """Return `number` of the images at random, all of them if there are no more: what a trial trains on."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:number]]
+
+
 def hold_out(images: Images, number: int, seed: int) -> tuple[Images, Images]:
     """Split off `number` images, drawn at random, for choices that must spare the test set: (the rest, held out)."""
     if not 0 <= number < len(images):

@@ -73,7 +73,7 @@ def folded_copy(network: nn.Module) -> fx.GraphModule:
         )
     network = copy.deepcopy(network)
     graph = graphs.trace(network)
-    graph.graph.eliminate_dead_code()
+    graphs.prune(graph)
     layers = [layer for layer in graphs.convolutions(graph) if layer.norm is not None]
     tensors = fold(network, layers, {})
     folded = graphs.without_norms(graph, layers)

@@ -139,6 +139,24 @@ def answers(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
     return tuple(answered) if isinstance(answered, (tuple, list)) else (answered,)
 
 
+def prune(graph_module: fx.GraphModule) -> None:
+    """Take out of the graph what no answer depends on, such as the exits that were not chosen.
+
+    What changes its input in place stays: an answer may depend on it without reading its output.
+    """
+    modules = dict(graph_module.named_modules())
+
+    def needed(node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return bool(getattr(modules[str(node.target)], "inplace", False))
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        in_place = name.endswith("_") or (name.startswith("i") and hasattr(operator, name)) or name == "setitem"
+        return node.is_impure() or in_place or bool(node.kwargs.get("inplace", False))
+
+    graph_module.graph.eliminate_dead_code(needed)
+    graph_module.recompile()
+
+
 def feature_nodes(graph_module: fx.GraphModule, layers: Sequence[Convolution], *, activated: bool) -> list[str]:
     """Name the graph node that is the feature of each layer: what distillation compares (DVERGE, section 3.1).
 

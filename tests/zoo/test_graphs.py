@@ -156,3 +156,38 @@ def test_leaving_out_norms_that_do_nothing_changes_nothing() -> None:
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(without(images), network(images))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in without.modules())
+
+
+class InPlace(nn.Module):
+    """Rectifies its features in three ways whose outputs nobody reads, and computes something in vain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.in_vain = nn.Conv2d(3, 3, 1)
+        self.activation = nn.ReLU(inplace=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv(images)
+        self.in_vain(features)
+        self.activation(features)
+        shifted = features - 0.5
+        F.relu(shifted, inplace=True)
+        shifted -= 0.1
+        shifted.relu_()
+        return shifted
+
+
+def test_pruning_takes_out_what_no_answer_needs_and_leaves_what_changes_in_place() -> None:
+    network = InPlace().eval()
+    images = torch.rand(2, 3, 4, 4)
+    traced = graphs.trace(network)
+    graphs.prune(traced)
+    assert "in_vain" not in {str(node.target) for node in traced.graph.nodes}
+    assert torch.equal(traced(images), network(images))
+
+
+def test_the_answers_of_a_graph_are_its_exits_in_order() -> None:
+    several = graphs.trace(build("msdnet", images=SMALL, exits=3, base=1, step=1))
+    assert [node.name for node in graphs.answers(several)] == [f"exits_{index}_classifier" for index in range(3)]
+    assert len(graphs.answers(graphs.trace(build("resnet8", images=SMALL, width=2)))) == 1

@@ -23,7 +23,7 @@ from training.objectives.base import Batch
 from training.objectives.network import Network
 from training.objectives.pgd_at import PgdAt
 from training.objectives.single import Loss, NetworkObjective
-from training.objectives.wrapper import Wrapper, passes
+from training.objectives.wrapper import Wrapper
 from zoo.errors import BadInput
 
 
@@ -57,7 +57,7 @@ class Awp(Wrapper):
 
     def forwards(self, networks: int = 1, exits: int = 1) -> float:
         """See `Objective.forwards`; one more evaluation of the loss, and its gradient."""
-        return self.inner.forwards(networks, exits) + 3.0 * networks * passes(self.inner)
+        return self.inner.forwards(networks, exits) + 3.0 * networks * self.passes
 
     def backward(self, network: Network, inputs: Any, batch: Batch) -> Loss:
         """Add the gradients of the loss at w + v; the weights are w again when it returns, or raises."""

@@ -29,7 +29,7 @@ from training.objectives.base import Batch, Needs
 from training.objectives.network import Network
 from training.objectives.single import Loss, NetworkObjective, View, kl_divergence
 from training.objectives.standard import Standard
-from training.objectives.wrapper import Wrapper, passes
+from training.objectives.wrapper import Wrapper
 from training.subnets import Choice, Paths, Space, applied, lowest_norm_choice, random_choice, space_of
 from zoo.derive import Ensemble
 from zoo.errors import BadInput
@@ -110,7 +110,7 @@ class Ews(Wrapper):
     def forwards(self, networks: int = 1, exits: int = 1) -> float:
         """See `Objective.forwards`: per view a pass of the subnet and its backward, and the controller's share."""
         rewards = 1 / self.controller_every if self.search == "controller" else 0.0
-        return self.inner.forwards(networks, exits) + networks * passes(self.inner) * (3.0 + rewards)
+        return self.inner.forwards(networks, exits) + networks * self.passes * (3.0 + rewards)
 
     def check(self, model: nn.Module) -> None:
         """See `Objective.check`; every member of an ensemble needs residual blocks."""

@@ -43,6 +43,11 @@ class NetworkObjective(Objective):
     An ensemble's members are trained side by side on the same batch; of a random gated network one path is drawn.
     """
 
+    @property
+    def passes(self) -> int:
+        """Forward passes over the batch that the loss takes, the making of its inputs left out."""
+        return self.views
+
     def prepare(self, networks: Sequence[Network], batch: Batch) -> list[Any]:
         """Return, per network, what its loss is taken on (adversarial examples, say), made with the present weights.
 

@@ -59,6 +59,11 @@ class Trades(NetworkObjective):
         if self.attacked not in get_args(Attacked):
             raise BadInput(f"attacked must be one of {', '.join(get_args(Attacked))}, got {self.attacked!r}")
 
+    @property
+    def passes(self) -> int:
+        """See `NetworkObjective.passes`: clean images and adversarial ones."""
+        return 2
+
     def forwards(self, networks: int = 1, exits: int = 1) -> float:
         """See `Objective.forwards`; what the clean images are answered is computed once per attack."""
         return networks * (1.0 + self.attack.forwards + 6.0)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from training.objectives.base import Batch
 from training.objectives.network import Network
 from training.objectives.single import Loss, NetworkObjective
-from training.objectives.trades import Trades
 from zoo.errors import BadInput
 
 
@@ -38,6 +37,11 @@ class Wrapper(NetworkObjective):
     def views(self) -> int:
         """See `Objective.views`."""
         return self.inner.views
+
+    @property
+    def passes(self) -> int:
+        """See `NetworkObjective.passes`."""
+        return self.inner.passes
 
     @property
     def replays(self) -> int:
@@ -68,10 +72,3 @@ class Wrapper(NetworkObjective):
     def ascended(self, network: Network, inputs: Any, batch: Batch) -> Tensor:
         """See `NetworkObjective.ascended`."""
         return self.inner.ascended(network, inputs, batch)
-
-
-def passes(objective: NetworkObjective) -> int:
-    """Return how many forward passes over the batch the loss at the heart of `objective` takes, its attack left out."""
-    while isinstance(objective, Wrapper):
-        objective = objective.inner
-    return 2 if isinstance(objective, Trades) else objective.views

@@ -156,7 +156,7 @@ def _held_out(run: Run) -> tuple[Images, str]:
     images = data.load(run.bundle.card.dataset, "train")
     only, kept_back = (training.recipe.get(key) for key in ("train_images", "held_out"))
     if isinstance(only, int):  # a trial on fewer images held back some of those
-        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(training.seed))[:only]]
+        images = data.drawn(images, only, training.seed)
     if isinstance(kept_back, int) and 0 < kept_back < len(images):
         number, said = kept_back, "held out of training"
     else:

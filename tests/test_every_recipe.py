@@ -1,0 +1,339 @@
+"""Every recipe of the registry, from real images to an answer of the server, by the command line's own functions.
+
+A recipe is shortened by what `--set` takes: one epoch per phase, small batches, two steps per attack or distillation.
+Networks keep their kind and depth and lose width: the published PreAct-ResNet-18, ResNet-50 and WRN-34-10 take minutes
+per epoch where these tests run, and what is asked here does not depend on how wide they are. The wide ResNet has no
+option for its width, so the smallest of its family stands in. One recipe starts from a bundled model, whose width it
+keeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+from torch import Tensor
+
+import manygates
+from serving.app import Application, Model
+from serving.engine import VARIANT_OF_MODE, Engine, modes_of
+from serving.settings import Settings
+from training.objectives import Objective
+from training.recipes import RECIPES, Recipe, recipe
+from zoo import data, paths
+from zoo.bundle import Bundle
+from zoo.derive import derive
+from zoo.models import PLAIN_WEIGHTS, load_members, load_rgn, load_variant
+
+pytestmark = [pytest.mark.data, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[1]
+SPLITS = {"train": 160, "test": 64}
+SMALLER = {
+    "resnet8": ["network_options.width=4"],
+    "resnet20": ["network_options.width=4"],
+    "preact_resnet18": ["network_options.width=8"],
+    "resnet50_cifar": ["network_options.width=8"],
+    "wide_resnet34_10": ["network=wide_resnet16_4"],
+    "msdnet3": ["network_options.channels=4", "network_options.growth=2"],
+}
+TOLERANCE = 1e-4
+MEMBER = 2
+
+
+def shortened(run: Recipe) -> list[str]:
+    """Return the settings that make a run of seconds out of a recipe and leave everything else as it is."""
+    settings = ["batch_size=40", "held_out=40"]
+    if run.start_from is None:
+        settings += SMALLER.get(run.network, [])
+    for number, phase in enumerate(run.phases):
+        settings += [f"phases.{number}.epochs=1", *_cheaper(phase.objective, f"phases.{number}.objective")]
+    return settings
+
+
+def _cheaper(holder: Any, place: str) -> list[str]:
+    """Return the settings for an objective, its attack and the objective within it: two steps, no warm-up."""
+    settings = []
+    for field in dataclasses.fields(holder):
+        value, name = getattr(holder, field.name), f"{place}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            settings += _cheaper(value, name)
+        elif field.name in ("steps", "distillation_steps") and value > 2:
+            settings.append(f"{name}=2")
+        elif field.name == "warm_up" and value:  # in epochs, and there is only one
+            settings.append(f"{name}=0")
+    return settings
+
+
+def done(*words: str | Path) -> str:
+    """Run a command that must succeed; returns what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = manygates.main([str(word) for word in words])
+    assert code == 0, f"{words}: {out.getvalue()}{err.getvalue()}"
+    return out.getvalue()
+
+
+# --- a few real images, in the hub's layout ---
+
+
+def real_folder(name: str) -> Path:
+    """Return where a data set's parquet files are on this machine."""
+    dataset = data.DATASETS[name]
+    return Path(os.environ.get(data.DATA_VARIABLE) or "../shared/data") / dataset.repository / dataset.folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_real_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Put the first images of each real data set where the commands look: to decode all of them takes a while."""
+    folder = tmp_path_factory.mktemp("hub")
+    smaller = {}
+    for name, dataset in data.DATASETS.items():
+        place = folder / dataset.repository / dataset.folder
+        place.mkdir(parents=True)
+        for split, number in SPLITS.items():
+            first = min(real_folder(name).glob(f"{split}-*.parquet"))
+            rows = next(parquet.ParquetFile(first).iter_batches(number))
+            parquet.write_table(pyarrow.Table.from_batches([rows]), place / f"{split}-00000-of-00001.parquet")
+        smaller[name] = dataclasses.replace(dataset, sizes=SPLITS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "DATASETS", smaller)
+        patch.setenv(data.DATA_VARIABLE, str(folder))
+        yield
+
+
+def test_image(dataset: str) -> tuple[Tensor, bytes]:
+    """Return a real test image, float32 (1, channel, height, width), and the very same as a PNG file."""
+    pixels = data.load(dataset, "test").pixels[7]
+    stream = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy()).save(stream, "PNG")
+    return data.as_float(pixels[None]), stream.getvalue()
+
+
+test_image.__test__ = False  # type: ignore[attr-defined]
+
+
+# --- what the commands made of a recipe, once for all tests ---
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+    """The folders of one recipe's chain."""
+
+    recipe: Recipe
+    run: Path
+    model: Path
+    derived: Path
+
+    @property
+    def bundle(self) -> Bundle:
+        return Bundle.open(self.model)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    @functools.cache
+    def chain(name: str) -> Made:
+        run = recipe(name)
+        folder = tmp_path_factory.mktemp(name)
+        made = Made(recipe=run, run=folder / "run", model=folder / "model", derived=folder / "derived")
+        settings = [word for setting in shortened(run) for word in ("--set", setting)]
+        done("train", name, "--out", made.run, "--device", "cpu", *settings)
+        if run.candidates > 1:
+            choice = ["--paths", "2"]
+        else:
+            choice = ["--member", str(MEMBER)] if run.members > 1 else []
+        done("derive", made.run, "--out", made.derived, *choice)
+        done("export", made.run, "--out", made.model)
+        return made
+
+    return chain
+
+
+@pytest.fixture(params=RECIPES)
+def made(request: pytest.FixtureRequest, make: Callable[[str], Made]) -> Made:
+    return make(request.param)
+
+
+def test_a_short_run_trains_every_phase_with_its_own_objective(made: Made) -> None:
+    with (made.run / "log.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["objective"] for row in rows] == [phase.objective.name for phase in made.recipe.phases]
+    assert all(math.isfinite(float(row["loss"])) and int(row["steps"]) >= 2 for row in rows)
+    assert 0 <= float(rows[-1]["held_out_robust"]) <= 1
+
+
+def test_the_exported_bundle_has_the_variants_and_exits_of_its_kind(made: Made) -> None:
+    run, card = made.recipe, made.bundle.card
+    gated, several = run.candidates > 1, run.candidates > 1 or run.members > 1
+    assert card.variants == ("single", *["ensemble"] * several, *["gated"] * gated)
+    assert (card.name, card.method, card.dataset) == (run.name, run.method, run.dataset)
+    assert len(card.exits) == (3 if run.network in ("msdnet3", "small_cnn3") else 0)
+    assert len(card.paths.ensemble) == (run.ensemble_paths if gated else 0)
+
+
+def test_what_is_derived_is_part_of_what_was_trained(made: Made) -> None:
+    derived = Bundle.open(made.derived)
+    members, _ = load_members(derived.file(PLAIN_WEIGHTS))
+    if made.recipe.candidates > 1:
+        rgn = load_rgn(made.bundle)
+        texts = derived.card.training.recipe["derived"]["paths"]
+        expected = [derive(rgn, paths.parse(text, rgn.num_gates, rgn.candidates)) for text in texts]
+        assert derived.card.variants == ("single", "ensemble")
+    else:
+        trained, _ = load_members(made.bundle.file(PLAIN_WEIGHTS))
+        assert len(trained) == made.recipe.members
+        expected = trained[MEMBER - 1 :][:1] if len(trained) > 1 else trained
+        assert derived.card.variants == ("single",)
+    assert len(members) == len(expected)
+    for found, wanted in zip(members, expected, strict=True):
+        state = wanted.state_dict()
+        assert found.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
+
+
+def test_every_graph_is_verified_against_the_weights(made: Made) -> None:
+    for folder in (made.model, made.derived):
+        document = json.loads(done("verify", folder, "--json"))
+        names = [check["name"] for check in document["checks"]]
+        card = Bundle.open(folder).card
+        assert document["held"]
+        assert {f"{variant}.onnx answers as its weights" for variant in card.variants} <= {*names}
+        assert ("early_exit.onnx answers as its weights" in names) == bool(card.exits)
+
+
+def served(bundle: Bundle, mode: Any, picture: bytes, query: str = "") -> dict[str, Any]:
+    """Return what the server answers to `POST /classify`; gates come from a generator seeded with 0."""
+    rng, card = random.Random(0), bundle.card
+
+    def gates(number: int) -> Any:
+        length, candidates = len(card.architecture.gated_layers), card.architecture.candidates
+        return np.array([paths.sample(length, candidates, rng) for _ in range(number)])
+
+    engine = Engine(bundle, mode, threads=1, gate_source=gates, any_exit=bool(card.exits))
+    model = Model(card=card, mode=engine.mode, predictor=engine, limits=engine.limits)
+
+    async def ask() -> httpx.Response:
+        application = Application([model], Settings(threads=1))
+        transport = httpx.ASGITransport(application)
+        async with application.running(), httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post(f"/classify{query}", content=picture)
+
+    response = asyncio.run(ask())
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def answers_as(answer: dict[str, Any], network: Any, images: Tensor, classes: tuple[str, ...]) -> bool:
+    """Whether the server's probabilities are those of the torch network, to `TOLERANCE`."""
+    with torch.no_grad():
+        expected = network(images).softmax(1)[0]
+    found = torch.tensor([answer["probabilities"][name] for name in classes])
+    assert answer["label"] == classes[int(found.argmax())]
+    return bool((found - expected).abs().max() <= TOLERANCE)
+
+
+def test_the_server_answers_a_real_image_as_the_weights_do_in_every_mode(made: Made) -> None:
+    bundle = made.bundle
+    images, picture = test_image(bundle.card.dataset)
+    modes = modes_of(bundle.card)
+    assert [VARIANT_OF_MODE[mode] for mode in modes] == [*bundle.card.variants]
+    for mode in modes:
+        answer = served(bundle, mode, picture)
+        network = load_variant(bundle, VARIANT_OF_MODE[mode], rng=random.Random(0))
+        assert answers_as(answer, network, images, bundle.card.classes), mode
+    for exit_index in range(len(bundle.card.exits)):
+        answer = served(bundle, "single", picture, f"?exit={exit_index + 1}")
+        assert answer["exit"] == exit_index + 1
+        assert answers_as(answer, load_variant(bundle, "single", exit_index=exit_index), images, bundle.card.classes)
+
+
+# --- once over real HTTP per kind of model ---
+
+
+@contextmanager
+def server_process(*words: str | Path) -> Iterator[str]:
+    """Run `manygates serve` in a process of its own on a free port; yields its URL."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "manygates", "serve", *map(str, words), "--port", "0"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "MANYGATES_SERVE_THREADS": "1"},
+    )
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "manygates serves" in line, line + process.stderr.read()
+        yield next(word for word in line.split() if word.startswith("http://"))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_an_ensemble_of_trained_members_answers_over_http(make: Callable[[str], Made]) -> None:
+    bundle = make("dverge3-resnet20-cifar10-cpu").bundle
+    images, picture = test_image("cifar10")
+    with server_process(f"local-dir:{bundle.folder}", "--mode", "ensemble") as url:
+        answer = httpx.post(f"{url}/classify", content=picture).json()
+    assert (answer["model"], answer["mode"]) == (bundle.card.name, "ensemble")
+    assert answers_as(answer, load_variant(bundle, "ensemble"), images, bundle.card.classes)
+
+
+def test_a_multi_exit_network_answers_over_http_at_the_exit_that_its_operator_chose(
+    make: Callable[[str], Made],
+) -> None:
+    bundle = make("neo-kd-msdnet3-cifar10-cpu").bundle
+    images, picture = test_image("cifar10")
+    with torch.no_grad():
+        first = float(load_variant(bundle, "single", exit_index=0)(images).softmax(1).max())
+    for words, expected in (
+        (("--exit", "2"), 2),
+        (("--confidence", f"{first / 2},1"), 1),
+        (("--confidence", f"{(1 + first) / 2},1"), 3),
+    ):
+        with server_process(bundle.folder, *words) as url:
+            answer = httpx.post(f"{url}/classify", content=picture).json()
+        assert answer["exit"] == expected
+        network = load_variant(bundle, "single", exit_index=expected - 1)
+        assert answers_as(answer, network, images, bundle.card.classes)
+
+
+def test_shortening_leaves_no_long_attack_in_any_objective() -> None:
+    from training.recipes import override
+
+    def longest(holder: Any) -> int:
+        steps = 0
+        for field in dataclasses.fields(holder):
+            value = getattr(holder, field.name)
+            if dataclasses.is_dataclass(value):
+                steps = max(steps, longest(value))
+            elif field.name.endswith("steps"):
+                steps = max(steps, value)
+        return steps
+
+    for name in RECIPES:
+        short = override(recipe(name), shortened(recipe(name)))
+        assert all(isinstance(phase.objective, Objective) and longest(phase.objective) <= 2 for phase in short.phases)
+        assert short.method == recipe(name).method
