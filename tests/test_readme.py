@@ -25,7 +25,11 @@ from zoo.catalogue import list_bundled
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
-DOCUMENTS += [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/adr/*.md"))]
+DOCUMENTS += [
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("docs/adr/*.md")),
+    *sorted(ROOT.glob("docs/methods/*.md")),
+]
 DEFAULT_ADDRESS = "127.0.0.1:8000"
 SHELLS = ("", "sh", "bash", "shell", "console")
 

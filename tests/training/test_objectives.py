@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from training.loop import train
 from training.objectives import OBJECTIVES, Batch, Memory, Objective, Standard, Step
 from training.objectives.network import networks_of
+from training.objectives.standard import jensen_shannon
 from training.recipes import Phase, Recipe
 from zoo import checkpoint, data
 from zoo.derive import Ensemble
@@ -339,3 +341,20 @@ def test_standard_on_an_rgn_trains_one_path_per_step() -> None:
 
 def _has_gradient(module: nn.Module) -> bool:
     return any(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_the_jensen_shannon_divergence_of_equal_answers_is_0_and_of_opposite_certain_ones_ln_2() -> None:
+    same = torch.randn(5, 4)
+    assert float(jensen_shannon((same, same, same))) == pytest.approx(0, abs=1e-6)
+    one = torch.tensor([[40.0, 0.0]])
+    assert float(jensen_shannon((one, one.flip(1)))) == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_consistency_adds_its_weight_times_the_divergence_of_the_views_and_they_share_a_batch() -> None:
+    network = build("resnet8", images=SMALL, width=4).train()
+    (batch,) = make_batches(Standard(consistency=12.0))
+    measured = Standard(consistency=12.0).accumulate(copy.deepcopy(network), [batch], STEP)
+    logits = network(torch.cat([batch.images, *batch.views]))
+    parts = torch.split(logits, len(batch.labels))
+    expected = F.cross_entropy(parts[0], batch.labels) + 12.0 * jensen_shannon(parts)
+    assert float(measured["loss"]) == pytest.approx(float(expected.detach()), rel=1e-6)
