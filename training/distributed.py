@@ -80,6 +80,15 @@ class World:
         distributed.all_reduce(total)
         return total / self.size
 
+    def agreed(self, value: float) -> float:
+        """Return the leading rank's value."""
+        if self.size == 1:
+            return value
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        shared = torch.tensor(value, dtype=torch.float64, device=device)
+        distributed.broadcast(shared, src=0)
+        return float(shared)
+
     def wait(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:

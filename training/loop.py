@@ -68,7 +68,6 @@ LAST, BEST, RECIPE, PROVENANCE, LOG = (
     "log.csv",
 )
 VALIDATION_PATHS = 4
-VALIDATION_ATTACKED = 256
 ADAM_EPS = 1e-7
 OPTIMIZER_SLOTS = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
 COLUMNS = (
@@ -470,8 +469,6 @@ class _Loop:
 
     def try_step(self) -> None:
         """Run each phase's objective once, keeping nothing: what cannot work should fail before a folder is made."""
-        if self.position.step:
-            return
         kept = copy.deepcopy(self.model.state_dict())
         self.model.train()
         for phase in self.recipe.phases:
@@ -539,13 +536,15 @@ class _Loop:
         }
         row |= {name: round(total / self._steps(phase), 6) for name, total in place.sums.items()}
         if (place.epoch + 1) % self.recipe.validate_every == 0 or place.epoch + 1 == self.recipe.epochs:
-            row |= self._validate()
+            # ranks must agree on what was found, since it decides on stopping
+            row |= {name: self.world.agreed(value) for name, value in self._validate().items()}
         place.seconds += time.monotonic() - self.started
         self.started = time.monotonic()
         row["seconds"] = round(place.seconds, 1)
         place.rows.append(row)
         place.epoch, place.batch, place.sums = place.epoch + 1, 0, {}
-        better = phase is self.recipe.phases[-1] and self._judge(row)
+        last = place.epoch > self.recipe.epochs - self.recipe.phases[-1].epochs
+        better = last and self._judge(row)
         if self.world.leads:
             if better:
                 self._save(BEST, weights_only=True)
@@ -557,24 +556,27 @@ class _Loop:
             shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
             print("  ".join(f"{name} {value}" for name, value in shown.items()), file=sys.stderr, flush=True)
             if place.stopped:
-                print(
-                    f"stopped early: best held-out {self.recipe.selection} accuracy {place.best:.4g}", file=sys.stderr
-                )
+                kept = f"best held-out {self.recipe.selection} accuracy {place.best:.4g}"
+                print(f"stopped early; {kept} (export it with --checkpoint best)", file=sys.stderr, flush=True)
         self.checkpoint()
 
     def _judge(self, row: Mapping[str, float | int | str]) -> bool:
-        """Note how an epoch of the last phase did: whether it is the best so far, and whether to stop here."""
+        """Note how an epoch of the last phase did: whether it is the best so far, and whether to stop here.
+
+        After a collapse nothing is the best: accuracy on clean images often rises while robustness is lost.
+        """
         place, recipe = self.position, self.recipe
         score = row.get(f"held_out_{recipe.selection}")
         if score is None:
             return False
-        better = cast(float, score) > place.best
-        place.best = max(place.best, cast(float, score))
-        place.stale = 0 if better else place.stale + 1
         robust = cast(float, row["held_out_robust"])
         collapsed = recipe.collapse is not None and robust < place.best_robust - recipe.collapse
+        better = cast(float, score) > place.best and not collapsed
+        place.best = cast(float, score) if better else place.best
+        place.stale = 0 if better else place.stale + 1
         place.best_robust = max(place.best_robust, robust)
-        place.stopped = collapsed or (recipe.patience is not None and place.stale >= recipe.patience)
+        impatient = recipe.patience is not None and place.stale >= recipe.patience
+        place.stopped = (collapsed or impatient) and place.epoch < recipe.epochs
         return better
 
     def _validate(self) -> dict[str, float]:
@@ -596,7 +598,7 @@ class _Loop:
             deployed = [folded_copy(model)]
         attack = pgd if num_exits(model) == 1 else average_exits
         clean = [self._accuracy(network, self.held_out) for network in deployed]
-        attacked = self.held_out[slice(0, VALIDATION_ATTACKED)]
+        attacked = self.held_out[slice(0, self.recipe.validation_attacked)]
         budget = LinfBudget(eps=self.recipe.validation_eps, steps=10, random_start=False)
         images = attack(deployed[0], data.as_float(attacked.pixels), attacked.labels, budget)
         robust = _share_right(deployed[0], images, attacked.labels)

@@ -376,6 +376,7 @@ def test_on_paths_it_differs_from_ensemble_in_one_only_where_its_fields_say() ->
 def test_the_defaults_are_dverges() -> None:
     fields = dataclasses.asdict(Dverge())
     assert fields == {
+        "label_smoothing": 0.0,
         "paths": 3,
         "eps": 0.07,
         "distillation_steps": 10,

@@ -14,7 +14,7 @@ import torch
 
 from training import loop
 from training.loop import learning_rate, load_run, train
-from training.objectives import Batch, Objective, PgdAt, Standard, Step
+from training.objectives import Awp, Batch, Objective, PgdAt, Standard, Step
 from training.recipes import Phase, Recipe
 from zoo import checkpoint, data
 from zoo.checkpoint import network_state
@@ -355,3 +355,17 @@ def test_an_objective_is_chosen_by_its_name_or_described_in_full(make: MakeRecip
     }.items():
         with pytest.raises((BadInput, UnknownName), match=message):
             chosen(text)
+
+
+def test_weights_that_collapsed_are_never_the_best_however_accurate_on_clean_images(
+    make: MakeRecipe, held_out: Callable[..., None], tmp_path: Path
+) -> None:
+    held_out((0.6, 0.35), (0.7, 0.4), (0.8, 0.0))
+    train(make("phases.0.epochs=5", "collapse=0.2"), tmp_path, device="cpu")
+    assert len(rows(tmp_path)) == 3
+    assert checkpoint.load(tmp_path / "best.safetensors")[1]["position"]["best"] == 0.7
+
+
+def test_a_wrapper_leaves_label_smoothing_to_what_is_within() -> None:
+    with pytest.raises(BadInput, match=r"set inner\.label_smoothing instead"):
+        Awp(label_smoothing=0.1)

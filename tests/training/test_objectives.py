@@ -191,6 +191,24 @@ def test_an_objective_is_frozen_hashable_and_says_where_it_was_published(objecti
     assert objective.forwards(3, 3) >= 3
 
 
+def test_every_objective_smooths_labels_and_refuses_to_smooth_all_of_them(
+    objective: Objective, model: nn.Module
+) -> None:
+    twin, batches = copy.deepcopy(model), make_batches(objective)
+    inner = getattr(objective, "inner", None)
+    smooth = dataclasses.replace(
+        objective,
+        **({"label_smoothing": 0.3} if inner is None else {"inner": dataclasses.replace(inner, label_smoothing=0.3)}),
+    )
+    accumulate(objective, model, batches, dataclasses.replace(STEP, memory=Memory()))
+    accumulate(smooth, twin, batches, dataclasses.replace(STEP, memory=Memory()))
+    plain, smoothed = gradients(model), gradients(twin)
+    assert plain.keys() == smoothed.keys()
+    assert any(not torch.allclose(plain[name], smoothed[name], rtol=1e-3) for name in plain)
+    with pytest.raises(BadInput, match="label_smoothing"):
+        dataclasses.replace(objective, label_smoothing=1.0)
+
+
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_an_objective_has_a_page(method: str) -> None:
     page = Path(__file__).parents[2] / "docs/methods" / f"{method}.md"

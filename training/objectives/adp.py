@@ -58,7 +58,9 @@ class Adp(MembersObjective):
                 f"adp spreads members over the wrong classes, and {num_members} of them cannot differ in "
                 f"{classes - 1}; train at most {classes - 1} members"
             )
-        cross_entropy = torch.stack([F.cross_entropy(answer, batch.labels) for answer in answers]).sum()
+        cross_entropy = torch.stack(
+            [F.cross_entropy(answer, batch.labels, label_smoothing=self.label_smoothing) for answer in answers]
+        ).sum()
         spread, volume = entropy(logits).mean(), log_volume(logits, batch.labels, self.offset).mean()
         loss = cross_entropy - self.alpha * spread - self.beta * volume
         loss.backward()  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.randomness import gate_generator, tensor_generator
+from zoo.errors import BadInput
 
 Needs = Literal["any network", "several members", "gates", "dropout", "several exits", "residual blocks"]
 
@@ -117,6 +118,14 @@ class Objective(ABC):
     """What a network must have to be trained so."""
     per_image_memory: ClassVar[bool] = False
     """Whether it remembers something per image of a batch, which ties it to one process."""
+
+    label_smoothing: float = 0.0
+    """Share of every label that is spread over all classes, in the cross-entropies that train weights. Attacks,
+    distances between features and divergences do without."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise BadInput(f"need 0 <= label_smoothing < 1, got {self.label_smoothing}")
 
     @property
     def name(self) -> str:

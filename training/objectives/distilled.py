@@ -70,6 +70,7 @@ class DistilledObjective(Objective):
     """Each network also learns PGD examples against itself; no attack if None."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.paths < 1 or self.distillation_steps < 1:
             raise BadInput(f"need at least 1 path and 1 step, got {self.paths} and {self.distillation_steps}")
         if not 0 <= self.eps <= 1:
@@ -126,9 +127,14 @@ class DistilledObjective(Objective):
             adversarial = None
             with step.autocast(source.images.device):  # one context: autocast casts the weights once
                 # One forward per distiller: concatenated batches would share BatchNorm statistics.
-                terms = [F.cross_entropy(network(images), source.labels) for images in others]
+                terms = [
+                    F.cross_entropy(network(images), source.labels, label_smoothing=self.label_smoothing)
+                    for images in others
+                ]
                 if attacked:
-                    adversarial = F.cross_entropy(network(attacked[number]), source.labels)
+                    adversarial = F.cross_entropy(
+                        network(attacked[number]), source.labels, label_smoothing=self.label_smoothing
+                    )
                     adversarial_losses.append(adversarial.detach())
             loss = torch.stack(terms).sum()
             self.combined(loss, adversarial, len(networks)).backward()  # type: ignore[no-untyped-call]

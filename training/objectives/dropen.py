@@ -25,6 +25,7 @@ from training.objectives.base import Batch, Memory, Needs, Objective, Step
 from training.objectives.input_gradients import SECOND_ORDER, Smoothness, check_weights, input_gradients
 from training.objectives.network import Network, check_one_exit, networks_of
 from zoo.errors import BadInput
+from zoo.networks import MNIST_FORMAT
 
 Compared = Literal["masks", "previous_batches"]
 
@@ -52,6 +53,7 @@ class Dropen(Objective):
     smoothness: Smoothness = field(default_factory=lambda: Smoothness(eps_start=0.1, eps_end=0.2))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.memory not in get_args(Compared):
             raise BadInput(f"memory must be one of {', '.join(get_args(Compared))}, got {self.memory!r}")
         if self.masks < 2 or self.batches < 1:
@@ -63,6 +65,16 @@ class Dropen(Objective):
         """Return the released code's reading: earlier batches, and a perturbation along the sum of its gradients."""
         smoothness = Smoothness(eps_start=0.1, eps_end=0.2, accumulate_gradients=True)
         return cls(**{"memory": "previous_batches", "smoothness": smoothness, **changes})
+
+    @classmethod
+    def mnist(cls, **changes: Any) -> Dropen:
+        """Return the weights for digits: the released code trains them in standard scores, not in pixels.
+
+        Its gradients are then std = 0.3081 times ours and its radius 1 / std times: Q counts std^2 as much.
+        """
+        std = MNIST_FORMAT.std[0]
+        smoothness = Smoothness(eps_start=0.1 * std, eps_end=0.2 * std)
+        return cls(**{"lambda_b": 0.1 * std**2, "smoothness": smoothness, **changes})
 
     @property
     def per_image_memory(self) -> bool:  # type: ignore[override]
@@ -92,7 +104,7 @@ class Dropen(Objective):
     def _train(self, network: Network, batch: Batch, step: Step) -> dict[str, Tensor]:
         images = self.smoothness.images([network], batch.images, batch.labels, step)
         logits, gradients = input_gradients(network, batch.images, batch.labels)
-        cross_entropy = F.cross_entropy(logits, batch.labels)
+        cross_entropy = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         similarity = self.similarity(gradients, self.others(network, batch, gradients.detach(), step))
         loss = cross_entropy + self.lambda_a * similarity
         if self.smoothness.perturbed == "none":

@@ -48,6 +48,7 @@ class ExitsObjective(Objective):
     """Take half of the clean and half of the adversarial cross-entropy, as the code of Triple Wins does."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.attacked not in get_args(Attacked):
             raise BadInput(f"attacked must be one of {', '.join(get_args(Attacked))}, got {self.attacked!r}")
         if self.attacked_exit is not None and self.attacked != "single":
@@ -131,7 +132,7 @@ class ExitsObjective(Objective):
 
         answers = network.exits(batch.images)
         term = self.clean_term(answers)
-        loss = share * summed_cross_entropy(answers, batch.labels) + term
+        loss = share * summed_cross_entropy(answers, batch.labels, self.label_smoothing) + term
         loss.backward()  # type: ignore[no-untyped-call]
         measured = {"loss": loss.detach(), "distillation": term.detach(), "accuracy": _accuracy(answers, batch.labels)}
         if examples is None:
@@ -140,7 +141,7 @@ class ExitsObjective(Objective):
         clean = [logits.detach() for logits in answers]
         answers = network.exits(examples)
         term = self.adversarial_term(answers, clean, batch, step)
-        loss = share * summed_cross_entropy(answers, batch.labels) + term
+        loss = share * summed_cross_entropy(answers, batch.labels, self.label_smoothing) + term
         loss.backward()  # type: ignore[no-untyped-call]
         return {
             "loss": measured["loss"] + loss.detach(),
@@ -150,9 +151,9 @@ class ExitsObjective(Objective):
         }
 
 
-def summed_cross_entropy(answers: Sequence[Tensor], labels: Tensor) -> Tensor:
+def summed_cross_entropy(answers: Sequence[Tensor], labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return the sum over exits of the mean cross-entropy of their logits (batch, class)."""
-    return torch.stack([F.cross_entropy(logits, labels) for logits in answers]).sum()
+    return torch.stack([F.cross_entropy(logits, labels, label_smoothing=label_smoothing) for logits in answers]).sum()
 
 
 def check_weight(name: str, weight: float) -> None:

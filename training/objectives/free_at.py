@@ -40,14 +40,12 @@ class FreeAt(NetworkObjective):
     """Length of the perturbation's step; eps if None, so that one step reaches from one side of 0 to the bound."""
     replays: int = 8
     """Consecutive weight steps on the same images, m."""
-    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         LinfBudget(eps=self.eps, step_size=self.step_size)  # checks the numbers
         if self.replays < 1:
             raise BadInput(f"need at least 1 replay, got {self.replays}; the paper's is 8")
-        if not 0 <= self.label_smoothing < 1:
-            raise BadInput(f"need 0 <= label_smoothing < 1, got {self.label_smoothing}")
+        super().__post_init__()
 
     def forwards(self, networks: int = 1, exits: int = 1) -> float:
         """See `Objective.forwards`; of one replay."""

@@ -62,7 +62,9 @@ class Gal(MembersObjective):
         images = self.noisy(batch.images, step)
         pairs = [input_gradients(network, images, batch.labels) for network in self.networks(model, step)]
         answers, gradients = [logits for logits, _ in pairs], [found for _, found in pairs]
-        cross_entropy = torch.stack([F.cross_entropy(logits, batch.labels) for logits in answers]).mean()
+        cross_entropy = torch.stack(
+            [F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing) for logits in answers]
+        ).mean()
         similar = cosines(gradients)
         loss = cross_entropy + self.weight * alignment(similar)
         loss.backward()  # type: ignore[no-untyped-call]

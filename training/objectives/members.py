@@ -24,6 +24,7 @@ class MembersObjective(Objective):
     """Distinct random paths per step, of a random gated network; an ensemble is trained whole."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.paths < 2:
             raise BadInput(f"need at least 2 paths, got {self.paths}; one path has no other to differ from")
 

@@ -31,13 +31,11 @@ class PgdAt(NetworkObjective):
     published: ClassVar[str] = "Madry et al., ICLR 2018"
 
     attack: Attack = field(default_factory=Attack)
-    label_smoothing: float = 0.0
     attacked: Attacked = "ensemble"
     """Of an ensemble: attack what its members answer together, or each member by itself."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise BadInput(f"need 0 <= label_smoothing < 1, got {self.label_smoothing}")
+        super().__post_init__()
         if self.attacked not in get_args(Attacked):
             raise BadInput(f"attacked must be one of {', '.join(get_args(Attacked))}, got {self.attacked!r}")
 

@@ -26,13 +26,11 @@ class Standard(NetworkObjective):
 
     published: ClassVar[str] = "(empirical risk minimisation)"
 
-    label_smoothing: float = 0.0
     consistency: float = 0.0
     """Weight of the Jensen-Shannon divergence between the image and two augmentations of it (AugMix: 12)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise BadInput(f"need 0 <= label_smoothing < 1, got {self.label_smoothing}")
+        super().__post_init__()
         if not 0 <= self.consistency < float("inf"):
             raise BadInput(f"need consistency >= 0, got {self.consistency}")
 

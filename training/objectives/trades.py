@@ -42,8 +42,6 @@ class Trades(NetworkObjective):
     """Standard deviation of that noise, in pixel units; at the image itself the divergence has no gradient."""
     beta: float = 6.0
     """Weight of the divergence."""
-    label_smoothing: float = 0.0
-    """Of the cross-entropy."""
     attacked: Attacked = "ensemble"
     """Of an ensemble: make the examples for what its members answer together, or for each member by itself."""
 
@@ -54,8 +52,7 @@ class Trades(NetworkObjective):
             raise BadInput(
                 f"need start_noise > 0, got {self.start_noise}; at the image itself the divergence has no gradient"
             )
-        if not 0 <= self.label_smoothing < 1:
-            raise BadInput(f"need 0 <= label_smoothing < 1, got {self.label_smoothing}")
+        super().__post_init__()
         if self.attacked not in get_args(Attacked):
             raise BadInput(f"attacked must be one of {', '.join(get_args(Attacked))}, got {self.attacked!r}")
 

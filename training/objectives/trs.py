@@ -61,7 +61,9 @@ class Trs(MembersObjective):
         images = self.smoothness.images(networks, batch.images, batch.labels, step)
         pairs = [input_gradients(network, batch.images, batch.labels) for network in networks]
         answers, gradients = [logits for logits, _ in pairs], [found for _, found in pairs]
-        losses = torch.stack([F.cross_entropy(logits, batch.labels) for logits in answers])
+        losses = torch.stack(
+            [F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing) for logits in answers]
+        )
         similarity = cosines(gradients).abs().mean()
         loss = (losses.mean() if self.average_members else losses.sum()) + self.lambda_a * similarity
         share = self.lambda_b / len(networks)

@@ -22,10 +22,15 @@ class Wrapper(NetworkObjective):
     """The objective within; adversarial examples, views, replays and what is asked of the model are its own."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.inner, NetworkObjective):
             raise BadInput(
                 f"{type(self).__name__} goes around the loss of one network, such as standard, pgd_at or trades, "
                 f"got {type(self.inner).__name__}"
+            )
+        if self.label_smoothing:
+            raise BadInput(
+                f"label_smoothing={self.label_smoothing} belongs to the loss within; set inner.label_smoothing instead"
             )
 
     @property

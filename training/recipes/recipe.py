@@ -92,6 +92,8 @@ class Recipe:
     """What the best checkpoint is best at, on held-out images: clean accuracy, or PGD-10 accuracy."""
     validation_eps: float = 0.01
     """Radius of that PGD-10, in pixel units."""
+    validation_attacked: int = 256
+    """How many of the held-out images it attacks."""
     ema: float | None = None
     """Decay per step of an exponential moving average of the weights, which is then what is validated, kept as best
     and exported; the weights themselves if None."""
@@ -136,8 +138,11 @@ class Recipe:
                     f"{phase.objective.name} compares {phase.objective.views} augmentations of an image (consistency), "
                     f"which augmentation={self.augmentation!r} does not make; set augmentation=augmix"
                 )
-        if not 0 <= self.validation_eps <= 1:
-            raise BadInput(f"need 0 <= validation_eps <= 1, got {self.validation_eps}; pixels are in [0, 1]")
+        if not 0 <= self.validation_eps <= 1 or self.validation_attacked < 1:
+            raise BadInput(
+                f"need 0 <= validation_eps <= 1 and validation_attacked >= 1, got {self.validation_eps} and "
+                f"{self.validation_attacked}; pixels are in [0, 1]"
+            )
         if self.ema is not None and not 0 < self.ema < 1:
             raise BadInput(f"need 0 < ema < 1, got {self.ema}; 0.999 is usual, none keeps the weights themselves")
         if self.patience is not None and self.patience < 1:

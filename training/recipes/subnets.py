@@ -74,13 +74,15 @@ def ews_at_preact18_cifar10() -> Recipe:
                 weight_decay=5e-4,
             ),
         ),
+        held_out=5000,
         selection="robust",
         validation_eps=8 / 255,
+        validation_attacked=1000,
     )
 
 
 def ews_trades_awp_preact18_cifar10() -> Recipe:
-    """EWS on TRADES with weight perturbation: what the paper's best single models are trained by.
+    """EWS on TRADES with weight perturbation: the paper's best without extra data.
 
     manygates train ews-trades-awp-preact18-cifar10 --out RUN        one GPU; not run
     Expect (published errors): 17.67 % clean, 48.58 % under AutoAttack at 8/255.
@@ -121,5 +123,7 @@ def ews_at_resnet20_cifar10_cpu() -> Recipe:
         description="EWS on PGD adversarial training at 8/255, ResNet-20, trained on two CPU cores",
         network="resnet20",
         phases=(Phase(objective=objective, epochs=20, schedule="cosine", weight_decay=5e-4),),
+        held_out=1000,
         validate_every=5,
+        validation_attacked=256,
     )
