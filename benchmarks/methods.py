@@ -5,7 +5,8 @@
 ResNet-20, or the nearest network that has what the method needs: an RGN of it, three of them, MSDNet with 3 exits, a
 LeNet with dropout. Steps of the method and of standard training take turns; the ratio of their times stands beside the
 ratio of forward passes that the method predicts (`Objective.forwards`, a standard step being 3). The methods that draw
-a layer draw another at every round. The last line is one JSON document.
+a layer draw another at every round. Precision and memory layout are those of each method's recipe for two cores. The
+last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from training.methods import EXITS, MEMBERS
+from training.methods import EXITS, MEMBERS, methods
 from training.objectives import OBJECTIVES, Batch, Memory, MultiExit, Objective, Standard, Step
+from training.recipes import Recipe, recipe
 from zoo.derive import Ensemble
 from zoo.networks import MNIST_FORMAT, build
 from zoo.rgn import randomly_gate
@@ -50,6 +52,12 @@ def networks(needs: str) -> tuple[str, nn.Module, nn.Module]:
     return "resnet20", build("resnet20"), plain
 
 
+def recipe_of(method: str) -> Recipe:
+    """Return a method's recipe for two cores."""
+    (row,) = [row for row in methods() if row.name == method]
+    return recipe(next(name for name in row.recipes if name.endswith("-cpu")))
+
+
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return one row: predicted and measured cost of a method with its default settings."""
     objective: Objective = OBJECTIVES[name]()
@@ -57,26 +65,30 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     kind, trained, beside = networks(objective.needs)
     baseline: Objective = MultiExit() if objective.needs == "several exits" else Standard()
     channels, height, width = beside.image_shape  # type: ignore[misc]
-    precision = torch.bfloat16 if options.precision == "bf16" else torch.float32
-
-    def images() -> Tensor:
-        made = torch.rand(options.batch, channels, height, width, device=device)
-        return made.contiguous(memory_format=torch.channels_last)
-
-    batches = [Batch(images(), torch.randint(0, 10, (options.batch,), device=device)) for _ in range(2)]
+    settings = {"method": recipe_of(name), "standard": recipe_of("standard")}
     memories: dict[str, Memory] = {"method": Memory(), "standard": Memory()}
     runs = {"method": (objective, trained), "standard": (baseline, beside)}
     seconds: dict[str, list[float]] = {"method": [], "standard": []}
-    for model in (trained, beside):
-        model.to(device).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batches = {}
+    for who, (_, model) in runs.items():
+        layout = torch.channels_last if settings[who].channels_last else torch.contiguous_format
+        model.to(device).train().to(memory_format=layout)  # type: ignore[call-overload]
+        batches[who] = [
+            Batch(
+                torch.rand(options.batch, channels, height, width, device=device).contiguous(memory_format=layout),
+                torch.randint(0, 10, (options.batch,), device=device),
+            )
+            for _ in range(2)
+        ]
     for number in range(-1, options.rounds):
         for who, (what, model) in runs.items():
+            precision = torch.bfloat16 if settings[who].precision == "bf16" else torch.float32
             step = Step(seed=0, number=number + 1, precision=precision, epoch=number + 1, memory=memories[who])
             if device.type == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
             model.zero_grad(set_to_none=True)
-            what.accumulate(model, batches[: what.streams], step)
+            what.accumulate(model, batches[who][: what.streams], step)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if number >= 0:  # the first round warms up
@@ -90,6 +102,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "method": name,
         "network": kind,
+        "precision": settings["method"].precision,
+        "channels_last": settings["method"].channels_last,
         "forwards": round(forwards, 1),
         "predicted": round(predicted, 2),
         "measured": round(measured, 2),
@@ -105,7 +119,6 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=10)
     arguments.add_argument("--batch", type=int, default=64)
     arguments.add_argument("--device", default="cpu")
-    arguments.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     arguments.add_argument("--methods", nargs="+", choices=tuple(OBJECTIVES), default=list(OBJECTIVES))
     options = arguments.parse_args()
     torch.manual_seed(0)
@@ -128,7 +141,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "load_at_start": round(load, 2),
         "versions": {"torch": torch.__version__, "manygates": importlib.metadata.version("manygates")},
-        "settings": {"batch": options.batch, "rounds": options.rounds, "precision": options.precision},
+        "settings": {"batch": options.batch, "rounds": options.rounds},
         "rows": rows,
     }
     print(json.dumps(document))

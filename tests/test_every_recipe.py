@@ -1,10 +1,9 @@
 """Every recipe of the registry, from real images to an answer of the server, by the command line's own functions.
 
-A recipe is shortened by what `--set` takes: one epoch per phase, small batches, two steps per attack or distillation.
-Networks keep their kind and depth and lose width: the published PreAct-ResNet-18, ResNet-50 and WRN-34-10 take minutes
-per epoch where these tests run, and what is asked here does not depend on how wide they are. The wide ResNet has no
-option for its width, so the smallest of its family stands in. One recipe starts from a bundled model, whose width it
-keeps.
+A recipe is shortened by what `--set` takes: few images, one epoch per phase, two steps per attack or distillation. Its
+network keeps its kind and loses width, and depth where it has a choice: the published PreAct-ResNet-18, ResNet-50 and
+WRN-34-10 take minutes per epoch where these tests run, and nothing asked here depends on how large they are. A wide
+ResNet has no option for its width, so the smallest of the family stands in.
 """
 
 from __future__ import annotations
@@ -48,23 +47,30 @@ from zoo.models import PLAIN_WEIGHTS, load_members, load_rgn, load_variant
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[1]
-SPLITS = {"train": 96, "test": 64}
+SPLITS = {"train": 200, "test": 64}
+SHORT = ("train_images=48", "held_out=12", "batch_size=12")
 SMALLER = {
-    "resnet8": ["network_options.width=4"],
-    "resnet20": ["network=resnet8", "network_options.width=4"],
-    "preact_resnet18": ["network_options.width=8"],
-    "resnet50_cifar": ["network_options.width=8"],
-    "wide_resnet34_10": ["network=wide_resnet16_4"],
-    "msdnet3": ["network_options.channels=4", "network_options.growth=2"],
+    "resnet8": ("network_options.width=4",),
+    "resnet20": ("network=resnet8", "network_options.width=4"),
+    "preact_resnet18": ("network_options.width=8",),
+    "resnet50_cifar": ("network_options.width=8",),
+    "wide_resnet34_10": ("network=wide_resnet16_4",),
+    "msdnet3": (
+        "network=msdnet",
+        *(f"network_options.{name}" for name in ("exits=3", "base=1", "step=1", "channels=4", "growth=2")),
+    ),
 }
+PUBLISHED = {"lenet", "two_layer_cnn", "small_cnn3"}
+"""Networks that are small as they are."""
+STARTS = "standard-resnet20-cifar10"
+"""The recipe of the bundled model that another one starts from; here it starts from a short run of it."""
 TOLERANCE = 1e-4
 MEMBER = 2
 
 
 def shortened(run: Recipe) -> list[str]:
     """Return the settings that make a run of seconds out of a recipe and leave everything else as it is."""
-    settings = ["batch_size=24", "held_out=24"]
-    settings += SMALLER.get(run.network, [])
+    settings = [*SHORT, *SMALLER.get(run.network, ())]
     for number, phase in enumerate(run.phases):
         settings += [f"phases.{number}.epochs=1", *_cheaper(phase.objective, f"phases.{number}.objective")]
     return settings

@@ -196,6 +196,7 @@ def dropen_lenet_mnist_cpu() -> Recipe:
         phases=(replace(_adam(Dropen.mnist(), 12), schedule="cosine", learning_rate=2e-3),),
         batch_size=250,
         validate_every=2,
+        precision="bf16",
     )
 
 
