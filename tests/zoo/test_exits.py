@@ -310,3 +310,13 @@ def test_other_protocols_judge_the_last_exit_and_say_so(tmp_path: Path) -> None:
 def test_a_card_without_the_costs_of_its_exits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="the card of colours does not say what its exits cost; export the bundle again"):
         measured(bundle_of(tmp_path, exits=()), images=10)
+
+
+def test_the_limits_of_every_budget_stand_in_the_result_and_fall_with_it(tmp_path: Path) -> None:
+    tables = tables_of(measured(bundle_of(tmp_path), images=120))
+    limits = tables["limits"]
+    assert limits.rows == tables["budgeted"].rows
+    assert limits.columns == ("1",)
+    found = [row[0] or 0 for row in limits.values]
+    assert found == sorted(found), "a dearer budget asks more of the first exit"
+    assert all(0 < value <= 2 for value in found)

@@ -24,6 +24,8 @@ from zoo.models import load_exits
 
 RATIOS = tuple(number / 20 for number in range(1, 40))
 """Each exit's quota relative to the one before, for the 39 budgets of MSDNet."""
+UNREACHABLE = 2.0
+"""Stands for an infinite limit, which a card cannot hold; confidences are at most 1."""
 CALIBRATED_ON = 1000
 """Training images that limits are chosen on where the training held none out."""
 MILLION = 1e6
@@ -96,6 +98,7 @@ def exits(run: Run) -> list[Result]:
                     table("exits", (f"attack, eps {eps}", "exit"), list(rows), names, torch.stack(list(rows.values()))),
                     table("transfer", ("made on exit", "judged on exit"), names, names, moved),
                     _budgets({"clean": clean, "average attack": averaged}, labels, limits, run),
+                    _confidences(limits, names[:-1]),
                 ],
             )
         )
@@ -184,6 +187,13 @@ def _budgets(measured: dict[str, Tensor], labels: Tensor, limits: dict[float, li
         rows.append(row)
     names = [f"{ratio:g}" for ratio in limits]
     return table("budgeted", ("ratio of quotas", "measured"), names, columns, torch.tensor(rows, dtype=torch.float64))
+
+
+def _confidences(limits: dict[float, list[float]], names: list[str]) -> Table:
+    """The limits themselves, for `manygates serve --confidence`; an exit without a quota answers no image."""
+    values = torch.tensor(list(limits.values()), dtype=torch.float64).clamp(max=UNREACHABLE)
+    axes = ("ratio of quotas", f"confidence needed at exit ({UNREACHABLE:g}: never)")
+    return table("limits", axes, [f"{ratio:g}" for ratio in limits], names, values)
 
 
 def _own_exit_suffers(moved: Tensor) -> Check:
