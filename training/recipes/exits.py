@@ -60,6 +60,17 @@ def neo_kd_msdnet3_cifar10() -> Recipe:
     )
 
 
+def _digits(objective: NeoKd, epochs: int) -> tuple[Phase, ...]:
+    """An epoch on clean digits first: from fresh weights an attack at 0.3 leaves nothing to learn for many epochs.
+
+    The optimiser is not published. SGD at 0.02 stood at 37 % after two epochs, where Adam learns at once.
+    """
+    adam = Phase(
+        objective=MultiExit(), epochs=1, optimizer="adam", learning_rate=1e-3, schedule="cosine", weight_decay=0
+    )
+    return adam, replace(adam, objective=objective, epochs=epochs)
+
+
 def neo_kd_small_cnn3_mnist() -> Recipe:
     """NEO-KD on MNIST: the three-exit SmallCNN of Triple Wins, max-average PGD-40 at 0.3.
 
@@ -70,7 +81,7 @@ def neo_kd_small_cnn3_mnist() -> Recipe:
         description="NEO-KD, SmallCNN with three exits on MNIST, 100 epochs",
         network="small_cnn3",
         dataset="mnist",
-        phases=(Phase(objective=NeoKd(attack=DIGITS_ATTACK), epochs=100, learning_rate=0.01, milestones=(50, 75)),),
+        phases=_digits(NeoKd(attack=DIGITS_ATTACK), 100),
         augmentation="none",
         selection="robust",
         validation_eps=0.3,
@@ -78,7 +89,7 @@ def neo_kd_small_cnn3_mnist() -> Recipe:
 
 
 def neo_kd_small_cnn3_mnist_cpu() -> Recipe:
-    """NEO-KD on MNIST within the hour on two CPU cores: the average attack with 10 steps, 8 epochs.
+    """NEO-KD on MNIST within the hour on two CPU cores: the average attack with 10 steps, 1 + 4 epochs.
 
     manygates train neo-kd-small-cnn3-mnist-cpu --out RUN        not run
     """
@@ -87,7 +98,7 @@ def neo_kd_small_cnn3_mnist_cpu() -> Recipe:
         neo_kd_small_cnn3_mnist(),
         name="neo-kd-small-cnn3-mnist-cpu",
         description="NEO-KD, SmallCNN with three exits on MNIST, trained on two CPU cores",
-        phases=(Phase(objective=objective, epochs=8, learning_rate=0.02, schedule="cosine"),),
+        phases=_digits(objective, 4),
     )
 
 
