@@ -11,23 +11,25 @@ from pathlib import Path
 from torch import nn
 
 from training.loop import train
-from training.objectives import Standard
+from training.objectives import MultiExit, Standard
 from training.recipes import Phase, Recipe
 from zoo.checkpoint import Architecture
+from zoo.networks import num_exits
 
 
-def finetune_recipe(architecture: Architecture, epochs: int, seed: int) -> Recipe:
+def finetune_recipe(architecture: Architecture, epochs: int, seed: int, *, exits: int = 1) -> Recipe:
     """Return the recipe of the released code: SGD at 0.001, momentum 0.9, weight decay 1e-4, batches of 128.
 
-    No image is held out: the last epoch is kept, so nothing is chosen.
+    No image is held out: the last epoch is kept, so nothing is chosen. Of a network with several `exits` all are tuned.
     """
+    objective = Standard() if exits == 1 else MultiExit()
     return Recipe(
         name=f"finetune-{architecture.network}",
         description=f"{epochs} epochs of fine-tuning on clean images",
         network=architecture.network,
         network_options=architecture.options,
         dataset=architecture.dataset,
-        phases=(Phase(objective=Standard(), epochs=epochs, learning_rate=1e-3, milestones=()),),
+        phases=(Phase(objective=objective, epochs=epochs, learning_rate=1e-3, milestones=()),),
         held_out=0,
         seed=seed,
         precision="fp32",
@@ -37,5 +39,6 @@ def finetune_recipe(architecture: Architecture, epochs: int, seed: int) -> Recip
 def finetune(network: nn.Module, architecture: Architecture, epochs: int, *, seed: int = 0) -> nn.Module:
     """Return a copy of `network` trained on for `epochs`, in evaluation mode on the CPU; the last epoch is kept."""
     with tempfile.TemporaryDirectory() as scratch:
-        trained = train(finetune_recipe(architecture, epochs, seed), Path(scratch) / "run", start=network)
+        recipe = finetune_recipe(architecture, epochs, seed, exits=num_exits(network))
+        trained = train(recipe, Path(scratch) / "run", start=network)
     return trained.cpu()  # it trains on a GPU where there is one, and what comes next does not

@@ -39,7 +39,6 @@ from tqdm import tqdm
 from training.augmentation import augmented
 from training.distributed import World
 from training.objectives import Batch, Memory, Step
-from training.objectives.network import num_exits
 from training.randomness import gate_generator, seed_for, tensor_generator
 from training.recipes import Phase, Recipe, from_resolved, resolved
 from zoo import data, paths
@@ -58,6 +57,7 @@ from zoo.derive import Ensemble, derive, folded_copy
 from zoo.errors import BadInput, CheckpointError, UnknownName
 from zoo.files import replace_directory, write_json_atomic, write_text_atomic
 from zoo.models import PLAIN_WEIGHTS, load_members
+from zoo.networks import num_exits
 from zoo.rgn import RandomGatedNetwork, randomly_gate
 
 LAST, BEST, RECIPE, PROVENANCE, LOG = (

@@ -122,15 +122,11 @@ def export_members(
             f"{len(members)} networks with {exits} exits each make no ensemble: members may leave at different exits, "
             "so there is nothing to average; export one of them"
         )
-    architecture = replace(architecture, candidates=1, sharing=None)
+    architecture = architecture.member
     for member in members:
         member.eval()
-    graphs = {"single": onnx_graphs.single_graph(members[0])}
-    if len(members) > 1:
-        graphs["ensemble"] = onnx_graphs.members_graph(members)
-    variants = tuple(graphs)
-    if exits > 1:
-        graphs[EARLY_EXIT_FILE.removesuffix(".onnx")] = onnx_graphs.early_exit_graph(members[0])
+    graphs = onnx_graphs.plain_graphs(members)
+    variants = tuple(name for name in graphs if f"{name}.onnx" != EARLY_EXIT_FILE)
     card = _card(
         description,
         architecture,

@@ -53,6 +53,21 @@ class Stencil:
     """Names of the logits of every exit, first exit first; the last are always `logits`."""
 
 
+def plain_graphs(members: Sequence[nn.Module]) -> dict[str, bytes]:
+    """Return the ONNX files of plain networks of one architecture by file stem, all from one run of the exporter.
+
+    "single" is the first network alone. With several there is also "ensemble", and of a network with several exits
+    "early_exit"; see `single_graph`, `members_graph` and `early_exit_graph`.
+    """
+    if len(members) > 1:
+        stencil, weights = _members_stencil(members)
+        return {"single": _path_graph(stencil, weights[:1]), "ensemble": _ensemble_graph(stencil, weights)}
+    stencil = _stencil(folded_copy(members[0]), _image_shape(members[0]))
+    if len(stencil.exits) > 1:
+        return {"single": _all_exits_graph(stencil), "early_exit": _early_exit_graph(stencil)}
+    return {"single": _path_graph(stencil, [{}])}
+
+
 def single_graph(network: nn.Module) -> bytes:
     """Return the ONNX file of a plain network in evaluation mode.
 
@@ -116,6 +131,15 @@ def rgn_graphs(
 
 def members_graph(members: Sequence[nn.Module]) -> bytes:
     """Return one ONNX file that averages the probabilities of separate plain networks of one architecture."""
+    return _ensemble_graph(*_members_stencil(members))
+
+
+def _ensemble_graph(stencil: Stencil, weights: Sequence[Weights]) -> bytes:
+    return _path_graph(stencil, weights, [(number,) for number in range(len(weights))])
+
+
+def _members_stencil(members: Sequence[nn.Module]) -> tuple[Stencil, list[dict[str, np.ndarray]]]:
+    """Return a stencil in which every weight is one gate's, and each member's weights for it."""
     image_shape = _image_shape(members[0])
     folded = [folded_copy(member) for member in members]
     # A BatchNorm that cannot be folded has buffers of its own in each member; the normalisation's are common to all.
@@ -130,8 +154,7 @@ def members_graph(members: Sequence[nn.Module]) -> bytes:
     with torch.no_grad():
         for tensor in own[0].values():
             tensor.normal_(generator=generator)
-    stencil = _stencil(folded[0], image_shape, dict.fromkeys(weights[0], 0))
-    return _path_graph(stencil, weights, [(number,) for number in range(len(members))])
+    return _stencil(folded[0], image_shape, dict.fromkeys(weights[0], 0)), weights
 
 
 def count_parameters(file: bytes) -> int:

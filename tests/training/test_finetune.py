@@ -96,3 +96,13 @@ def test_a_network_of_another_architecture_is_refused(architecture: Architecture
     other = Architecture(network="resnet8", options={"width": 5}, dataset=architecture.dataset)
     with pytest.raises(CheckpointError, match="these weights belong to another network"):
         finetune(network, other, 1)
+
+
+def test_all_exits_of_a_multi_exit_network_are_tuned(tiny_dataset: str) -> None:
+    options = {"exits": 2, "base": 1, "step": 1, "channels": 4, "growth": 2}
+    architecture = Architecture(network="msdnet", options=options, dataset=tiny_dataset)
+    network = architecture.build().eval()
+    images = torch.rand(4, 3, 16, 16)
+    before, after = network(images), finetune(network, architecture, 1)(images)
+    assert len(before) == len(after) == 2
+    assert all(not torch.allclose(old, new, atol=1e-4) for old, new in zip(before, after, strict=True))

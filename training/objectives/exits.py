@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from training.objectives.attack import Attack
 from training.objectives.base import Batch, Needs, Objective, Step
-from training.objectives.network import Network, num_exits
+from training.objectives.network import Network
 from zoo.attacks import average_exits, max_average_exits, single_exit
 from zoo.derive import Ensemble
 from zoo.errors import BadInput
+from zoo.networks import num_exits
 from zoo.rgn import RandomGatedNetwork
 
 Attacked = Literal["max-average", "average", "single"]

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from training.objectives.attack import Attack
 from training.objectives.base import Batch, Step
 from training.objectives.exits import EVAL_ATTACK, ExitsObjective, check_temperature, check_weight
-from training.objectives.network import num_exits, statistics
+from training.objectives.network import statistics
 from zoo.errors import BadInput
+from zoo.networks import num_exits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from training.objectives.base import Step
 from zoo import paths
 from zoo.derive import Ensemble, mean_probability
 from zoo.errors import BadInput
+from zoo.networks import num_exits
 from zoo.paths import Path
 from zoo.rgn import RandomGatedNetwork
 
@@ -112,11 +113,6 @@ def together(networks: Sequence[Network]) -> Callable[[Tensor], Tensor]:
     if len(networks) == 1:
         return networks[0]
     return lambda images: mean_probability(torch.stack([network(images) for network in networks]))
-
-
-def num_exits(model: nn.Module) -> int:
-    """Return how many exits a network has; 1 for an ordinary one."""
-    return int(getattr(model, "num_exits", 1))
 
 
 def check_members(model: nn.Module, method: str) -> None:
