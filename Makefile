@@ -8,6 +8,8 @@ PORT ?= 8000
 MODELS ?=
 # Passed on to pytest: make test PYTEST_ARGS="-m 'not slow'"
 PYTEST_ARGS ?=
+# A test uses one thread, so a worker per core. All tests of a file stay together, for they share what is costly to make.
+PYTEST_WORKERS ?= auto
 # What `make bench` serves: a plain network costs as much as one path of a random gated one.
 BENCHMARK_MODEL ?= standard-resnet20-cifar10
 
@@ -31,7 +33,7 @@ demo: $(VENV)/installed-demo ## serve the bundled models with the interactive de
 	$(BIN)/manygates demo $(MODELS)
 
 test: check ## everything that must hold: format, lint, types, import contracts, tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(VENV)/installed-dev ## format, lint, types and import contracts, without the tests
 	$(BIN)/ruff format --check .

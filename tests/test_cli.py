@@ -143,6 +143,7 @@ def test_a_run_becomes_a_bundle_that_says_where_it_comes_from(run: Path, model: 
     assert len(set(card.paths.ensemble)) == 2
     assert card.paths.single == card.paths.ensemble[0]
     recipe = dict(card.training.recipe)
+    assert recipe.pop("method") == "ensemble_in_one"
     assert [start["step"] for start in recipe.pop("starts")] == [0]
     assert recipe == json.loads((run / "recipe.json").read_text())
     assert card.training.seed == 0
