@@ -92,8 +92,8 @@ def neo_kd_small_cnn3_mnist_cpu() -> Recipe:
     """NEO-KD on MNIST within the hour on two CPU cores: the average attack with 10 steps, 1 + 4 epochs.
 
     manygates train neo-kd-small-cnn3-mnist-cpu --out RUN        one core of an AMD EPYC (Zen 4): measured, 1,251 s
-    Came out (one seed): 98.8 % clean at the last exit (10,000 digits); mean over exits 77.7 % under the max-average attack
-    at 0.3 (`--protocol exits --eps 0.3`, 1,000 digits), 46 / 70 / 82 % where each exit is attacked by itself.
+    Came out (one seed): 98.8 % clean at the last exit (10,000 digits); by `--protocol exits --eps 0.3` on 1,000 digits
+    77.7 % under the max-average attack, the mean over exits; 46, 70 and 82 % where each exit is attacked by itself.
     """
     objective = NeoKd(attack=SHORT_DIGITS_ATTACK, attacked="average")
     return replace(
