@@ -82,8 +82,8 @@ def fast_at_resnet20_cifar10_cpu() -> Recipe:
     """Fast adversarial training of a ResNet-20 within the hour on two CPU cores, 30 epochs.
 
     manygates train fast-at-resnet20-cifar10-cpu --out RUN        one core of an AMD EPYC (Zen 4), other work beside it:
-    measured, 5,341 s. Came out (best checkpoint, one seed): 74.6 % clean (10,000 images), 40.8 % [36.6, 45.2] under PGD-50
-    from 5 starts at 8/255 (500 images); every check of that protocol held, and it did not collapse.
+    measured, 5,341 s. Came out (best checkpoint, one seed): 74.6 % clean (10,000 images), 40.8 % [36.6, 45.2] under
+    PGD-50 from 5 starts at 8/255 (500 images); every check of that protocol held, and it did not collapse.
     """
     return replace(
         fast_at_preact18_cifar10(),
