@@ -30,13 +30,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import manygates  # noqa: E402
-from training.augmentation import EWS_SEVERITY, augmented  # noqa: E402
-from zoo import data  # noqa: E402
-from zoo.vision import torchvision, transforms  # noqa: E402
+import manygates
+from training.augmentation import EWS_SEVERITY, augmented
+from zoo import data
+from zoo.vision import torchvision, transforms
 
 QUIET = 0.25
 AGREEMENT = 0.1

@@ -64,7 +64,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
     kind, trained, beside = networks(objective.needs)
     baseline: Objective = MultiExit() if objective.needs == "several exits" else Standard()
-    channels, height, width = beside.image_shape  # type: ignore[misc]
+    channels, height, width = beside.image_shape
     settings = {"method": recipe_of(name), "standard": recipe_of("standard")}
     memories: dict[str, Memory] = {"method": Memory(), "standard": Memory()}
     runs = {"method": (objective, trained), "standard": (baseline, beside)}
@@ -72,7 +72,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     batches = {}
     for who, (_, model) in runs.items():
         layout = torch.channels_last if settings[who].channels_last else torch.contiguous_format
-        model.to(device).train().to(memory_format=layout)  # type: ignore[call-overload]
+        model.to(device).train().to(memory_format=layout)
         batches[who] = [
             Batch(
                 torch.rand(options.batch, channels, height, width, device=device).contiguous(memory_format=layout),

@@ -476,7 +476,6 @@ def test_images_that_are_neither_grey_nor_in_colour_are_refused_where_it_matters
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("name", "views"), cases())
 def test_a_gpu_makes_the_same_of_the_same_draws(name: str, views: int) -> None:
     pixels = noise(64)

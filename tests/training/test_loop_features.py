@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -251,7 +251,7 @@ def test_adam_is_adam_with_the_eps_of_the_published_codes(make: MakeRecipe, tmp_
 class Recording(Standard):
     """Standard training that remembers what it was shown."""
 
-    seen: list[Batch] = []  # noqa: RUF012 -- shared with the test on purpose
+    seen: ClassVar[list[Batch]] = []
 
     def accumulate(self, model: torch.nn.Module, batches: list[Batch], step: Step) -> dict[str, torch.Tensor]:
         self.seen.extend(batches)
