@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from zoo.card import Card, Check, Result
 
 _HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "mnist": "ylecun/mnist"}
-_VARIANTS = {
+_GATED_VARIANTS = {
     "single": "one derived path, as a plain network",
     "ensemble": "several derived paths; the mean of their probabilities",
     "gated": "all candidates, the path an input; for random gates",
 }
+_PLAIN_VARIANTS = {"single": "one network", "ensemble": "several networks; the mean of their probabilities"}
 
 
 def model_card(card: Card) -> str:
@@ -74,7 +75,7 @@ def _facts(card: Card) -> str:
         ("Method", card.method),
         ("Data set", card.dataset),
         ("Architecture", architecture.name),
-        ("Parameters", f"{architecture.parameters:,} ({architecture.single_path_parameters:,} in one path)"),
+        ("Parameters", _parameters(card)),
     ]
     if architecture.gated_layers:
         gates, candidates = len(architecture.gated_layers), architecture.candidates
@@ -93,8 +94,17 @@ def _facts(card: Card) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
 
 
+def _parameters(card: Card) -> str:
+    total, one = card.architecture.parameters, card.architecture.single_path_parameters
+    if card.architecture.gated_layers:
+        return f"{total:,} ({one:,} in one path)"
+    return f"{total:,}" if total == one else f"{total:,} ({one:,} in one network)"
+
+
 def _variant(card: Card, variant: str) -> str:
-    return "the network; its last exit answers" if card.exits else _VARIANTS[variant]
+    if card.exits:
+        return "the network; its last exit answers"
+    return (_GATED_VARIANTS if card.architecture.gated_layers else _PLAIN_VARIANTS)[variant]
 
 
 def _results(card: Card) -> str:

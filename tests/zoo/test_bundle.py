@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from zoo.bundle import Bundle, record_results, write_bundle
 from zoo.card import Card, Exit, FileEntry, Paths
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
+from zoo.model_card import model_card
 
 FILES = {"rgn.safetensors": b"weights", "single.onnx": b"one", "ensemble.onnx": b"many", "gated.onnx": b"all"}
 
@@ -205,3 +206,19 @@ def test_a_small_measurement_does_not_replace_a_large_one(folder: Path, card: Ca
     kept = record_results(folder, [small]).card.results
     assert large in kept
     assert small in kept
+
+
+def test_the_model_card_of_plain_networks_speaks_of_no_paths(card: Card) -> None:
+    plain = replace(
+        card.architecture,
+        gated_layers=(),
+        candidates=1,
+        sharing=None,
+        parameters=3 * card.architecture.single_path_parameters,
+    )
+    members = replace(card, architecture=plain, paths=Paths(single=None, ensemble=()), variants=("single", "ensemble"))
+    text = model_card(members)
+    assert "several networks; the mean of their probabilities" in text
+    assert f"({plain.single_path_parameters:,} in one network)" in text
+    assert "derived path" not in text
+    assert "one derived path" in model_card(card)
