@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import sys
@@ -36,6 +35,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import machine  # noqa: E402
+
 import manygates  # noqa: E402
 from zoo import data  # noqa: E402
 from zoo.attacks import LinfBudget, pgd  # noqa: E402
@@ -44,7 +45,6 @@ from zoo.evaluation.run import ready  # noqa: E402
 MODELS = ("standard-resnet20-cifar10", "eio-resnet20-cifar10")
 OURS = {"manygates, last iterate": "last", "manygates, first broken": "first broken"}
 REFERENCE = "manygates, last iterate"
-QUIET = 0.25
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 Peer = Callable[[nn.Module, LinfBudget], Attack]
@@ -206,7 +206,7 @@ def measure(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]
     attacks, absent = implementations(network, budget)
     images = data.evaluation_subset(data.load("cifar10", "test"), options.images)
     tallies = {entry: Tally() for entry in attacks}
-    clean, busy, began, own = 0, busy_seconds(), time.perf_counter(), time.process_time()
+    clean, busy, began, own = 0, machine.busy_seconds(), time.perf_counter(), time.process_time()
     for number, (pixels, labels) in enumerate(images.batches(options.batch)):
         pixels = pixels.contiguous(memory_format=layout)
         clean += int(answered(network, pixels, labels).sum())
@@ -218,7 +218,7 @@ def measure(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]
         for entry in order[number % len(order) :] + order[: number % len(order)]:
             tallies[entry].run(attacks[entry], network, pixels, labels, options.eps)
             say(f"{name}, {kind}, batch {number + 1}, {entry}: {tallies[entry].seconds:.1f} s so far")
-    others = foreign(busy, began, time.process_time() - own)
+    others = machine.foreign(busy, began, time.process_time() - own)
     return {
         "model": name,
         "network": kind,
@@ -244,33 +244,6 @@ def peak_bytes() -> int | None:
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
-
-
-def busy_seconds() -> float | None:
-    """Return the processor seconds that all processes used since the machine started; None where nobody knows."""
-    try:
-        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
-    except OSError:
-        return None
-    user, nice, system, _idle, _wait, interrupt, soft = fields[:7]
-    return (user + nice + system + interrupt + soft) / os.sysconf("SC_CLK_TCK")
-
-
-def foreign(busy_before: float | None, began: float, ours: float) -> float | None:
-    """Return how many cores other processes used since `began`."""
-    busy = busy_seconds()
-    if busy is None or busy_before is None:
-        return None
-    return round(max(0.0, (busy - busy_before - ours) / (time.perf_counter() - began)), 2)
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor()
 
 
 def versions() -> dict[str, str]:
@@ -311,11 +284,11 @@ def main() -> None:
         "batch": options.batch,
         "reference": REFERENCE,
         "measured": measured,
-        "quiet": all((entry["foreign_cores"] or 0) < QUIET for entry in measured),
+        "quiet": all((entry["foreign_cores"] or 0) < machine.QUIET for entry in measured),
         "threads": torch.get_num_threads(),
-        "processor": processor(),
+        "processor": machine.processor(),
         "versions": versions(),
-        "date": time.strftime("%Y-%m-%d"),
+        "date": machine.today(),
     }
     line = json.dumps(document)
     if options.out is not None:

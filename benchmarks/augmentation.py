@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import machine
 import torch
 from torch import Tensor
 
@@ -35,7 +34,6 @@ from training.augmentation import EWS_SEVERITY, augmented
 from zoo import data
 from zoo.vision import torchvision, transforms
 
-QUIET = 0.25
 AGREEMENT = 0.1
 
 # Pixels and a generator -> the crops and what became of them.
@@ -121,25 +119,6 @@ def measure(task: str, pixels: Tensor, rounds: int) -> dict[str, dict[str, float
     return document
 
 
-def busy_seconds() -> float | None:
-    """Return the processor seconds that all processes used since the machine started; None where nobody knows."""
-    try:
-        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
-    except (OSError, ValueError):
-        return None
-    user, nice, system, _idle, _wait, interrupt, soft = fields[:7]
-    return (user + nice + system + interrupt + soft) / os.sysconf("SC_CLK_TCK")
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor()
-
-
 def say(text: str) -> None:
     """Report progress."""
     print(text, file=sys.stderr, flush=True)
@@ -155,13 +134,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    busy, began, own = busy_seconds(), time.perf_counter(), time.process_time()
+    busy, began, own = machine.busy_seconds(), time.perf_counter(), time.process_time()
     pixels = images(options.batch)
     measured = {task: measure(task, pixels, options.rounds) for task in TASKS}
-    busy_after, foreign = busy_seconds(), None
-    if busy is not None and busy_after is not None:
-        others = busy_after - busy - (time.process_time() - own)
-        foreign = round(max(0.0, others / (time.perf_counter() - began)), 2)
+    foreign = machine.foreign(busy, began, time.process_time() - own)
     document = {
         "benchmark": "augmentation",
         "batch": options.batch,
@@ -170,16 +146,16 @@ def main() -> None:
         "severity": EWS_SEVERITY,
         "measured": measured,
         "foreign_cores": foreign,
-        "quiet": (foreign or 0) < QUIET,
+        "quiet": (foreign or 0) < machine.QUIET,
         "threads": torch.get_num_threads(),
-        "processor": processor(),
+        "processor": machine.processor(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": torchvision().__version__,
             "manygates": manygates.__version__,
         },
-        "date": time.strftime("%Y-%m-%d"),
+        "date": machine.today(),
     }
     line = json.dumps(document)
     if options.out is not None:

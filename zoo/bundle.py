@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from zoo.card import VARIANTS, Card, FileEntry, Lint, Result, check_file_name
+from zoo.card import INT8, MEASURED_VARIANTS, Agreement, Card, FileEntry, Lint, Result, Suspicion, check_file_name
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
 from zoo.files import replace_directory, sha256_of
 from zoo.model_card import model_card
@@ -16,6 +16,9 @@ CARD_FILE = "card.json"
 README_FILE = "README.md"
 EARLY_EXIT_FILE = "early_exit.onnx"
 """The graph of a multi-exit network that stops where it is sure; a file, no variant."""
+AGREEMENT = "agreement"
+"""The table of a result that says how often an int8 graph agrees with the float32 weights: a row per attack on the
+weights, with the share and its interval."""
 _MAX_CARD_BYTES = 16 * 2**20
 
 
@@ -67,6 +70,12 @@ class Bundle:
                 raise MissingFile(
                     f"{folder}: the card has the variant {variant!r} but lists no {variant}.onnx; export it again"
                 )
+        for variant in () if card.int8 is None else card.int8.variants:
+            if int8_file(variant) not in card.files:
+                raise MissingFile(
+                    f"{folder}: the card has an int8 graph of {variant!r} but lists no {int8_file(variant)}; quantise "
+                    f"it again with `manygates export {folder} --int8`"
+                )
         if card.exits and EARLY_EXIT_FILE not in card.files:
             raise MissingFile(
                 f"{folder}: the card has {len(card.exits)} exits but lists no {EARLY_EXIT_FILE}; export it again"
@@ -89,6 +98,10 @@ class Bundle:
     def has_variant(self, variant: str) -> bool:
         """Whether there is a graph for `variant` (`single`, `ensemble` or `gated`)."""
         return variant in self._card.variants
+
+    def has_int8(self, variant: str) -> bool:
+        """Whether there is an int8 graph for `variant` (`single`, `ensemble` or `gated`)."""
+        return self._card.int8 is not None and variant in self._card.int8.variants
 
     def file(self, name: str) -> Path:
         """Return where a listed file is, checked.
@@ -136,6 +149,11 @@ class Bundle:
         return place, entry
 
 
+def int8_file(variant: str) -> str:
+    """Return the name of a variant's int8 graph."""
+    return f"{variant}.int8.onnx"
+
+
 def write_bundle(folder: Path | str, card: Card, files: Mapping[str, bytes | Path | str]) -> Bundle:
     """Write a bundle, replacing the one that `folder` held in one step.
 
@@ -174,6 +192,8 @@ def write_bundle(folder: Path | str, card: Card, files: Mapping[str, bytes | Pat
 def record_results(folder: Path, results: Sequence[Result]) -> Bundle:
     """Put measured results into a bundle's card; a result measured before on the very same terms is replaced.
 
+    How often an int8 graph agrees with the weights is a table of its results, and moves to where the card keeps that.
+
     Raises:
         BundleError: as `Bundle.open`.
     """
@@ -196,9 +216,55 @@ def record_results(folder: Path, results: Sequence[Result]) -> Bundle:
 
     measured = {terms(result) for result in results}
     kept = [result for result in bundle.card.results if terms(result) not in measured]
-    ordered = sorted([*kept, *results], key=lambda r: (VARIANTS.index(r.variant), r.protocol, r.eps))
-    card = replace(bundle.card, results=tuple(ordered))
+    ordered = sorted([*kept, *results], key=lambda r: (MEASURED_VARIANTS.index(r.variant), r.protocol, r.eps))
+    card = replace(bundle.card, results=tuple(map(_without_agreement, ordered)))
+    card = _with_agreement(card, [_agreement(result, row) for result in results for row in _agreement_rows(result)])
     return write_bundle(folder, card, {name: bundle.read(name) for name in card.files})
+
+
+def _with_agreement(card: Card, measured: Sequence[Agreement]) -> Card:
+    """Return the card with these entries, each in the place of one on the same terms."""
+    if not measured or card.int8 is None:
+        return card
+
+    def terms(entry: Agreement) -> tuple[object, ...]:
+        return (entry.variant, entry.attack, entry.eps_fraction, entry.images, entry.seed)
+
+    replaced = {terms(entry) for entry in measured}
+    kept = [entry for entry in card.int8.agreement if terms(entry) not in replaced]
+    ordered = sorted([*kept, *measured], key=lambda entry: (MEASURED_VARIANTS.index(entry.variant), entry.eps))
+    return replace(card, int8=replace(card.int8, agreement=tuple(ordered)))
+
+
+def _agreement_rows(result: Result) -> list[tuple[str, float, float, float]]:
+    """Return the attack, the share and its interval of each row of the table `AGREEMENT`."""
+    rows = []
+    for table in result.tables:
+        if table.name == AGREEMENT:
+            for attack, row in zip(table.rows, table.values, strict=True):
+                share, low, high = (value for value in row if value is not None)
+                rows.append((attack, share, low, high))
+    return rows
+
+
+def _agreement(result: Result, row: tuple[str, float, float, float]) -> Agreement:
+    attack, share, low, high = row
+    return Agreement(
+        variant=result.variant.removesuffix(INT8),
+        attack=attack,
+        eps=result.eps,
+        eps_fraction=result.eps_fraction,
+        images=result.images,
+        seed=result.seed,
+        share=share,
+        interval=(low, high),
+        date=result.date,
+        command=result.command,
+    )
+
+
+def _without_agreement(result: Result) -> Result:
+    return replace(result, tables=tuple(table for table in result.tables if table.name != AGREEMENT))
 
 
 def record_lint(folder: Path, lint: Lint) -> Bundle:
@@ -209,8 +275,21 @@ def record_lint(folder: Path, lint: Lint) -> Bundle:
     """
     bundle = Bundle.open(folder)
     kept = [other for other in bundle.card.lint if other.variant != lint.variant]
-    ordered = sorted([*kept, lint], key=lambda entry: VARIANTS.index(entry.variant))
+    ordered = sorted([*kept, lint], key=lambda entry: MEASURED_VARIANTS.index(entry.variant))
     card = replace(bundle.card, lint=tuple(ordered))
+    return write_bundle(folder, card, {name: bundle.read(name) for name in card.files})
+
+
+def record_suspicion(folder: Path, suspicion: Suspicion) -> Bundle:
+    """Put a calibrated threshold into a bundle's card, in the place of one on the same terms.
+
+    Raises:
+        BundleError: as `Bundle.open`.
+    """
+    bundle = Bundle.open(folder)
+    kept = [other for other in bundle.card.suspicion if other.terms != suspicion.terms]
+    ordered = sorted([*kept, suspicion], key=lambda entry: (entry.variant, entry.draws, entry.false_positive_rate))
+    card = replace(bundle.card, suspicion=tuple(ordered))
     return write_bundle(folder, card, {name: bundle.read(name) for name in card.files})
 
 

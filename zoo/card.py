@@ -17,10 +17,15 @@ from typing import Any
 import zoo.paths
 from zoo.errors import BadPath, BundleError
 
-SCHEMA = 3
+SCHEMA = 4
 NORMS = ("linf", "l2")
 VERDICTS = ("ok", "alarm", "skipped")
 VARIANTS = ("single", "ensemble", "gated")
+VOTING = ("ensemble", "random")
+"""What has several opinions of an image: the members of `ensemble`, or draws of random gates (the variant gated)."""
+INT8 = "-int8"
+"""What the variant of a result or a lint ends in if it was measured on the int8 graph: "single-int8"."""
+MEASURED_VARIANTS = (*VARIANTS, *(f"{variant}{INT8}" for variant in VARIANTS))
 SHARINGS = ("independent", "shared_conv")
 RESIZES = ("nearest", "bilinear", "bicubic", "lanczos")
 
@@ -206,26 +211,71 @@ class Result:
         for key in ("eps", "step_size"):
             _expect(getattr(self, key) >= 0, f"results.{key}", getattr(self, key), "0 or more")
         _expect(self.images >= 1, "results.images", self.images, "at least 1")
-        try:
-            # a short pattern first: Fraction would spend minutes on "1e300000000"
-            exact = float(Fraction(self.eps_fraction)) if _FRACTION.fullmatch(self.eps_fraction) else math.nan
-        except ZeroDivisionError:
-            exact = math.nan
-        _expect(
-            math.isclose(exact, self.eps, rel_tol=1e-6, abs_tol=1e-12),
-            "results.eps_fraction",
-            self.eps_fraction,
-            f'the fraction that eps {self.eps} is, like "8/255"',
-        )
-        low, high = self.interval
-        _expect(0 <= self.accuracy <= 1, "results.accuracy", self.accuracy, "a share between 0 and 1, not per cent")
-        _expect(
-            0 <= low <= self.accuracy + 1e-6 and self.accuracy - 1e-6 <= high <= 1,
-            "results.interval",
-            self.interval,
-            f"[low, high] within [0, 1] around the accuracy {self.accuracy}",
-        )
+        _expect_fraction("results.eps_fraction", self.eps_fraction, self.eps)
+        _expect_share("results.accuracy", self.accuracy)
+        _expect_interval("results.interval", self.interval, "accuracy", self.accuracy)
         _expect_date("results.date", self.date)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How the ranges of the int8 graphs' activations were found."""
+
+    images: int
+    """Training images."""
+    seed: int
+    """Of the images and, for random gates, of their paths."""
+    method: str
+    tool: str
+    """The program that quantised, with its version."""
+
+    def __post_init__(self) -> None:
+        _expect(self.images >= 1, "int8.calibration.images", self.images, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How often an int8 graph and the float32 weights give the same class to the same images."""
+
+    variant: str
+    attack: str
+    """What was done to the images, always by an attack on the float32 weights; `none` for clean ones."""
+    eps: float
+    eps_fraction: str
+    images: int
+    seed: int
+    share: float
+    """Between 0 and 1."""
+    interval: tuple[float, float]
+    """95 % confidence interval of `share`."""
+    date: str
+    command: str
+
+    def __post_init__(self) -> None:
+        key = "int8.agreement"
+        _expect(self.variant in VARIANTS, f"{key}.variant", self.variant, f"one of {', '.join(VARIANTS)}")
+        _expect(self.attack != "", f"{key}.attack", self.attack, "a name")
+        _expect(self.images >= 1, f"{key}.images", self.images, "at least 1")
+        _expect_fraction(f"{key}.eps_fraction", self.eps_fraction, self.eps)
+        _expect_share(f"{key}.share", self.share)
+        _expect_interval(f"{key}.interval", self.interval, "share", self.share)
+        _expect_date(f"{key}.date", self.date)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int8:
+    """The int8 graphs: variant V of them is the file V.int8.onnx."""
+
+    variants: tuple[str, ...]
+    calibration: Calibration
+    agreement: tuple[Agreement, ...] = ()
+
+    def __post_init__(self) -> None:
+        _expect(bool(self.variants), "int8.variants", [], "at least one variant, or int8 null")
+        _expect_unique("int8.variants", self.variants)
+        for entry in self.agreement:
+            listed = ", ".join(self.variants)
+            _expect(entry.variant in self.variants, "int8.agreement.variant", entry.variant, f"one of {listed}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,13 +308,112 @@ class Lint:
     command: str
 
     def __post_init__(self) -> None:
-        _expect(self.variant in VARIANTS, "lint.variant", self.variant, f"one of {', '.join(VARIANTS)}")
+        named = ", ".join(MEASURED_VARIANTS)
+        _expect(self.variant in MEASURED_VARIANTS, "lint.variant", self.variant, f"one of {named}")
         _expect_date("lint.date", self.date)
 
     @property
     def alarms(self) -> tuple[Finding, ...]:
         """The findings that raise an alarm; empty for a model that passed."""
         return tuple(finding for finding in self.findings if finding.verdict == "alarm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Detection:
+    """How many adversarial images of one attack a calibration flags."""
+
+    attack: str
+    adaptive: bool
+    """Whether the attack works for agreement as well as for a wrong answer; the others know nothing of the detector."""
+    eps: float
+    """Radius of the l_inf ball in pixel units."""
+    eps_fraction: str
+    steps: int
+    """Gradient steps, or queries of an attack without gradients."""
+    images: int
+    """Attacked images, all of them answered correctly before."""
+    successful: int
+    """Of these, how many are answered wrongly after the attack."""
+    rate: float
+    """The share of the successful ones that is flagged; 0 if there is none."""
+    interval: tuple[float, float]
+    """95 % interval of `rate`."""
+    rate_of_all: float
+    """The share of all attacked images that is flagged."""
+    note: str
+
+    def __post_init__(self) -> None:
+        key = "suspicion.detection"
+        _expect(self.attack != "", f"{key}.attack", self.attack, "a name")
+        _expect(self.eps >= 0, f"{key}.eps", self.eps, "0 or more")
+        _expect(self.steps >= 0, f"{key}.steps", self.steps, "0 or more")
+        _expect_fraction(f"{key}.eps_fraction", self.eps_fraction, self.eps)
+        _expect(self.images >= 1, f"{key}.images", self.images, "at least 1")
+        _expect(0 <= self.successful <= self.images, f"{key}.successful", self.successful, f"0 to {self.images}")
+        _expect_share(f"{key}.rate", self.rate)
+        _expect_share(f"{key}.rate_of_all", self.rate_of_all)
+        _expect_interval(f"{key}.interval", self.interval, "rate", self.rate)
+
+    @property
+    def evaded(self) -> float:
+        """The share of attacked images that is answered wrongly and not flagged: what the attacker is left with."""
+        return self.successful * (1 - self.rate) / self.images
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suspicion:
+    """A threshold of agreement below which an answer is suspicious, and what it is worth."""
+
+    variant: str
+    """"ensemble", or "random": the mean of `draws` paths of the variant gated, drawn afresh for each image."""
+    draws: int
+    """Of random gates; 0 for an ensemble, whose members are in `paths.ensemble`."""
+    threshold: float
+    """agreement < threshold is suspicious; between two values that agreement can take, or 0, which flags nothing."""
+    false_positive_rate: float
+    """The stated one: on the images of the calibration at most so many are flagged."""
+    calibration_images: int
+    measured_false_positive_rate: float
+    """On other clean images than those of the calibration."""
+    interval: tuple[float, float]
+    """95 % interval of `measured_false_positive_rate`."""
+    images: int
+    """Clean images on which it was measured."""
+    seed: int
+    source: str
+    """Which images these are, exactly."""
+    note: str
+    detection: tuple[Detection, ...]
+    date: str
+    command: str
+
+    def __post_init__(self) -> None:
+        _expect(self.variant in VOTING, "suspicion.variant", self.variant, f"one of {', '.join(VOTING)}")
+        random = self.variant == "random"
+        _expect(
+            self.draws >= 2 if random else self.draws == 0,
+            "suspicion.draws",
+            self.draws,
+            "2 or more of random gates, 0 for an ensemble",
+        )
+        _expect_share("suspicion.threshold", self.threshold)
+        rate = self.false_positive_rate
+        _expect(0 < rate < 1, "suspicion.false_positive_rate", rate, "a share between 0 and 1, not per cent")
+        _expect_share("suspicion.measured_false_positive_rate", self.measured_false_positive_rate)
+        _expect_interval(
+            "suspicion.interval",
+            self.interval,
+            "measured_false_positive_rate",
+            self.measured_false_positive_rate,
+        )
+        for key in ("calibration_images", "images"):
+            _expect(getattr(self, key) >= 1, f"suspicion.{key}", getattr(self, key), "at least 1")
+        _expect_date("suspicion.date", self.date)
+
+    @property
+    def terms(self) -> tuple[object, ...]:
+        """What tells calibrations of one model apart."""
+        return self.variant, self.draws, self.false_positive_rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,10 +447,14 @@ class Card:
     """First exit first; empty for a network with one exit. Such a bundle holds early_exit.onnx too."""
     variants: tuple[str, ...]
     """Which graphs there are: variant V is the file V.onnx."""
+    int8: Int8 | None = None
+    """The int8 graphs; None if there are none. What was measured on them has a variant that ends in "-int8"."""
     training: Training
     results: tuple[Result, ...]
     lint: tuple[Lint, ...] = ()
     """At most one per variant; a variant that is not here was not linted."""
+    suspicion: tuple[Suspicion, ...] = ()
+    """Calibrated thresholds of agreement; at most one per variant, number of draws and stated rate."""
     files: Mapping[str, FileEntry]
 
     def __post_init__(self) -> None:
@@ -320,8 +473,10 @@ class Card:
             _expect(variant in VARIANTS, "variants", variant, f"one of {', '.join(VARIANTS)}")
         _expect_unique("variants", self.variants)
         _expect_unique("lint", tuple(lint.variant for lint in self.lint))
+        _expect_unique("suspicion", tuple(map(str, (found.terms for found in self.suspicion))))
         self._check_paths()
         self._check_exits()
+        self._check_int8()
         for file_name in self.files:
             check_file_name(file_name)
 
@@ -352,6 +507,17 @@ class Card:
         _expect(not self.architecture.gated_layers, "exits", costs, "none, because layers are gated")
         for variant in self.variants:
             _expect(variant == "single", "variants", variant, "only 'single' for a network with several exits")
+
+    def _check_int8(self) -> None:
+        """An int8 graph is the twin of a float32 one, and nothing was measured on one that is not there."""
+        twins = () if self.int8 is None else self.int8.variants
+        for variant in twins:
+            _expect(variant in self.variants, "int8.variants", variant, f"one of {', '.join(self.variants) or 'none'}")
+        measured = [("results.variant", result.variant) for result in self.results]
+        measured += [("lint.variant", lint.variant) for lint in self.lint]
+        for key, variant in measured:
+            known = not variant.endswith(INT8) or variant.removesuffix(INT8) in twins
+            _expect(known, key, variant, f"one of the variants that int8 lists ({', '.join(twins) or 'none'})")
 
     @property
     def suspect(self) -> tuple[str, ...]:
@@ -401,7 +567,12 @@ def _from_second(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "schema": 3, "exits": []}
 
 
-_UPGRADES = {1: _from_first, 2: _from_second}
+def _from_third(document: dict[str, Any]) -> dict[str, Any]:
+    """Turn a card of schema 3 into one of schema 4, which added suspicion and int8 graphs."""
+    return {**document, "schema": 4, "int8": None, "suspicion": []}
+
+
+_UPGRADES = {1: _from_first, 2: _from_second, 3: _from_third}
 
 
 def check_file_name(name: str) -> None:
@@ -431,6 +602,31 @@ def _expect(held: bool, key: str, value: object, expectation: str) -> None:
 
 def _expect_unique(key: str, values: tuple[str, ...]) -> None:
     _expect(len(set(values)) == len(values), key, list(values), "no name twice")
+
+
+def _expect_share(key: str, value: float) -> None:
+    _expect(0 <= value <= 1, key, value, "a share between 0 and 1, not per cent")
+
+
+def _expect_interval(key: str, interval: tuple[float, float], name: str, value: float) -> None:
+    low, high = interval
+    _expect(
+        0 <= low <= value + 1e-6 and value - 1e-6 <= high <= 1,
+        key,
+        interval,
+        f"[low, high] within [0, 1] around the {name} {value}",
+    )
+
+
+def _expect_fraction(key: str, text: str, value: float) -> None:
+    """Check that a text is the number exactly."""
+    try:
+        # a short pattern first: Fraction would spend minutes on "1e300000000"
+        exact = float(Fraction(text)) if _FRACTION.fullmatch(text) else math.nan
+    except ZeroDivisionError:
+        exact = math.nan
+    held = math.isclose(exact, value, rel_tol=1e-6, abs_tol=1e-12)
+    _expect(held, key, text, f'the fraction that eps {value} is, like "8/255"')
 
 
 def _expect_date(key: str, value: str) -> None:

@@ -59,6 +59,16 @@ def mean_probability(logits: Tensor) -> Tensor:
     return log_prob.logsumexp(0) - torch.tensor(float(len(logits)), device=logits.device).log()
 
 
+def agreement(logits: Tensor) -> Tensor:
+    """Return the share of members (or draws) whose class is that of their mean probability, float32 (batch).
+
+    Args:
+        logits: (member, batch, class); log-probabilities do as well.
+    """
+    winner = logits.softmax(-1).mean(0).argmax(-1)
+    return (logits.argmax(-1) == winner).sum(0).float() / len(logits)
+
+
 def folded_copy(network: nn.Module) -> fx.GraphModule:
     """Return `network` with its BatchNorms folded into its convolutions: the same function in evaluation mode, faster.
 

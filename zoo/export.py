@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import zoo.card
-from zoo import data, onnx_graphs, paths
-from zoo.bundle import EARLY_EXIT_FILE, Bundle, write_bundle
-from zoo.card import Card, Check, Exit, InputFormat, Lint, Paths, Result, Training
+from zoo import data, onnx_graphs, paths, quantize
+from zoo.bundle import EARLY_EXIT_FILE, Bundle, int8_file, write_bundle
+from zoo.card import INT8, Calibration, Card, Check, Exit, InputFormat, Int8, Lint, Paths, Result, Suspicion, Training
 from zoo.checkpoint import Architecture, load_network, save_network
 from zoo.cost import macs
-from zoo.derive import Ensemble, derive, folded_copy
+from zoo.derive import Ensemble, agreement, derive, folded_copy
 from zoo.early_exit import leaving
 from zoo.errors import BadInput, BundleError, DataMissing
 from zoo.models import (
@@ -45,6 +45,10 @@ TOLERANCE = 1e-4
 CLOSE_CALL = 1e-4
 """A probability so near to its limit may fall on either side in the graph and in the weights."""
 BATCH_SIZES = (1, 3, 64)
+CALIBRATION_IMAGES = 1024
+LEAST_AGREEMENT, MOST_ROUNDING = 0.9, 0.2
+"""Of an int8 graph: the share of images to which it gives the weights' class, and the root mean square of its error as
+part of that of the logits (less their mean over the classes). The bundled models have 0.95 or more and 0.02."""
 CHOSEN_EXIT_IMAGES = 8
 """Images that verification sends through each exit of a graph that stops early."""
 LICENSE = "apache-2.0"
@@ -63,6 +67,8 @@ class Description:
     """What was measured on these very weights and paths before."""
     lint: tuple[Lint, ...] = ()
     """What the linter found on them."""
+    suspicion: tuple[Suspicion, ...] = ()
+    """Thresholds of agreement that were calibrated on them."""
 
 
 def export_rgn(
@@ -149,6 +155,57 @@ def export_members(
         return _write(folder, card, graphs, weights)
 
 
+def add_int8(folder: Path, *, images: int = CALIBRATION_IMAGES, seed: int = 0, earlier: Card | None = None) -> Bundle:
+    """Add the int8 twin of every graph to a bundle, calibrated on training images; one that was there is replaced.
+
+    Args:
+        folder: a bundle.
+        images: how many training images; all that there are if fewer.
+        seed: which ones, and along which paths of a gated graph.
+        earlier: a card of the same weights and paths. What it says of int8 graphs is kept if they were calibrated
+            alike, and so are the same; the bundle's own card by default.
+
+    Raises:
+        BadInput: fewer than one image, or nothing to round.
+        BundleError: an int8 graph is not what `verify_graphs` expects of it; the bundle is as before then.
+        DataMissing: the data set is not there.
+    """
+    bundle = Bundle.open(folder)
+    card = bundle.card
+    chosen = data.drawn(data.load(card.dataset, "train"), images, seed)
+    pixels = onnx_graphs.as_numpy(data.as_float(chosen.pixels))
+    files: dict[str, bytes | Path | str] = {name: bundle.read(name) for name in card.files}
+    for variant in card.variants:
+        files[int8_file(variant)] = quantize.quantised(bundle.read(f"{variant}.onnx"), pixels, seed=seed)
+    tool = f"onnxruntime {_runtime.__version__}"
+    calibration = Calibration(images=len(pixels), seed=seed, method=quantize.METHOD, tool=tool)
+    card = without_int8(card)
+    known = bundle.card if earlier is None else earlier
+    int8 = Int8(variants=card.variants, calibration=calibration)
+    if known.int8 is not None and known.int8.calibration == calibration:
+        kept = [entry for entry in known.int8.agreement if entry.variant in card.variants]
+        results = [entry for entry in known.results if _measured_on(entry.variant, card.variants)]
+        found = [entry for entry in known.lint if _measured_on(entry.variant, card.variants)]
+        int8 = replace(int8, agreement=tuple(kept))
+        card = replace(card, int8=int8, results=(*card.results, *results), lint=(*card.lint, *found))
+    return _write_checked(folder, replace(card, int8=int8), files)
+
+
+def _measured_on(variant: str, variants: Sequence[str]) -> bool:
+    """Whether something was measured on the int8 graph of one of these variants."""
+    return variant.endswith(INT8) and variant.removesuffix(INT8) in variants
+
+
+def without_int8(card: Card) -> Card:
+    """Return the card without int8 graphs and all that was measured on them."""
+    return replace(
+        card,
+        int8=None,
+        results=tuple(entry for entry in card.results if not entry.variant.endswith(INT8)),
+        lint=tuple(entry for entry in card.lint if not entry.variant.endswith(INT8)),
+    )
+
+
 def verify_graphs(bundle: Bundle) -> list[Check]:
     """Compare every graph of a bundle with its weights: answers, argmax, and what the graph holds.
 
@@ -161,6 +218,11 @@ def verify_graphs(bundle: Bundle) -> list[Check]:
             checks += _check_variant(bundle, variant, images, origin)
         except _GraphError as error:
             checks.append(Check(name=_answers(variant), held=False, detail=str(error)))
+    for variant in () if bundle.card.int8 is None else bundle.card.int8.variants:
+        try:
+            checks += _check_int8(bundle, variant, images, origin)
+        except _GraphError as error:
+            checks.append(Check(name=_answers(f"{variant}.int8"), held=False, detail=str(error)))
     if bundle.card.exits:
         try:
             checks.append(_check_early_exit(bundle.read(EARLY_EXIT_FILE), load_exits(bundle), images, origin))
@@ -187,14 +249,16 @@ class _GraphError(BundleError):
     """A graph that ONNX Runtime cannot load or run."""
 
 
-def session(content: bytes) -> Any:
-    """Open a graph on the CPU, quietly.
+def session(content: bytes, *, threads: int | None = None) -> Any:
+    """Open a graph on the CPU, quietly; on all cores if `threads` is None.
 
     Raises:
         BundleError: ONNX Runtime cannot load it.
     """
     options = _runtime.SessionOptions()
     options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
     # A graph may name files to read its weights from; in this "folder" there can be none, inside it or above it.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
@@ -223,6 +287,8 @@ def _check_variant(bundle: Bundle, variant: str, images: Tensor, origin: str) ->
     members = member_networks(bundle, variant)
     network = members[0] if variant == "single" else Ensemble(members).eval()
     checks = [_check_answers(variant, content, network, images, origin)]
+    if variant == "ensemble":
+        checks += _check_agreement(content, members, images, origin)
     whole = network.network if isinstance(network, AtExit) else network
     if whole is not network:
         checks.append(_check_exit_logits(content, whole, images, origin))
@@ -264,6 +330,7 @@ def _card(
         training=description.training,
         results=description.results,
         lint=description.lint,
+        suspicion=description.suspicion,
         files={},
     )
 
@@ -277,6 +344,10 @@ def _write(folder: Path, card: Card, graphs: dict[str, bytes], weights: Path) ->
     """Write to a scratch folder, check every graph there, and only then to where it belongs."""
     files: dict[str, bytes | Path | str] = {f"{name}.onnx": content for name, content in graphs.items()}
     files[weights.name] = weights.read_bytes()
+    return _write_checked(folder, card, files)
+
+
+def _write_checked(folder: Path, card: Card, files: dict[str, bytes | Path | str]) -> Bundle:
     with tempfile.TemporaryDirectory() as scratch:
         failed = [
             check for check in verify_graphs(write_bundle(Path(scratch) / "bundle", card, files)) if not check.held
@@ -331,6 +402,41 @@ def _check_answers(variant: str, content: bytes, network: nn.Module, images: Ten
         return _run(opened, {"images": onnx_graphs.as_numpy(batch)})
 
     return _compare(_answers(variant), graph, network, images, origin)
+
+
+@torch.no_grad()
+def _check_agreement(content: bytes, members: Sequence[nn.Module], images: Tensor, origin: str) -> list[Check]:
+    """Count the members' votes again; nothing to check in a graph without the output, which older versions wrote.
+
+    An image on which two classes are so near to each other that rounding decides a vote is left out.
+    """
+    opened = session(content)
+    if onnx_graphs.AGREEMENT not in [output.name for output in opened.get_outputs()]:
+        return []
+    worst, judged, unanimous = 0.0, 0, 0
+    for size in BATCH_SIZES:
+        batch = images[:size]
+        log_prob = torch.stack([member(batch).log_softmax(1) for member in members])  # (member, batch, class)
+        mean = log_prob.exp().mean(0)
+        top = torch.cat([log_prob, mean.log()[None]]).topk(2, dim=2).values
+        clear = (top[..., 0] - top[..., 1]).amin(0) > CLOSE_CALL
+        expected = agreement(log_prob)
+        (counted,) = _run(opened, {"images": onnx_graphs.as_numpy(batch)}, onnx_graphs.AGREEMENT)[2:]
+        if counted.shape != tuple(expected.shape):
+            raise _GraphError(
+                f"its agreement has shape {counted.shape}, expected {tuple(expected.shape)}; export again"
+            )
+        difference = (torch.from_numpy(counted) - expected)[clear].abs()
+        worst = max(worst, float(difference.max()) if len(difference) else 0.0)
+        judged, unanimous = int(clear.sum()), int((expected == 1)[clear].sum())
+    return [
+        Check(
+            name="ensemble.onnx counts votes as its weights",
+            held=judged > 0 and worst == 0,
+            detail=f"largest difference {worst:.1e} (allowed 0), {len(members)} members agree on {unanimous} of "
+            f"{judged} images judged, {origin}",
+        )
+    ]
 
 
 def _check_exit_logits(content: bytes, network: nn.Module, images: Tensor, origin: str) -> Check:
@@ -437,6 +543,69 @@ def _compare(
     detail += "" if finite else "NOT FINITE, "
     detail += f"argmax {'equal' if agree else 'DIFFERS'}, batches of {', '.join(map(str, BATCH_SIZES))}, {origin}"
     return Check(name=name, held=held, detail=detail)
+
+
+def _check_int8(bundle: Bundle, variant: str, images: Tensor, origin: str) -> list[Check]:
+    """Compare an int8 graph with its float32 twin, what it takes and holds, and with the weights, what it answers."""
+    file, twin = int8_file(variant), f"{variant}.onnx"
+    content, original = bundle.read(file), bundle.read(twin)
+    opened = session(content)
+    ours, theirs = _signature(opened), _signature(session(original))
+    strangers = quantize.strangers(content, original)
+    try:
+        answers = _check_rounded(file, opened, _answering(bundle, variant), images, origin)
+    except _GraphError as error:
+        answers = Check(name=_answers(f"{variant}.int8"), held=False, detail=str(error))
+    return [
+        Check(
+            name=f"{file} has the signature of {twin}",
+            held=ours == theirs,
+            detail=ours if ours == theirs else f"{ours}, expected {theirs}",
+        ),
+        Check(
+            name=f"{file} holds the numbers of {twin} and no others",
+            held=not strangers,
+            detail=f"not among them: {', '.join(strangers[:3])}" if strangers else "each is within half of its scale",
+        ),
+        answers,
+    ]
+
+
+def _signature(opened: Any) -> str:
+    sides = (opened.get_inputs(), opened.get_outputs())
+    return " -> ".join(", ".join(f"{entry.name} {entry.type} {entry.shape}" for entry in side) for side in sides)
+
+
+def _answering(bundle: Bundle, variant: str, draws: int = 8) -> list[tuple[dict[str, np.ndarray], Any]]:
+    """Return what a variant's weights compute, as functions of images, each with the gates that make a graph do so."""
+    if variant != "gated":
+        members = member_networks(bundle, variant)
+        return [({}, members[0] if variant == "single" else Ensemble(members).eval())]
+    rgn, rng = load_rgn(bundle), random.Random(0)  # noqa: S311 - repeatable
+    chosen = [(gate,) * rgn.num_gates for gate in range(rgn.candidates)]
+    chosen += [paths.sample(rgn.num_gates, rgn.candidates, rng) for _ in range(draws)]
+    return [({onnx_graphs.GATES: np.array(path, np.int64)}, partial(rgn, path=path)) for path in chosen]
+
+
+@torch.no_grad()
+def _check_rounded(
+    file: str, opened: Any, networks: Sequence[tuple[dict[str, np.ndarray], Any]], images: Tensor, origin: str
+) -> Check:
+    least, most = 1.0, 0.0
+    for gates, network in networks:
+        expected = network(images)
+        logits, _ = _run(opened, {onnx_graphs.IMAGES: onnx_graphs.as_numpy(images), **gates})
+        error = torch.from_numpy(logits) - expected
+        sizes = [(values - values.mean(1, keepdim=True)).square().mean().sqrt() for values in (error, expected)]
+        least = min(least, float((torch.from_numpy(logits).argmax(1) == expected.argmax(1)).float().mean()))
+        most = max(most, float((sizes[0] / sizes[1]).nan_to_num(nan=torch.inf)))
+    along = f" along each of {len(networks)} paths" if len(networks) > 1 else ""
+    return Check(
+        name=f"{file} answers as its weights",
+        held=least >= LEAST_AGREEMENT and most <= MOST_ROUNDING,
+        detail=f"same class on {least:.3f} of the images{along} (at least {LEAST_AGREEMENT}), error {most:.3f} of the "
+        f"logits (at most {MOST_ROUNDING}), {origin}",
+    )
 
 
 def _check_pruned(content: bytes, network: nn.Module) -> Check:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 
-from zoo.card import Card, Check, Result
+from zoo.card import INT8, Card, Check, Int8, Result
 
 _HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "mnist": "ylecun/mnist"}
 _GATED_VARIANTS = {
@@ -21,6 +21,8 @@ def model_card(card: Card) -> str:
         f"# {card.name}\n\n{card.description}",
         _facts(card),
         "## Measured results\n\n" + "\n\n".join(filter(None, (_lint(card), _results(card)))),
+        *([] if card.int8 is None else [_int8(card, card.int8)]),
+        *([_suspicion(card)] if card.suspicion else []),
         _usage(card),
         _training(card),
         _limits(card),
@@ -139,7 +141,8 @@ def _results(card: Card) -> str:
 def _lint(card: Card) -> str:
     """Say per variant what the robustness linter found."""
     said = []
-    for variant in card.variants:
+    rounded = () if card.int8 is None else card.int8.variants
+    for variant in (*card.variants, *(f"{variant}{INT8}" for variant in rounded)):
         lint = next((lint for lint in card.lint if lint.variant == variant), None)
         if lint is None:
             said.append(f"- `{variant}`: the robustness linter has not looked at it")
@@ -155,6 +158,81 @@ def _lint(card: Card) -> str:
                 for finding in lint.alarms
             ]
     return "\n".join(said)
+
+
+def _int8(card: Card, int8: Int8) -> str:
+    """Say which graphs have an int8 twin, how it was made, and how often it agrees with the weights."""
+    files = ", ".join(f"`{variant}.int8.onnx`" for variant in int8.variants)
+    made = int8.calibration
+    parts = [
+        "## Int8 graphs",
+        f"{files}: {_cell(made.method)}; calibrated on {made.images:,} training images (seed {made.seed}) by "
+        f"{_cell(made.tool)}. Inputs, outputs and paths are those of the float32 graphs. Results with a variant that "
+        f"ends in `{INT8}` were measured on them.",
+    ]
+    if not int8.agreement:
+        return "\n\n".join([*parts, "How often they agree with the weights was not measured yet."])
+    lines = [
+        "How often a graph gives the class that the float32 weights give, on clean images and on what an attack on the "
+        "weights made of them:\n",
+        "| variant | attack on the weights | eps | images | seed | same class (95 % interval) | date |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in int8.agreement:
+        low, high = entry.interval
+        cells = (
+            entry.variant,
+            entry.attack,
+            entry.eps_fraction,
+            str(entry.images),
+            str(entry.seed),
+            f"{entry.share:.2%} ({low:.2%} to {high:.2%})",
+            entry.date,
+        )
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    commands = dict.fromkeys(" ".join(entry.command.split()) for entry in int8.agreement)
+    return "\n\n".join([*parts, "\n".join(lines), *(f"    {command}" for command in commands)])
+
+
+def _suspicion(card: Card) -> str:
+    """Say below which agreement an answer is suspicious, what that costs, and what it catches."""
+    parts = [
+        "## Suspicion",
+        "Agreement is the share of paths or members that vote for the answer; below the threshold an answer is "
+        "suspicious. `broken` is the share of attacked images that get a wrong answer, `flagged` the share of these "
+        "that is suspicious, `left` the share of attacked images that is broken and not flagged, which the attacker "
+        "keeps. The adaptive attack knows the detector, as anybody may who attacks on purpose.",
+    ]
+    for found in card.suspicion:
+        voters = f"`random`, {found.draws} draws" if found.variant == "random" else "`ensemble`"
+        low, high = found.interval
+        parts.append(
+            f"**{voters}: agreement < {found.threshold:.4g} is suspicious**"
+            + ("." if found.threshold else ", so nothing is: any other threshold flags more than stated.")
+            + f" It flags {found.measured_false_positive_rate:.2%} ({low:.2%} to {high:.2%}) of {found.images} clean "
+            f"images; stated were at most {found.false_positive_rate:.2%}, on {found.calibration_images} others."
+        )
+        lines = [
+            "| attack | eps | steps | images | broken | flagged (95 % interval) | left |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for each in found.detection:
+            low, high = each.interval
+            flagged = f"{each.rate:.1%} ({low:.1%} to {high:.1%})" if each.successful else "-"
+            cells = (
+                each.attack,
+                each.eps_fraction,
+                str(each.steps),
+                str(each.images),
+                f"{each.successful / each.images:.1%}",
+                flagged,
+                f"{each.evaded:.1%}",
+            )
+            lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+        parts += ["\n".join(lines)] if found.detection else []
+        parts.append(f"{found.source[:1].upper()}{found.source[1:]}. {found.note[:1].upper()}{found.note[1:]}.")
+        parts.append(f"    {' '.join(found.command.split())}")
+    return "\n\n".join(parts)
 
 
 def _failed(result: Result) -> list[Check]:

@@ -4,7 +4,8 @@ The template is exported by torch once, its BatchNorms folded, its gated convolu
 no exporter can merge or drop them. Every graph is then put together from that stencil and the candidates' weights:
 
     single    the stencil with one path's weights
-    ensemble  the stencil once per path, every node that two paths share computed once, the probabilities averaged
+    ensemble  the stencil once per path, every node that two paths share computed once, the probabilities averaged and
+              the share of paths that vote for the winner counted
     gated     each gated convolution an `If` over its candidates; the gates are an input
 
 So a graph holds nothing of the candidates that it does not run (docs/adr/0005).
@@ -35,6 +36,7 @@ OPSET = 18
 IR_VERSION = 10  # onnx.helper would write a newer one than ONNX Runtime loads
 LOGITS, PROBABILITIES, IMAGES, GATES = "logits", "probabilities", "images", "gates"
 EXIT_LOGITS, LIMITS, EXIT = "exit_logits", "limits", "exit"
+AGREEMENT = "agreement"
 
 Weights = Mapping[str, np.ndarray]
 
@@ -123,19 +125,24 @@ def rgn_graphs(
         graphs["single"] = _path_graph(stencil, [_weights_of(candidates, gate_of, rgn.check(single))])
     if ensemble:
         keyed = [rgn.check(path) for path in ensemble]
-        graphs["ensemble"] = _path_graph(stencil, [_weights_of(candidates, gate_of, path) for path in keyed], keyed)
+        weights = [_weights_of(candidates, gate_of, path) for path in keyed]
+        graphs["ensemble"] = _path_graph(stencil, weights, keyed, counted=True)
     if gated:
         graphs["gated"] = _gated_graph(stencil, candidates, rgn.num_gates)
     return graphs
 
 
 def members_graph(members: Sequence[nn.Module]) -> bytes:
-    """Return one ONNX file that averages the probabilities of separate plain networks of one architecture."""
+    """Return one ONNX file that averages the probabilities of separate plain networks of one architecture.
+
+    Outputs: `logits` and `probabilities` (batch, class), and `agreement` float32 (batch): the share of the networks
+    whose most probable class is that of the average.
+    """
     return _ensemble_graph(*_members_stencil(members))
 
 
 def _ensemble_graph(stencil: Stencil, weights: Sequence[Weights]) -> bytes:
-    return _path_graph(stencil, weights, [(number,) for number in range(len(weights))])
+    return _path_graph(stencil, weights, [(number,) for number in range(len(weights))], counted=True)
 
 
 def _members_stencil(members: Sequence[nn.Module]) -> tuple[Stencil, list[dict[str, np.ndarray]]]:
@@ -233,10 +240,17 @@ def _weights_of(candidates: Sequence[Weights], gate_of: Mapping[str, int], path:
     return {name: candidates[path[gate]][name] for name, gate in gate_of.items()}
 
 
-def _path_graph(stencil: Stencil, weights: Sequence[Weights], paths: Sequence[tuple[int, ...]] = ((),)) -> bytes:
+def _path_graph(
+    stencil: Stencil,
+    weights: Sequence[Weights],
+    paths: Sequence[tuple[int, ...]] = ((),),
+    *,
+    counted: bool = False,
+) -> bytes:
     """Assemble the graph of one path or the average of several; what paths have in common is computed once.
 
     A value depends on the gates of the convolutions it comes from; two paths share it where they agree on those.
+    `counted` adds the output `agreement`.
     """
     several = len(paths) > 1
     tensors: dict[str, np.ndarray] = dict(stencil.shared)
@@ -273,7 +287,9 @@ def _path_graph(stencil: Stencil, weights: Sequence[Weights], paths: Sequence[tu
     answers = [renamed(LOGITS, path) for path in paths]
     nodes += _average(answers, tensors) if several else []
     nodes.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], name=PROBABILITIES, axis=1))
-    return _finish(stencil, nodes, tensors)
+    nodes += _agreement(len(answers), tensors) if counted else []
+    agreement = helper.make_tensor_value_info(AGREEMENT, TensorProto.FLOAT, ["batch"])
+    return _finish(stencil, nodes, tensors, more_outputs=[agreement] if counted else [])
 
 
 def _average(answers: Sequence[str], tensors: dict[str, np.ndarray]) -> list[NodeProto]:
@@ -297,6 +313,25 @@ def _average(answers: Sequence[str], tensors: dict[str, np.ndarray]) -> list[Nod
     )
     nodes.append(helper.make_node("Sub", ["log_sum", "log_members"], [LOGITS], name=LOGITS))
     return nodes
+
+
+def _agreement(members: int, tensors: dict[str, np.ndarray]) -> list[NodeProto]:
+    """Return nodes that count which share of the members votes for the most probable class of their mean.
+
+    Count and division are exact to the last bit, so that equal votes give equal numbers wherever they are counted.
+    """
+    tensors["vote_axis"] = np.array([0], np.int64)
+    tensors["member_count"] = np.array(members, np.float32)
+    alone = helper.make_node("Unsqueeze", [LOGITS, "vote_axis"], ["members"], name="members")
+    return [
+        *([alone] if members == 1 else []),  # several are stacked for the mean already
+        helper.make_node("ArgMax", ["members"], ["votes"], name="votes", axis=2, keepdims=0),
+        helper.make_node("ArgMax", [PROBABILITIES], ["winner"], name="winner", axis=1, keepdims=0),
+        helper.make_node("Equal", ["votes", "winner"], ["for_winner"], name="for_winner"),
+        helper.make_node("Cast", ["for_winner"], ["counted"], name="counted", to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["counted", "vote_axis"], ["vote_count"], name="vote_count", keepdims=0),
+        helper.make_node("Div", ["vote_count", "member_count"], [AGREEMENT], name=AGREEMENT),
+    ]
 
 
 def _all_exits_graph(stencil: Stencil) -> bytes:

@@ -1,11 +1,15 @@
 """Image files to pixels and back, for files that nobody vouches for.
 
 Only PNG, JPEG and WEBP are decoded, and the size an image claims is checked before any of its pixels are unpacked.
+Metadata never reaches Pillow: it walks through a file's parts one by one in Python, which millions of empty ones turn
+into minutes, and unpacks every Exif tag, which may each point to the whole file again. All that is read of it is the
+one tag that says which side is up.
 """
 
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +24,7 @@ from zoo.files import write_bytes_atomic
 MAX_PIXELS: Final = 4_000_000
 MAX_FILE_BYTES: Final = 64 * 2**20
 MAX_SCANS: Final = 64
+MAX_PARTS: Final = 10_000
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 
 _FILTERS: Final = {
@@ -44,8 +49,16 @@ _DAMAGE: Final = (
     struct.error,
     zlib.error,
 )
+# what makes pixels
+_PNG_PARTS: Final = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_JPEG_START_OF_SCAN: Final = 0xDA
+_JPEG_EXIF: Final = 0xE1
+_JPEG_METADATA: Final = frozenset((*range(0xE1, 0xEE), 0xEF, 0xFE))  # APP0 and APP14 say how colours are stored
+_JPEG_WITHOUT_LENGTH: Final = frozenset((0x01, *range(0xD0, 0xDA)))
 # the tag and its values: Exif 2.32, section 4.6.4
 _ORIENTATION: Final = 0x0112
+_SHORT: Final = 3
+_EXIF: Final = b"Exif\0\0"
 _TO_UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -68,21 +81,25 @@ def decode_image(content: bytes, wanted: InputFormat, *, max_pixels: int = MAX_P
 
     Raises:
         UnsupportedImage: if the bytes are not PNG, JPEG or WEBP.
-        BadImage: if the file is damaged or cut short, has more than `max_pixels` pixels, or is a JPEG of more than
-            `MAX_SCANS` scans, each of which would pass over all pixels again.
+        BadImage: if the file is damaged or cut short, has more than `max_pixels` pixels or `MAX_PARTS` parts, or is a
+            JPEG of more than `MAX_SCANS` scans, each of which would pass over all pixels again.
     """
-    if _format(content) is None:
+    kind = _format(content)
+    if kind is None:
         raise UnsupportedImage(
             f"the {len(content)} bytes starting {content[:8]!r} are no PNG, JPEG or WEBP file; convert the image first"
         )
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        bare, exif = _without_metadata(content, kind)
+        with Image.open(io.BytesIO(bare), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise _too_large(f"{width}x{height}", max_pixels)
-            _check_scans(content, image.format)
+            _check_scans(bare, image.format)
             image.load()
-            pixels = _resized(_converted(_upright(image), wanted.channels), wanted)
+            if kind == "WEBP":  # whose metadata Pillow leaves alone
+                exif = image.info.get("exif", b"")
+            pixels = _resized(_converted(_upright(image, _orientation(exif)), wanted.channels), wanted)
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -159,13 +176,79 @@ def _check_scans(content: bytes, kind: str | None) -> None:
         raise BadImage(f"the JPEG has {scans} scans, expected at most {MAX_SCANS}; save it again, as a baseline JPEG")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its camera was held.
+def _without_metadata(content: bytes, kind: str) -> tuple[bytes, bytes]:
+    """Return a file without the parts that make no pixels, and its Exif data.
 
-    Only the one tag is read: Pillow's own function writes the others back, and fails where they are malformed.
+    Where a file is damaged the rest of it is kept or dropped as it comes: decoding says what is wrong.
+
+    Raises:
+        BadImage: if it has more than `MAX_PARTS` parts.
     """
-    orientation = image.getexif().get(_ORIENTATION)
-    turn = _TO_UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    if kind == "WEBP":
+        return content, b""
+    kept, exif = [], b""
+    parts = _png_parts(content) if kind == "PNG" else _jpeg_parts(content)
+    for number, (makes_pixels, start, stop, own_exif) in enumerate(parts):
+        if number >= MAX_PARTS:
+            raise BadImage(f"the image has more than {MAX_PARTS:,} parts; save it again, without metadata")
+        if makes_pixels:
+            kept.append(content[start:stop])
+        exif = exif or own_exif
+    return b"".join(kept), exif
+
+
+def _png_parts(content: bytes) -> Iterator[tuple[bool, int, int, bytes]]:
+    """Yield whether a part makes pixels, where it is, and its Exif data."""
+    yield True, 0, 8, b""
+    start = 8
+    while start + 8 <= len(content):
+        length, name = struct.unpack_from(">I4s", content, start)
+        stop = start + 12 + length
+        yield name in _PNG_PARTS, start, stop, content[start + 8 : stop - 4] if name == b"eXIf" else b""
+        start = stop
+
+
+def _jpeg_parts(content: bytes) -> Iterator[tuple[bool, int, int, bytes]]:
+    """Yield the same of a JPEG; the first scan and all behind it are one part."""
+    start = 0
+    while (start := content.find(b"\xff", start)) >= 0 and start + 1 < len(content):
+        marker = content[start + 1]
+        if marker in (0x00, 0xFF):  # padding: as much of it as there is in one step
+            rest = content[start : start + 65536]
+            start += max(1, len(rest) - len(rest.lstrip(b"\x00\xff")) - 1)
+            yield False, start, start, b""
+            continue
+        if marker == _JPEG_START_OF_SCAN:
+            yield True, start, len(content), b""
+            return
+        stop = start + 2
+        if marker not in _JPEG_WITHOUT_LENGTH:
+            stop += int.from_bytes(content[stop : stop + 2], "big")
+        is_exif = marker == _JPEG_EXIF and content.startswith(_EXIF, start + 4)
+        yield marker not in _JPEG_METADATA, start, stop, content[start + 4 : stop] if is_exif else b""
+        start = max(stop, start + 2)
+
+
+def _orientation(exif: bytes) -> int:
+    """Return the one tag of Exif data that we need; 1, upright, where it is not there."""
+    exif = exif.removeprefix(_EXIF)
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None or len(exif) < 8:
+        return 1
+    (start,) = struct.unpack_from(f"{order}I", exif, 4)
+    if start + 2 > len(exif):
+        return 1
+    (number,) = struct.unpack_from(f"{order}H", exif, start)
+    number = min(number, (len(exif) - start - 2) // 12)
+    for tag, kind, count, value in struct.iter_unpack(f"{order}HHIH2x", exif[start + 2 : start + 2 + 12 * number]):
+        if tag == _ORIENTATION and kind == _SHORT and count == 1:
+            return int(value)
+    return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn an image as its camera was held."""
+    turn = _TO_UPRIGHT.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 

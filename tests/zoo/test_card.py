@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ def changed(path: str, value: Any) -> str:
     return json.dumps(document)
 
 
+def changed_golden(**entries: Any) -> str:
+    """Return the golden card with other entries, as a card is written."""
+    return json.dumps({**json.loads(GOLDEN), **entries}, indent=2, ensure_ascii=False) + "\n"
+
+
 def test_a_card_is_written_back_byte_for_byte() -> None:
     assert Card.from_json(GOLDEN).to_json() == GOLDEN
 
@@ -46,7 +52,7 @@ def test_whole_numbers_are_accepted_where_fractions_are_meant_and_written_alike(
 def test_a_plain_network_has_no_gates_and_no_paths() -> None:
     document = json.loads(GOLDEN)
     document["architecture"].update(gated_layers=[], candidates=1, sharing=None)
-    document.update(paths={"single": None, "ensemble": []}, variants=["single"])
+    document.update(paths={"single": None, "ensemble": []}, variants=["single"], suspicion=[])
     card = Card.from_json(json.dumps(document))
     assert card.paths.single is None
     assert card.architecture.sharing is None
@@ -63,9 +69,11 @@ def test_a_card_of_the_first_schema_is_read_as_one_of_today() -> None:
     del document["lint"]
     for result in document["results"]:
         del result["norm"], result["draws"], result["tables"]
-    del document["exits"]
+    del document["exits"], document["suspicion"], document["int8"]
     card = Card.from_json(json.dumps(document))
-    assert card.schema == 3
+    assert card.schema == 4
+    assert card.suspicion == ()
+    assert card.int8 is None
     assert card.lint == ()
     assert card.exits == ()
     assert all((result.norm, result.draws, result.tables) == ("linf", 0, ()) for result in card.results)
@@ -74,15 +82,22 @@ def test_a_card_of_the_first_schema_is_read_as_one_of_today() -> None:
 def test_a_card_of_the_second_schema_is_read_as_one_of_today() -> None:
     document = json.loads(GOLDEN)
     document["schema"] = 2
-    del document["exits"]
-    assert Card.from_json(json.dumps(document)).to_json() == GOLDEN
+    del document["exits"], document["suspicion"], document["int8"]
+    assert Card.from_json(json.dumps(document)).to_json() == changed_golden(suspicion=[], int8=None)
+
+
+def test_a_card_of_the_third_schema_is_read_as_one_of_today() -> None:
+    document = json.loads(GOLDEN)
+    document["schema"] = 3
+    del document["suspicion"], document["int8"]
+    assert Card.from_json(json.dumps(document)).to_json() == changed_golden(suspicion=[], int8=None)
 
 
 def early(*costs: int, **changes: Any) -> str:
     """Return the golden card as one of a plain network with exits of these costs."""
     document = json.loads(GOLDEN)
     document["architecture"].update(gated_layers=[], candidates=1, sharing=None)
-    document.update(paths={"single": None, "ensemble": []}, variants=["single"], lint=[])
+    document.update(paths={"single": None, "ensemble": []}, variants=["single"], lint=[], suspicion=[])
     document.update(exits=[{"macs": cost} for cost in costs], **changes)
     return json.dumps(document)
 
@@ -116,15 +131,48 @@ def test_a_model_is_suspect_where_the_linter_raised_an_alarm() -> None:
     assert Card.from_json(changed("lint.0.findings.1.verdict", "ok")).suspect == ()
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("int8.variants", [], "int8.variants is [], expected at least one variant, or int8 null"),
+        ("int8.variants", ["single", "double"], "int8.variants is 'double', expected one of single, ensemble, gated"),
+        ("int8.variants", ["ensemble"], "int8.agreement.variant is 'single', expected one of ensemble"),
+        ("int8.calibration.images", 0, "int8.calibration.images is 0, expected at least 1"),
+        ("int8.agreement.0.share", 95.0, "int8.agreement.share is 95.0, expected a share between 0 and 1"),
+        ("int8.agreement.0.interval", [0.96, 0.97], r"around the share 0.95"),
+        ("int8.agreement.0.eps_fraction", "8/255", "expected the fraction that eps 0.03 is"),
+        (
+            "results.0.variant",
+            "gated-int8",
+            "results.variant is 'gated-int8', expected one of the variants that int8 lists",
+        ),
+        ("lint.0.variant", "ensemble-int8", "lint.variant is 'ensemble-int8', expected one of the variants that int8"),
+        (
+            "lint.0.variant",
+            "single-int4",
+            "lint.variant is 'single-int4', expected one of single, ensemble, gated, single",
+        ),
+    ],
+)
+def test_what_a_card_says_of_int8_graphs_must_fit_together(path: str, value: Any, message: str) -> None:
+    with pytest.raises(BundleError, match=re.escape(message)):
+        Card.from_json(changed(path, value))
+
+
+def test_a_result_of_an_int8_graph_has_a_variant_of_its_own() -> None:
+    card = Card.from_json(changed("results.0.variant", "single-int8"))
+    assert card.results[0].variant == "single-int8"
+
+
 def test_a_newer_schema_says_to_upgrade() -> None:
-    with pytest.raises(BundleError, match="schema 4, this version reads up to 3; upgrade"):
-        Card.from_json('{"schema": 4, "whatever": "the future brings"}')
+    with pytest.raises(BundleError, match="schema 5, this version reads up to 4; upgrade"):
+        Card.from_json('{"schema": 5, "whatever": "the future brings"}')
 
 
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("schema", 0, "schema is 0, expected 3"),
+        ("schema", 0, "schema is 0, expected 4"),
         ("exits", ..., "lacks the key 'exits', expected an array"),
         ("schema", "1", "schema is '1', expected an integer"),
         ("name", ..., "lacks the key 'name', expected a string"),

@@ -81,6 +81,7 @@ def test_an_exported_bundle_holds_its_graphs_and_weights_and_verifies(gated: Gat
         "single.onnx answers as its weights",
         "single.onnx holds one path only",
         "ensemble.onnx answers as its weights",
+        "ensemble.onnx counts votes as its weights",
         "gated.onnx answers as its weights",
     ]
     assert all(check.held for check in checks)
@@ -248,9 +249,35 @@ def test_graphs_whose_weights_were_changed_do_not_verify(gated: Gated, tmp_path:
         "single.onnx answers as its weights": False,
         "single.onnx holds one path only": True,  # it still does
         "ensemble.onnx answers as its weights": False,
+        "ensemble.onnx counts votes as its weights": True,  # surer by a tenth, and so of the same opinion
         "gated.onnx answers as its weights": False,
     }
     assert "path 0000000: largest difference" in checks[-1].detail
+
+
+def test_an_ensemble_graph_that_counts_votes_wrongly_is_found_though_its_answers_are_right(
+    gated: Gated, tmp_path: Path
+) -> None:
+    def miscount(files: dict[str, bytes]) -> None:
+        model = onnx.load_from_string(files["ensemble.onnx"])
+        (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == "member_count"]
+        tensor.CopyFrom(numpy_helper.from_array(np.array([3], np.float32), tensor.name))
+        files["ensemble.onnx"] = model.SerializeToString()
+
+    checks = verify_graphs(changed(gated, tmp_path / "out", miscount))
+    assert [check.name for check in checks if not check.held] == ["ensemble.onnx counts votes as its weights"]
+
+
+def test_an_ensemble_graph_of_before_agreement_was_counted_still_verifies(gated: Gated, tmp_path: Path) -> None:
+    def forget(files: dict[str, bytes]) -> None:
+        model = onnx.load_from_string(files["ensemble.onnx"])
+        (output,) = [output for output in model.graph.output if output.name == "agreement"]
+        model.graph.output.remove(output)
+        files["ensemble.onnx"] = model.SerializeToString()
+
+    checks = verify_graphs(changed(gated, tmp_path / "out", forget))
+    assert all(check.held for check in checks)
+    assert "ensemble.onnx counts votes as its weights" not in [check.name for check in checks]
 
 
 def test_one_wrong_candidate_in_the_gated_graph_is_found(gated: Gated, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from zoo.errors import BadInput
 from zoo.evaluation import lint
 from zoo.evaluation.lint import CHECKS, lint_model, passed, render
 from zoo.evaluation.linted import lint_bundle
+from zoo.evaluation.rounded import Rounded as Int8
 
 EPS = 8 / 255
 QUERIES = 100
@@ -251,7 +252,10 @@ def test_an_honest_network_raises_no_alarm(networks: dict[str, nn.Module], name:
     findings = linted(networks[name], surrogate=networks["plain"], served=lambda pixels: served(networks[name], pixels))
     assert alarms(findings) == set(), render(list(findings.values()))
     assert passed(list(findings.values()))
-    assert {code for code, finding in findings.items() if finding.verdict == "skipped"} == {"E1", "E2", "E3"}
+    assert {code for code, finding in findings.items() if finding.verdict == "skipped"} == {
+        *("E1", "E2", "E3"),  # of random models
+        *("Q1", "Q2"),  # of int8 graphs
+    }
 
 
 def served(network: nn.Module, pixels: np.ndarray) -> np.ndarray:
@@ -320,6 +324,47 @@ def test_transfer_unmasks_a_model_whose_gradients_are_hidden(plain: nn.Module) -
     findings = linted(Rounded(plain), surrogate=plain, queries=1)
     assert "transfer (PGD-20) 58" in findings["W1"].figure  # one of 59 fell to a random start
     assert findings["W1"].verdict == "alarm"
+
+
+# --- int8 graphs: another function answers than the one whose gradients are known ---
+
+
+def int8(weights: nn.Module, answers: nn.Module) -> Model:
+    def graph(images: Tensor, path: Sequence[int] | None) -> Tensor:
+        with torch.no_grad():
+            return answers(images)
+
+    return Int8(weights, graph)
+
+
+def test_a_graph_that_rounds_its_weights_with_care_raises_no_alarm(plain: nn.Module) -> None:
+    rounded = copy.deepcopy(plain)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            step = parameter.abs().amax() / 127
+            parameter.copy_((parameter / step).round() * step)
+    assert not torch.equal(rounded(IMAGES), plain(IMAGES))
+    findings = linted(int8(plain, rounded))
+    assert alarms(findings) == set(), render(list(findings.values()))
+    assert findings["Q1"].verdict == findings["Q2"].verdict == "ok"
+
+
+def test_rounding_that_keeps_what_its_weights_lose_raises_an_alarm(plain: nn.Module, robust: nn.Module) -> None:
+    assert linted(int8(plain, robust))["Q1"].verdict == "alarm"
+
+
+def test_a_graph_that_questions_break_and_its_weights_do_not_raises_an_alarm(
+    plain: nn.Module, robust: nn.Module
+) -> None:
+    assert linted(int8(robust, plain))["Q2"].verdict == "alarm"
+
+
+def test_a_graph_without_gradients_of_its_own_is_attacked_through_those_of_its_weights(plain: nn.Module) -> None:
+    """The same model alone hides its gradients; see the defect "8 levels"."""
+    staircase = Quantised(plain)
+    assert alarms(linted(staircase)) >= MASKING
+    findings = linted(int8(plain, staircase))
+    assert findings["G1"].verdict == findings["S5"].verdict == "ok"
 
 
 # --- random models ---

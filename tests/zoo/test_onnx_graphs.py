@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch import Tensor, fx, nn
 
 from zoo import onnx_graphs, paths
-from zoo.derive import Ensemble, derive, folded_copy
+from zoo.derive import Ensemble, agreement, derive, folded_copy
 from zoo.errors import BadInput, BadPath
 from zoo.export import session
 from zoo.networks import ImageFormat, build
@@ -231,9 +231,36 @@ def test_graphs_say_what_goes_in_and_what_comes_out(case: Case) -> None:
         more = [("gates", "tensor(int64)", [case.rgn.num_gates])] if variant == "gated" else []
         inputs = [(entry.name, entry.type, entry.shape) for entry in opened.get_inputs()]
         assert inputs == [("images", "tensor(float)", ["batch", *shape]), *more]
-        assert [(entry.name, entry.type, entry.shape) for entry in opened.get_outputs()] == [
-            (name, "tensor(float)", ["batch", classes]) for name in ("logits", "probabilities")
-        ]
+        outputs = [(name, "tensor(float)", ["batch", classes]) for name in ("logits", "probabilities")]
+        outputs += [("agreement", "tensor(float)", ["batch"])] if variant == "ensemble" else []
+        assert [(entry.name, entry.type, entry.shape) for entry in opened.get_outputs()] == outputs
+
+
+@pytest.mark.parametrize("batch", UNTRACED)
+def test_agreement_is_the_share_of_members_that_vote_for_the_winner_of_the_mean(case: Case, batch: int) -> None:
+    images = case.images(batch)
+    with torch.no_grad():
+        probabilities = torch.stack([case.rgn(images, path).softmax(1) for path in case.ensemble])
+    votes, winner = probabilities.argmax(2), probabilities.mean(0).argmax(1)
+    expected = [sum(int(vote == winner[image]) for vote in votes[:, image]) / 3 for image in range(batch)]
+    (counted,) = session(case.graphs["ensemble"]).run(["agreement"], {"images": images.numpy()})
+    assert counted.dtype == np.float32
+    assert counted.tolist() == np.array(expected, np.float32).tolist()  # to the last bit: thresholds compare it
+
+
+def test_members_that_disagree_are_counted_exactly(tiny: RandomGatedNetwork) -> None:
+    """Seven paths of a small network part ways on noise, and every share that occurs is the nearest float of k/7."""
+    chosen = list(paths.enumerate_paths(tiny.num_gates, tiny.candidates))[:128:19]
+    assert len(chosen) == 7
+    images = 4 * torch.rand(200, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    content = onnx_graphs.rgn_graphs(tiny, None, chosen, gated=False)["ensemble"]
+    (counted,) = session(content).run(["agreement"], {"images": images.numpy()})
+    with torch.no_grad():
+        expected = agreement(torch.stack([tiny(images, path) for path in chosen]))
+    assert torch.equal(torch.from_numpy(counted), expected)
+    shares = set(counted.tolist())
+    assert len(shares) > 2
+    assert shares <= {float(np.float32(votes / 7)) for votes in range(8)}
 
 
 def test_every_path_of_a_small_network_is_in_its_gated_graph(tiny: RandomGatedNetwork, tiny_gated: bytes) -> None:
@@ -271,7 +298,11 @@ def test_equal_paths_cost_one(tiny: RandomGatedNetwork) -> None:
 def test_an_ensemble_of_one_path_answers_with_its_own_logits(tiny: RandomGatedNetwork) -> None:
     path = (1, 1, 0, 1, 0, 1, 1)
     graphs = onnx_graphs.rgn_graphs(tiny, path, [path], gated=False)
-    assert graphs["ensemble"] == graphs["single"]
+    images = torch.rand(3, 3, 16, 16)
+    opened = session(graphs["ensemble"])
+    for alone, together in zip(answer(session(graphs["single"]), images), answer(opened, images), strict=True):
+        assert torch.equal(alone, together)
+    assert opened.run(["agreement"], {"images": images.numpy()})[0].tolist() == [1, 1, 1]  # with itself
 
 
 def test_the_longer_a_common_prefix_the_smaller_the_ensemble(tiny: RandomGatedNetwork) -> None:
@@ -290,12 +321,13 @@ def test_paths_that_part_at_the_first_gate_share_nothing_but_the_normalised_imag
     pair = [(0,) * tiny.num_gates, (1,) + (0,) * (tiny.num_gates - 1)]
     graphs = onnx_graphs.rgn_graphs(tiny, pair[0], pair, gated=False)
     assert count(graphs["ensemble"], "Conv") == 2 * count(graphs["single"], "Conv")
-    assert count(graphs["ensemble"], "Div") == count(graphs["single"], "Div") == 1
+    assert count(graphs["single"], "Div") == 1
+    assert count(graphs["ensemble"], "Div") == 2  # one of the images, and one of the votes by the members
     # the weights of the six layers on which they agree are there once
     first = tiny.layers[0].conv
     apart = sum(t.numel() for name, t in tiny.folded(pair[0]).items() if name.startswith(f"{first}."))
     extra = onnx_graphs.count_parameters(graphs["ensemble"]) - onnx_graphs.count_parameters(graphs["single"])
-    assert extra == apart + 1  # log 2, for the mean
+    assert extra == apart + 2  # the number of members, for the agreement, and its logarithm, for the mean
 
 
 def test_the_same_network_gives_the_same_bytes(tiny: RandomGatedNetwork, tiny_gated: bytes) -> None:

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import struct
+import tracemalloc
 import warnings
 import zlib
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from zoo.card import Card, InputFormat
 from zoo.errors import BadImage, BadInput, MissingFile, UnsupportedImage
@@ -137,6 +138,71 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_unpacked(
 
 def must_not_load(image: Image.Image) -> None:
     pytest.fail("unpacked its pixels")
+
+
+def with_parts(content: bytes, number: int, kind: str) -> bytes:
+    """Put so many empty parts behind the first."""
+    if kind == "PNG":
+        return (
+            content[:33]
+            + (struct.pack(">I", 0) + b"teXt" + struct.pack(">I", zlib.crc32(b"teXt"))) * number
+            + content[33:]
+        )
+    return content[:2] + b"\xff\xfe\x00\x02" * number + content[2:]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_file_of_very_many_parts_is_refused_before_pillow_walks_through_them(
+    wanted: InputFormat, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encoded(np.random.default_rng(3).integers(0, 256, (32, 32, 3), dtype=np.uint8), kind)
+    assert np.array_equal(decode_image(with_parts(whole, 9_900, kind), wanted), decode_image(whole, wanted))
+    bomb = with_parts(whole, 10_000, kind)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(BadImage, match="more than 10,000 parts"):
+        decode_image(bomb, wanted)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_metadata_and_padding_of_a_jpeg_change_no_pixel(wanted: InputFormat, mode: str) -> None:
+    image = Image.fromarray(np.random.default_rng(4).integers(0, 256, (32, 32, 3), dtype=np.uint8)).convert(mode)
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    bare = encoded(image, "JPEG")
+    full = encoded(image, "JPEG", comment=b"\xff\xda" * 50, exif=exif, icc_profile=bytes(100_000), dpi=(300, 300))
+    padded = full[:2] + b"\xff" * 200_000 + full[2:]
+    assert np.array_equal(decode_image(full, wanted), decode_image(bare, wanted))
+    assert np.array_equal(decode_image(padded, wanted), decode_image(bare, wanted))
+
+
+def test_metadata_of_a_png_changes_no_pixel(wanted: InputFormat) -> None:
+    pixels = np.random.default_rng(5).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("a", "b" * 100_000, zip=True)
+    for image in (Image.fromarray(pixels), Image.fromarray(pixels).quantize(200)):
+        for options in ({}, {"transparency": 3 if image.mode == "P" else (1, 2, 3)}):
+            bare = encoded(image, "PNG", **options)
+            full = encoded(image, "PNG", pnginfo=text, icc_profile=bytes(1000), dpi=(9, 9), **options)
+            assert np.array_equal(decode_image(full, wanted), decode_image(bare, wanted))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_tags_that_each_point_to_the_whole_file_are_not_unpacked(wanted: InputFormat, kind: str) -> None:
+    entries = b"".join(struct.pack(">HHII", 0x9000 + place, 7, 60_000, 8) for place in range(4_900))
+    upside_down = struct.pack(">HHIHH", 0x0112, 3, 1, 3, 0)
+    exif = b"MM\0*" + struct.pack(">IH", 8, 4_901) + entries + upside_down + bytes(4)
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:16] = 255
+    content = encoded(pixels, kind, exif=b"Exif\0\0" + exif.ljust(60_008, b"\0"))
+    tracemalloc.start()
+    try:
+        images = decode_image(content, wanted)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 5 * 2**20  # unpacked they are 294 MB
+    assert images[0, :, :14].max() < 0.1
+    assert images[0, :, 18:].min() > 0.9
 
 
 def test_a_photograph_is_turned_upright(wanted: InputFormat) -> None:

@@ -80,7 +80,8 @@ def random_gates(run: Run) -> list[Result]:
                 budget: LinfBudget = budget,
             ) -> Tensor:
                 sampler = path_sampler(run.rgn, run.rng(f"gates of {stage}", batch))
-                attempt = Attempt(run.rgn, sampler, run.generator(stage, batch), pixels, labels, budget)
+                asked = run.fresh_paths(run.rng(f"gates of {stage}", batch)) if run.rounds else sampler
+                attempt = Attempt(run.rgn, sampler, asked, run.generator(stage, batch), pixels, labels, budget)
                 return _on_draws(run, attack(attempt), labels, batch, draws)
 
             names.append(name)
@@ -110,6 +111,7 @@ def random_gates(run: Run) -> list[Result]:
                 draws=draws,
                 note=f"pointwise; {share(persistent):.4f} against an attacker who tries them "
                 f"all on every one of {draws} draws; gates drawn per {GROUP} images"
+                + ("; made on the float32 weights, Square by asking the int8 graph" if run.rounds else "")
                 + (f"; left out: {', '.join(left_out)}" if left_out else ""),
                 checks=[*_checks(names, per_image, len(images)), *_masking(run, images)],
                 tables=[table("attacks", (f"attack, eps {eps}", "accuracy over draws"), names, metrics, values)],
@@ -120,10 +122,13 @@ def random_gates(run: Run) -> list[Result]:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What an attack on random gates may use: the network, a sampler of fresh paths and a generator of its own."""
+    """What an attack on random gates may use: the network, samplers of fresh paths and a generator of its own."""
 
     rgn: RandomGatedNetwork
     sampler: Sampler
+    """Of the weights."""
+    asked: Sampler
+    """Of what is deployed, which is another where that is an int8 graph; it has no gradients."""
     generator: torch.Generator
     images: Tensor
     labels: Tensor
@@ -165,7 +170,7 @@ def _members(on: Attempt) -> Tensor:
 
 def _square(on: Attempt) -> Tensor:
     return square(
-        lambda pixels: on.sampler()(pixels),
+        lambda pixels: on.asked()(pixels),
         on.images,
         on.labels,
         on.budget,
@@ -215,7 +220,7 @@ def _on_draws(run: Run, pixels: Tensor, labels: Tensor, batch: int, draws: int) 
     with torch.no_grad():
         for draw in range(draws):
             path = paths.sample(run.rgn.num_gates, run.rgn.candidates, rng)
-            answer = path_model(run.rgn, path)(pixels)
+            answer = run.along(path)(pixels)
             right.append(answer.argmax(1) == labels)
             if draw < AVERAGED:
                 logits.append(answer)

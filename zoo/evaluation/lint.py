@@ -10,6 +10,8 @@ say of theirs, and every "ok" is worth the budget printed beside it.
     Pintor et al. 2022, arXiv:2106.09947         indicators of attack failure (S3, S6, T1)
     Zimmermann et al. 2022, arXiv:2206.13991     planted adversarial examples (X1)
 
+Two questions of our own are for int8 graphs, where rounding can look like robustness (Q1, Q2).
+
 The checks share their attacks: `Evidence` runs each one when the first check asks for it. A share of images is compared
 with its threshold by the lower end of its 95 % Wilson interval, so that one image among few raises no alarm.
 """
@@ -41,6 +43,7 @@ from zoo.attacks.random_gates import Sampler, eot_pgd
 from zoo.attacks.square import square
 from zoo.card import Finding
 from zoo.errors import BadInput
+from zoo.evaluation.rounded import Rounded, shown
 from zoo.evaluation.run import wilson
 
 Served = Callable[[np.ndarray], "np.ndarray | Tensor"]
@@ -95,6 +98,8 @@ SERVED_DISAGREEMENT = 0.001
 """P1: of the answers; plain count, since the two should be the same function."""
 PLANTED_MISSED = 0.05
 """X1: of the planted examples."""
+ROUNDED_AWAY = 0.03
+"""Q1: broken on the weights and not on the graph that rounds them."""
 
 Answer = tuple["bool | None", str]
 """Whether a check raises its alarm (None: it does not apply) and its figure or, if it does not apply, the reason."""
@@ -245,7 +250,9 @@ class Evidence:
         self.calls = calls[0]
         self._check_shape(raw, images[:REPEATED_IMAGES], labels)
         self.outputs = full_precision(raw)
-        self.net = self._net(model if sampler is None else sampler())
+        drawn = model if sampler is None else sampler()
+        self.net = self._net(drawn)
+        self.weights = self._net(drawn.weights) if isinstance(drawn, Rounded) else None
         self.surrogate = None if surrogate is None else self._net(surrogate)
         with torch.no_grad():
             right = torch.cat([self.net(part).argmax(1) for part in _parts(images)]) == labels
@@ -486,6 +493,22 @@ class Evidence:
         parts = zip(_parts(self.images), _parts(self.labels), strict=True)
         adversarial = torch.cat([pgd(self.surrogate, *part, budget, generator=generator) for part in parts])
         return adversarial, known, self.wrong(adversarial, net=self.surrogate) & known
+
+    @cached_property
+    def on_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """PGD on the weights, two starts: which images they keep, which the graph that rounds them keeps; and after it.
+
+        The last are images as the first start leaves them. An image counts as kept if every iterate is answered right.
+        """
+        assert self.weights is not None
+        budget = LinfBudget(eps=self.eps, steps=LONG_STEPS, step_size=2.5 * self.eps / STEPS, restarts=2)
+        generator = self.generator("weights")
+        parts = [
+            shown(self.weights, self.net, pixels, labels, budget, generator)
+            for pixels, labels in zip(_parts(self.images), _parts(self.labels), strict=True)
+        ]
+        theirs, ours, last = (torch.cat(part) for part in zip(*parts, strict=True))
+        return theirs, ours, last
 
     @cached_property
     def curve(self) -> list[tuple[float, float]]:
@@ -908,6 +931,43 @@ def _x1(evidence: Evidence) -> Answer:
     )
 
 
+def _q1(evidence: Evidence) -> Answer:
+    if evidence.weights is None:
+        return None, "the model is no int8 graph"
+    theirs, ours, last = evidence.on_weights
+    alone = _count(~theirs & ours)
+    with torch.no_grad():
+        same = torch.cat([evidence.net(part).argmax(1) == evidence.weights(part).argmax(1) for part in _parts(last)])
+    return _exceeds(alone, evidence.number, ROUNDED_AWAY), (
+        f"PGD-{LONG_STEPS} on the weights, 2 starts, breaks {_count(~theirs)} of {evidence.number} on the weights and "
+        f"{_count(~ours)} on the graph, {alone} on the weights alone; both say the same of {_count(same)} "
+        f"({evidence.ball})"
+    )
+
+
+def _q2(evidence: Evidence) -> Answer:
+    """Ask the graph about the images that no attack on the weights broke on it; other gradients do not count here."""
+    if evidence.weights is None:
+        return None, "the model is no int8 graph"
+    _, ours, _ = evidence.on_weights
+    rows = ours.nonzero()[:, 0]
+    generator = evidence.generator("square on the graph")
+    broken = torch.zeros_like(ours)
+    for part in _parts(rows):
+        if len(part):
+            budget = LinfBudget(eps=evidence.eps)
+            pixels, labels = evidence.images[part], evidence.labels[part]
+            found = square(evidence.net, pixels, labels, budget, queries=evidence.queries, generator=generator)
+            broken[part] = evidence.wrong(found, labels)
+    noise = (evidence.corner_logits.argmax(2) != evidence.labels).any(0) & ours
+    alone = _count(broken | noise)
+    return _exceeds(alone, evidence.number, BLACK_BOX_ALONE), (
+        f"what breaks the weights breaks {_count(~ours)} of {evidence.number} on the graph; {alone} more broken by "
+        f"asking it: Square ({evidence.queries} queries) {_count(broken)}, random noise ({2 * NOISES} draws) "
+        f"{_count(noise)} ({evidence.ball})"
+    )
+
+
 CHECKS: tuple[Check, ...] = (
     Check(
         code="S1",
@@ -1059,6 +1119,20 @@ CHECKS: tuple[Check, ...] = (
         meaning="The attack misses examples that are known to exist, so that it finds none proves nothing; strengthen "
         "it until it finds these.",
         ask=_x1,
+    ),
+    Check(
+        code="Q1",
+        name="what fools the weights fools their rounding",
+        meaning="Rounding moved the border and took nothing from the attacker, who has only to aim at the graph: its "
+        "transferred accuracy flatters it; attack through the rounding, and calibrate on more images.",
+        ask=_q1,
+    ),
+    Check(
+        code="Q2",
+        name="asking the graph finds no more than its weights",
+        meaning="An attacker who knows less did better: attacks on the weights miss what the rounded graph does; "
+        "report the black-box number and attack through the rounding.",
+        ask=_q2,
     ),
 )
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from zoo import data
 from zoo.attacks.inputs import Model
-from zoo.attacks.random_gates import path_sampler
-from zoo.bundle import Bundle
+from zoo.bundle import Bundle, int8_file
 from zoo.card import Card, Finding, Lint
 from zoo.evaluation.ledger import Ledger
 from zoo.evaluation.lint import QUERIES, lint_model
 from zoo.evaluation.request import Request
+from zoo.evaluation.rounded import check_int8
 from zoo.evaluation.run import Run
 from zoo.evaluation.transfer import check_surrogates, open_surrogate
 from zoo.export import session
@@ -38,6 +38,7 @@ def lint_bundle(
     queries: int = QUERIES,
     surrogate: str | None = None,
     device: str = "cpu",
+    precision: str = "fp32",
     command: str = "",
     watch: Callable[[Finding], None] | None = None,
 ) -> Lint:
@@ -52,6 +53,7 @@ def lint_bundle(
         queries: of Square, per image.
         surrogate: another model (MODEL) for transfer and for a direction from outside.
         device: where to compute.
+        precision: "int8" asks the variant's int8 graph, whose gradients are those of the weights it rounds.
         command: repeats this, for the record.
         watch: called with each finding.
 
@@ -59,12 +61,15 @@ def lint_bundle(
         BadInput: no such variant, a surrogate that is the target; see `lint_model`.
     """
     check_variant(bundle, variant)
+    if precision == "int8":
+        check_int8(bundle, variant)
     number = IMAGES if images is None else images
     request = Request(
         protocol="lint",
         variant=variant,
         eps=(eps,),
         images=number,
+        precision=precision,
         seed=seed,
         surrogates=() if surrogate is None else (surrogate,),
     )
@@ -75,7 +80,8 @@ def lint_bundle(
         opened = open_surrogate(surrogate)
         check_surrogates(run, [opened])
         other = opened.deployed(run.device)
-    sampler = path_sampler(run.rgn, run.rng("lint", 0)) if variant == "gated" else None
+    sampler = run.fresh_paths(run.rng("lint", 0)) if variant == "gated" else None
+    graph_file = int8_file(variant) if run.rounds else f"{variant}.onnx"
     model: Model = run.network if sampler is None else lambda pixels: sampler()(pixels)
     findings = lint_model(
         model,
@@ -84,22 +90,22 @@ def lint_bundle(
         eps=float(eps),
         sampler=sampler,
         surrogate=other,
-        served=None if sampler is not None else _served(bundle, variant),
+        served=None if sampler is not None else _served(bundle, graph_file),
         seed=seed,
         queries=queries,
         watch=watch,
     )
     return Lint(
-        variant=variant,
+        variant=request.measured_variant,
         images=len(chosen),
         seed=seed,
-        findings=tuple(_answered(finding, bundle.card) for finding in findings),
+        findings=tuple(_answered(finding, bundle.card, request.measured_variant) for finding in findings),
         date=datetime.now(UTC).date().isoformat(),
         command=command,
     )
 
 
-def _answered(finding: Finding, card: Card) -> Finding:
+def _answered(finding: Finding, card: Card, variant: str) -> Finding:
     """Return the finding, its alarm withdrawn where it asks for averaging over gates and the card's numbers did that.
 
     E1 and E2 say that attacks with one draw flatter a random model. A result of the protocol random-gates whose checks
@@ -108,15 +114,17 @@ def _answered(finding: Finding, card: Card) -> Finding:
     if finding.verdict != "alarm" or finding.code not in ("E1", "E2"):
         return finding
     for result in card.results:
-        if result.protocol == "random-gates" and all(check.held for check in result.checks):
+        if (result.protocol, result.variant) == ("random-gates", variant) and all(
+            check.held for check in result.checks
+        ):
             said = f"so attacks must average over gates, as the card's {result.protocol} result does ({result.date})"
             return replace(finding, verdict="ok", figure=f"{finding.figure}; {said}")
     return finding
 
 
-def _served(bundle: Bundle, variant: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+def _served(bundle: Bundle, file: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     """Return the graph that serves a variant, as a function of pixels."""
-    opened = session(bundle.read(f"{variant}.onnx"))
+    opened = session(bundle.read(file))
 
     def answer(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         (logits,) = opened.run(["logits"], {"images": np.ascontiguousarray(pixels)})

@@ -9,9 +9,10 @@ import torch
 
 from zoo.bundle import Bundle
 from zoo.card import Result
-from zoo.errors import UnknownName
+from zoo.errors import BadInput, UnknownName
 from zoo.evaluation.ledger import Ledger
 from zoo.evaluation.request import Request
+from zoo.evaluation.rounded import check_int8
 from zoo.evaluation.run import Run, terms_of
 from zoo.models import check_variant
 
@@ -27,8 +28,11 @@ PROTOCOLS = {
     "random-gates": ("zoo.evaluation.gates", "random_gates"),
     "corruptions": ("zoo.evaluation.corrupted", "corruptions"),
     "exits": ("zoo.evaluation.exits", "exits"),
+    "queries": ("zoo.evaluation.queried", "queried"),
 }
 """Where each protocol is; loaded when it is asked for."""
+WEIGHTS_ONLY = ("transfer-matrix", "diversity", "exits")
+"""They compare the networks behind a variant, of which an int8 graph has none of its own."""
 
 
 def evaluate(bundle: Bundle, request: Request, *, device: str = "cpu", fresh: bool = False) -> list[Result]:
@@ -50,6 +54,14 @@ def evaluate(bundle: Bundle, request: Request, *, device: str = "cpu", fresh: bo
     if request.protocol not in PROTOCOLS:
         raise UnknownName(request.protocol, PROTOCOLS, kind="protocol")
     check_variant(bundle, request.variant)
+    if request.precision == "int8":
+        check_int8(bundle, request.variant)
+        if request.protocol in WEIGHTS_ONLY:
+            judging = ", ".join(name for name in PROTOCOLS if name not in WEIGHTS_ONLY)
+            raise BadInput(
+                f"the protocol {request.protocol} compares networks, not what a graph answers; use one of {judging} "
+                "with the precision int8"
+            )
     request = request.resolved()
     module, name = PROTOCOLS[request.protocol]
     protocol: Protocol = getattr(importlib.import_module(module), name)

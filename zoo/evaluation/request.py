@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from zoo.errors import BadInput
+from zoo.card import INT8
+from zoo.errors import BadInput, UnknownName
 
+PRECISIONS = ("fp32", "int8")
 DEFAULT_EPS = {"blackbox": tuple(Fraction(number, 100) for number in range(1, 8))}
 """Radii of the protocols that are published with others than 0.01 and 0.03."""
 
@@ -35,17 +37,29 @@ class Request:
     """Folder of a stored adversarial set: made there if it is empty, reused if it fits; the cache's if None."""
     corrupted: Path | None = None
     """Folder with the official CIFAR-10-C files; images are corrupted here if None and none are found."""
+    precision: str = "fp32"
+    """"int8" judges the variant's int8 graph in the place of its weights."""
+    queries: int | None = None
+    """Queries per image of the attacks that only ask."""
     seed: int = 0
     command: str = ""
     """The command that repeats this, for the record."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "restarts", "draws"):
+        for name in ("steps", "restarts", "draws", "queries"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise BadInput(f"need at least 1 {name.removesuffix('s')}, got {name}={value}")
+                one = {"queries": "query"}.get(name, name.removesuffix("s"))
+                raise BadInput(f"need at least 1 {one}, got {name}={value}")
+        if self.precision not in PRECISIONS:
+            raise UnknownName(self.precision, PRECISIONS, kind="precision")
         if self.paths < 2:
             raise BadInput(f"a matrix compares at least 2 paths, got {self.paths}")
+
+    @property
+    def measured_variant(self) -> str:
+        """The variant as results name it: "single", or "single-int8" where the int8 graph is judged."""
+        return f"{self.variant}{INT8}" if self.precision == "int8" else self.variant
 
     def resolved(self) -> Request:
         """Return the request with its radii filled in."""

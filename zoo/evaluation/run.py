@@ -20,14 +20,15 @@ from tqdm import tqdm
 from zoo import data, paths
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.inputs import Model, check_logits
-from zoo.attacks.random_gates import path_model, path_sampler
-from zoo.bundle import Bundle
+from zoo.attacks.random_gates import Sampler, path_model
+from zoo.bundle import AGREEMENT, Bundle, int8_file
 from zoo.card import Check, Result, Table
 from zoo.data import Images
 from zoo.derive import Ensemble, folded_copy
 from zoo.errors import BadInput
 from zoo.evaluation.ledger import Ledger
 from zoo.evaluation.request import Request
+from zoo.evaluation.rounded import Graph, Rounded, int8_graph
 from zoo.models import load_rgn, member_networks, weights_file
 from zoo.rgn import RandomGatedNetwork
 
@@ -62,7 +63,26 @@ class Run:
 
     @cached_property
     def network(self) -> nn.Module:
-        """What a deterministic variant deploys; of a multi-exit network its last exit.
+        """What a deterministic variant deploys, as float32 weights or as int8 graph; of several exits the last.
+
+        Raises:
+            BadInput: random gates.
+        """
+        return Rounded(self.weights, self.graph) if self.rounds else self.weights
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the int8 graph is judged."""
+        return self.request.precision == "int8"
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The int8 graph of the variant."""
+        return int8_graph(self.bundle, self.request.variant)
+
+    @cached_property
+    def weights(self) -> nn.Module:
+        """The float32 network of a deterministic variant.
 
         Raises:
             BadInput: random gates.
@@ -82,6 +102,15 @@ class Run:
         """The random gated network behind the bundle."""
         rgn = load_rgn(self.bundle).to(self.device)
         return rgn.requires_grad_(False)
+
+    def along(self, path: Sequence[int]) -> Model:
+        """Return what random gates deploy along a path, as float32 weights or as int8 graph."""
+        weights = path_model(self.rgn, path)
+        return Rounded(weights, self.graph, path) if self.rounds else weights
+
+    def fresh_paths(self, rng: random.Random) -> Sampler:
+        """Return a sampler of what random gates deploy along fresh paths."""
+        return lambda: self.along(paths.sample(self.rgn.num_gates, self.rgn.candidates, rng))
 
     def path_models(self, number: int) -> tuple[list[str], list[Model]]:
         """Return several deployed networks to compare: members of an ensemble, or distinct paths, published first.
@@ -159,7 +188,7 @@ class Run:
             return lambda pixels, labels, _: correct(network, pixels, labels), BATCH
 
         def along_a_path(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
-            return correct(path_sampler(self.rgn, self.rng(stage, batch))(), pixels, labels)
+            return correct(self.fresh_paths(self.rng(stage, batch))(), pixels, labels)
 
         return along_a_path, GROUP
 
@@ -196,7 +225,7 @@ class Run:
             note = "; ".join(filter(None, (note, f"the last of {number} exits")))
         return Result(
             protocol=self.request.protocol,
-            variant=self.request.variant,
+            variant=self.request.measured_variant,
             attack=attack,
             norm=LinfBudget.norm,
             eps=float(eps),
@@ -227,9 +256,10 @@ def terms_of(bundle: Bundle, request: Request, device: torch.device) -> dict[str
     return {
         "request": asked,
         "weights": card.files[weights_file(card)].sha256,
+        "graph": card.files[int8_file(request.variant)].sha256 if request.precision == "int8" else None,
         "paths": [card.paths.single, *card.paths.ensemble],
         "device": device.type,
-        "versions": {name: _version(name) for name in ("manygates", "torch", "pyautoattack", "numpy")},
+        "versions": {name: _version(name) for name in ("manygates", "torch", "pyautoattack", "numpy", "onnxruntime")},
         "batches": [BATCH, GROUP],
     }
 
@@ -265,6 +295,14 @@ def wilson(accuracy: float, images: int) -> tuple[float, float]:
     centre = (accuracy + z * z / (2 * images)) / (1 + z * z / images)
     half = z / (1 + z * z / images) * math.sqrt(accuracy * (1 - accuracy) / images + z * z / (4 * images**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def agreement(attack: str, equal: Tensor) -> Table:
+    """Return the table of a result that says on how many images the int8 graph gives the class of the weights."""
+    found = share(equal)
+    low, high = wilson(found, len(equal))
+    row = torch.tensor([[found, min(low, found), max(high, found)]], dtype=torch.float64)
+    return table(AGREEMENT, ("attack on the weights", "same class"), [attack], ("share", "low", "high"), row)
 
 
 def table(name: str, axes: tuple[str, str], rows: Sequence[str], columns: Sequence[str], values: Tensor) -> Table:

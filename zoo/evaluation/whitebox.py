@@ -14,7 +14,8 @@ from zoo.attacks.gradient import fgsm, pgd
 from zoo.attacks.random_gates import path_model
 from zoo.card import Check, Result, Table
 from zoo.data import Images
-from zoo.evaluation.run import GROUP, Run, correct, share, table
+from zoo.evaluation.rounded import shown
+from zoo.evaluation.run import GROUP, Run, agreement, correct, share, table
 
 CHECKED_IMAGES = 100
 CLEAN_DRAWS = 10
@@ -27,17 +28,36 @@ def clean(run: Run) -> list[Result]:
     """Accuracy on unperturbed test images, all of them by default; for random gates the mean over ten draws."""
     images = run.images(None)
     if run.request.variant != "gated":
-        judge_all, size = run.answers("clean")
-        right = run.judged("clean", images, judge_all, size=size)
-        return [run.result(attack="none", accuracy=share(right), images=len(images))]
+
+        def answered(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
+            with torch.no_grad():
+                found = run.network(pixels).argmax(1)
+                theirs = run.weights(pixels).argmax(1) if run.rounds else found
+            return torch.stack([found == labels, found == theirs], dim=1)
+
+        judged = run.judged("clean", images, answered)
+        return [
+            run.result(
+                attack="none",
+                accuracy=share(judged[:, 0]),
+                images=len(images),
+                tables=[agreement("none", judged[:, 1])] if run.rounds else [],
+            )
+        ]
     draws = run.request.draws or CLEAN_DRAWS
 
     def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
         rng = run.rng("clean", batch)
         drawn = [paths.sample(run.rgn.num_gates, run.rgn.candidates, rng) for _ in range(draws)]
-        return torch.stack([correct(path_model(run.rgn, path), pixels, labels) for path in drawn], dim=1)
+        right = torch.stack([correct(run.along(path), pixels, labels) for path in drawn], dim=1)
+        if not run.rounds:
+            return right
+        with torch.no_grad():
+            ours, theirs = (model(pixels).argmax(1) for model in (run.along(drawn[0]), path_model(run.rgn, drawn[0])))
+        return torch.cat([right, (ours == theirs)[:, None]], dim=1)
 
-    right = run.judged("clean", images, judge, size=GROUP)
+    judged = run.judged("clean", images, judge, size=GROUP)
+    right = judged[:, :draws]
     per_draw = right.double().mean(0)
     error = float(per_draw.std()) / draws**0.5 if draws > 1 else 0.0
     return [
@@ -47,6 +67,7 @@ def clean(run: Run) -> list[Result]:
             images=len(images),
             draws=draws,
             note=f"mean over {draws} draws (standard error {error:.4f}), each with a fresh path per {GROUP} images",
+            tables=[agreement("none", judged[:, draws])] if run.rounds else [],
         )
     ]
 
@@ -56,6 +77,9 @@ def whitebox(run: Run) -> list[Result]:
 
     An image counts if it is answered correctly without an attack and at *every* iterate of every restart, which is
     stricter than DVERGE's last iterate of every restart.
+
+    An int8 graph has two results per eps: for an attacker who has the weights only and shows the graph every iterate of
+    an attack on them, and for one who has both (see `zoo.evaluation.rounded`).
     """
     steps, restarts = run.request.steps or 50, run.request.restarts or 5
     network = run.network
@@ -66,6 +90,8 @@ def whitebox(run: Run) -> list[Result]:
     results = []
     for eps in run.request.eps:
         budget = LinfBudget(eps=float(eps), steps=steps, restarts=restarts)
+        if run.rounds:
+            results.append(_on_weights(run, images, eps, budget))
         stage = f"PGD-{steps} x {restarts}, eps {eps}"
 
         def judge(
@@ -79,19 +105,54 @@ def whitebox(run: Run) -> list[Result]:
         right = run.judged(stage, images, judge)
         results.append(
             run.result(
-                attack="PGD",
+                attack="PGD through the rounding" if run.rounds else "PGD",
                 accuracy=share(right),
                 images=len(images),
                 eps=eps,
                 steps=steps,
                 step_size=budget.step,
                 restarts=restarts,
-                note="all-or-nothing over restarts and iterates",
+                note="all-or-nothing over restarts and iterates"
+                + ("; answers of the int8 graph, gradients of the float32 weights" if run.rounds else ""),
                 checks=[*checks, *_converged(run, first, right[: len(first)], budget)],
                 tables=[_against_steps(run, first, eps, steps)],
             )
         )
     return results
+
+
+def _on_weights(run: Run, images: Images, eps: Fraction, budget: LinfBudget) -> Result:
+    """Show the int8 graph what an attack on the float32 weights makes."""
+    stage = f"PGD-{budget.steps} x {budget.restarts} on the weights, eps {eps}"
+
+    def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
+        generator = run.generator(stage, batch)
+        theirs, ours, last = shown(run.weights, run.network, pixels, labels, budget, generator)
+        with torch.no_grad():
+            same = run.network(last).argmax(1) == run.weights(last).argmax(1)
+        return torch.stack([theirs, ours, same], dim=1)
+
+    judged = run.judged(stage, images, judge)
+    theirs, ours = share(judged[:, 0]), share(judged[:, 1])
+    return run.result(
+        attack="PGD on the weights",
+        accuracy=ours,
+        images=len(images),
+        eps=eps,
+        steps=budget.steps,
+        step_size=budget.step,
+        restarts=budget.restarts,
+        note=f"a transfer: made on the float32 weights, of which the same images leave {theirs:.4f}; all-or-nothing "
+        "over restarts and iterates",
+        checks=[
+            Check(
+                name="what fools the weights fools their rounding",
+                held=ours - theirs <= GAIN,
+                detail=f"eps {eps}: the same images leave {theirs:.3f} of the weights and {ours:.3f} of the int8 graph",
+            )
+        ],
+        tables=[agreement(f"PGD-{budget.steps}", judged[:, 2])],
+    )
 
 
 def _converged(run: Run, images: Images, right: Tensor, budget: LinfBudget) -> tuple[Check, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zoo.card import VARIANTS, Card, Lint, Result
+from zoo.card import INT8, MEASURED_VARIANTS, VARIANTS, Card, Lint, Result
 from zoo.report.document import Cell
 from zoo.report.figures import Style
 from zoo.report.wording import SUSPECT, plural
@@ -51,7 +51,7 @@ class Entry:
     @property
     def passes(self) -> int | None:
         """Forward passes per image; None where the card does not say how many members an ensemble has."""
-        if self.variant != "ensemble":
+        if self.variant.removesuffix(INT8) != "ensemble":
             return 1
         if self.card.paths.ensemble:
             return len(self.card.paths.ensemble)
@@ -67,8 +67,14 @@ def entries_of(cards: Sequence[Card]) -> list[Entry]:
         same = sum(other.name == card.name for other in distinct[:index])
         model = f"{card.name} ({same + 1})" if same else card.name
         named = dict.fromkeys([*card.variants, *(result.variant for result in card.results)])
-        for variant in sorted(named, key=lambda name: (VARIANTS.index(name) if name in VARIANTS else 9, name)):
+        for variant in sorted(named, key=_place):
             dash = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
             style = Style(colour=index if len(distinct) > 1 else dash, dash=dash)
             entries.append(Entry(card=card, model=model, variant=variant, style=style))
     return entries
+
+
+def _place(variant: str) -> tuple[int, str]:
+    """Return where a variant comes in the order of the card's, those that it does not know last."""
+    known = variant in MEASURED_VARIANTS
+    return (MEASURED_VARIANTS.index(variant) if known else len(MEASURED_VARIANTS), variant)

@@ -25,6 +25,7 @@ _PROTOCOLS = {
     "diversity": "diversity",
     "corruptions": "corruptions",
     "exits": "exits",
+    "queries": "queries",
 }
 PROTOCOL_ORDER = tuple(_PROTOCOLS)
 # control characters, halves of surrogate pairs, unassigned code points, and what silently reverses or hides text
