@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from zoo.card import Card, Finding, Result, Training
+    from serving.settings import Settings
+    from zoo.card import Card, Detection, Finding, Result, Training
     from zoo.checkpoint import Architecture
     from zoo.rgn import RandomGatedNetwork
 
@@ -48,7 +49,9 @@ PROTOCOLS = (
     "random-gates",
     "corruptions",
     "exits",
+    "queries",
 )
+PRECISIONS = ("fp32", "int8")
 JUDGING_DRAWS = 20
 ATTACK_FILES = ("clean.png", "adversarial.png", "perturbation.png", "report.json")
 
@@ -327,14 +330,18 @@ def _together(arguments: argparse.Namespace) -> int:
     )
     bundle = export_members(arguments.out, members, architecture, description)
     _say(f"{bundle.card.name}: {', '.join(bundle.card.variants)} in {arguments.out}, checked against the weights")
+    if arguments.int8:
+        _add_int8(arguments, arguments.out, None)
     return DONE
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from zoo.bundle import check_target
-    from zoo.export import Description, export_members, export_rgn
+    from zoo.export import Description, export_members, export_rgn, without_int8
     from zoo.rgn import RandomGatedNetwork
 
+    if arguments.out is None:
+        return _export_beside(arguments)
     if arguments.members:
         return _together(arguments)
     check_target(arguments.out)
@@ -346,25 +353,63 @@ def _export(arguments: argparse.Namespace) -> int:
         description=arguments.description or said,
         method=_method(training),
         training=training,
-        results=() if card is None else card.results,  # the same weights and paths, so the same numbers
-        lint=() if card is None else card.lint,
+        results=() if card is None else without_int8(card).results,  # the same weights and paths, so the same numbers
+        lint=() if card is None else without_int8(card).lint,
+        suspicion=() if card is None else card.suspicion,
     )
     if isinstance(network, RandomGatedNetwork):
         bundle = export_rgn(arguments.out, network, architecture, description, single=chosen[0], ensemble=chosen[1:])
     else:
         bundle = export_members(arguments.out, members, architecture, description)
     _say(f"{bundle.card.name}: {', '.join(bundle.card.variants)} in {arguments.out}, checked against the weights")
+    if arguments.int8:
+        _add_int8(arguments, arguments.out, card)
+    elif card is not None and card.int8 is not None:
+        _say("its int8 graphs, and what was measured on them, are left out; --int8 makes them again")
     return DONE
 
 
+def _export_beside(arguments: argparse.Namespace) -> int:
+    """Add int8 graphs to a bundle of the user's, its other files as they are."""
+    from zoo.catalogue import resolve
+    from zoo.errors import BadInput
+
+    if not arguments.int8 or arguments.members or _is_run(arguments.source):
+        raise BadInput(
+            "export needs --out DIR, the folder that will hold the bundle; only --int8 on a bundle of yours, which "
+            "adds files to it, can do without"
+        )
+    source = resolve(arguments.source)
+    if source.kind != "local" or source.folder is None:
+        raise BadInput(
+            f"--int8 without --out writes into a bundle of yours, and {arguments.source} is the package's or the "
+            "hub's; name another folder with --out DIR"
+        )
+    _add_int8(arguments, source.folder, None)
+    return DONE
+
+
+def _add_int8(arguments: argparse.Namespace, folder: Path, earlier: Card | None) -> None:
+    from zoo.export import add_int8
+
+    bundle = add_int8(folder, images=arguments.calibration_images, seed=arguments.calibration_seed, earlier=earlier)
+    assert bundle.card.int8 is not None
+    _say(
+        f"int8 graphs of {', '.join(bundle.card.int8.variants)} added to {folder}, calibrated on "
+        f"{bundle.card.int8.calibration.images} training images, checked against the weights"
+    )
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from zoo.bundle import int8_file
     from zoo.catalogue import open_model
     from zoo.evaluation import Request, evaluate, parse_eps, resumable
     from zoo.models import weights_file
 
     _check_recordable(arguments)
     card = open_model(arguments.model, only=()).card
-    bundle = open_model(arguments.model, only=(weights_file(card),))
+    files = [weights_file(card), int8_file(arguments.variant)]
+    bundle = open_model(arguments.model, only=[name for name in files if name == files[0] or _rounds(arguments, card)])
     request = Request(
         protocol=arguments.protocol,
         variant=arguments.variant,
@@ -377,6 +422,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         surrogates=tuple(arguments.surrogates),
         adversarial_set=arguments.set,
         corrupted=arguments.corrupted,
+        precision=arguments.precision,
+        queries=arguments.queries,
         seed=arguments.seed,
         command=_command_of(arguments, card.name),
     )
@@ -410,17 +457,24 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _lint(arguments: argparse.Namespace) -> int:
-    from zoo.bundle import record_lint
+    from zoo.bundle import int8_file, record_lint
     from zoo.catalogue import open_model
+    from zoo.errors import BadInput
     from zoo.evaluation import parse_eps
     from zoo.evaluation.linted import lint_bundle
     from zoo.models import weights_file
 
     _check_recordable(arguments)
     card = open_model(arguments.model, only=()).card
-    variants = [arguments.variant] if arguments.variant else list(card.variants)
-    files = (weights_file(card), *(f"{variant}.onnx" for variant in variants if variant in card.variants))
-    bundle = open_model(arguments.model, only=files)
+    rounded = arguments.precision == "int8"
+    known = card.variants if not rounded else () if card.int8 is None else card.int8.variants
+    variants = [arguments.variant] if arguments.variant else list(known)
+    if not variants:
+        raise BadInput(
+            f"{card.name} has no int8 graphs; `manygates export MODEL --int8` adds some to a bundle of yours"
+        )
+    graphs = [int8_file(name) if rounded else f"{name}.onnx" for name in variants if name in known]
+    bundle = open_model(arguments.model, only=(weights_file(card), *graphs))
     found = []
     for variant in variants:
         parts = [
@@ -429,6 +483,7 @@ def _lint(arguments: argparse.Namespace) -> int:
             _repeatable_name(arguments, card.name),
             "--variant",
             variant,
+            *(["--precision", "int8"] if rounded else []),
             "--eps",
             arguments.eps,
         ]
@@ -437,7 +492,7 @@ def _lint(arguments: argparse.Namespace) -> int:
         parts += ["--surrogate", arguments.surrogate] if arguments.surrogate else []
         options = {} if arguments.queries is None else {"queries": arguments.queries}
         if not arguments.json:
-            print(f"{card.name} {variant}", flush=True)
+            print(f"{card.name} {variant}{' int8' if rounded else ''}", flush=True)
         lint = lint_bundle(
             bundle,
             variant,
@@ -446,6 +501,7 @@ def _lint(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             surrogate=arguments.surrogate,
             device=_device(arguments.device),
+            precision=arguments.precision,
             command=shlex.join([*parts, "--seed", str(arguments.seed)]),
             watch=None if arguments.json else _print_finding,
             **options,
@@ -469,6 +525,67 @@ def _print_finding(finding: Finding) -> None:
     print(f"  {verdict:<8}{finding.code:<4}{finding.name}: {finding.figure}", flush=True)
     if finding.verdict == "alarm":
         print(f"{'':<14}{finding.meaning}", flush=True)
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from zoo.bundle import record_suspicion
+    from zoo.catalogue import open_model
+    from zoo.evaluation import parse_eps
+    from zoo.models import weights_file
+    from zoo.suspicion import calibrate
+
+    _check_recordable(arguments)
+    card = open_model(arguments.model, only=()).card
+    bundle = open_model(arguments.model, only=(weights_file(card),))
+    parts = ["manygates", "calibrate", _repeatable_name(arguments, card.name), "--variant", arguments.variant]
+    parts += ["--draws", str(arguments.draws)] if arguments.draws is not None else []
+    parts += ["--false-positive-rate", str(arguments.false_positive_rate), "--eps", *arguments.eps]
+    for option in ("images", "attacked"):
+        parts += [f"--{option}", str(getattr(arguments, option))] if getattr(arguments, option) is not None else []
+    parts += ["--surrogates", *arguments.surrogates] if arguments.surrogates else []
+    parts += ["--device", arguments.device] if arguments.device != "cpu" else []
+    found = calibrate(
+        bundle,
+        arguments.variant,
+        draws=arguments.draws,
+        rate=arguments.false_positive_rate,
+        eps=[parse_eps(text) for text in arguments.eps],
+        images=arguments.images,
+        attacked=arguments.attacked,
+        surrogates=arguments.surrogates,
+        seed=arguments.seed,
+        device=_device(arguments.device),
+        command=shlex.join([*parts, "--seed", str(arguments.seed)]),
+        watch=lambda detection: (
+            _say(_detected(detection)) if arguments.json else print(_detected(detection), flush=True)
+        ),
+    )
+    if arguments.json:
+        import dataclasses
+
+        _print_json(json.loads(json.dumps(dataclasses.asdict(found))))
+    else:
+        low, high = found.interval
+        print(
+            f"agreement < {found.threshold:g} is suspicious: {found.measured_false_positive_rate:.2%} "
+            f"[{low:.2%}, {high:.2%}] of {found.images} clean images (stated: at most {found.false_positive_rate:.2%} "
+            f"of the {found.calibration_images} that set it)\n{found.source}\n{found.note}"
+        )
+    if not found.threshold:
+        _say(
+            "even the lowest threshold flags more clean images than stated, so nothing is flagged; allow a higher rate"
+        )
+    if arguments.record:
+        record_suspicion(bundle.folder, found)
+        _say(f"recorded in {bundle.folder / 'card.json'}")
+    return DONE
+
+
+def _detected(found: Detection) -> str:
+    return (
+        f"{found.attack}, eps {found.eps_fraction}: {found.successful} of {found.images} images broken, "
+        f"{found.rate:.1%} of these flagged; broken and not flagged {found.evaded:.1%}"
+    )
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -606,35 +723,42 @@ def _attack(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from serving.exits import read_confidence
+    from serving.settings import Settings, flags_in
+
+    settings = Settings.resolve(flags_in(arguments), os.environ, arguments.config)
+    if arguments.print_config:
+        sys.stdout.write(settings.to_toml())
+        return DONE
     from serving.server import serve
+
+    if settings.demo:
+        _require("gradio", "demo")
+    serve(settings if settings.model_settings or settings.model_repository else _with_bundled(settings))
+    return DONE
+
+
+def _with_bundled(settings: Settings) -> Settings:
+    """Return the settings with all bundled models that can be served so."""
+    import dataclasses
+
     from zoo.catalogue import list_bundled
 
-    confidence = None if arguments.confidence is None else read_confidence(arguments.confidence)
-    models = arguments.models
-    if not models:
-        variant = "gated" if arguments.mode == "random" else arguments.mode or "single"
-        cards = list_bundled()
-        if arguments.exit is not None or confidence is not None:
-            cards = [card for card in cards if card.exits]
-            _some(
-                [card.name for card in cards], "no bundled model has several exits; name one, such as local-dir:FOLDER"
-            )
-        models = [card.name for card in cards if variant in card.variants]
-        if left_out := [card.name for card in cards if variant not in card.variants]:
-            _say(f"not served, because without the variant {variant!r}: {', '.join(left_out)}")
-    if arguments.demo:
-        _require("gradio", "demo")
-    serve(
-        _some(models),
-        mode=arguments.mode,
-        exit=arguments.exit,
-        confidence=confidence,
-        host=arguments.host,
-        port=arguments.port,
-        demo=arguments.demo,
-    )
-    return DONE
+    variant = "gated" if settings.mode == "random" else settings.mode or "single"
+    cards = list_bundled()
+    if settings.exit or settings.confidence:
+        cards = [card for card in cards if card.exits]
+        _some([card.name for card in cards], "no bundled model has several exits; name one, such as local-dir:FOLDER")
+    able = [card.name for card in cards if variant in _variants_of(card, settings.precision)]
+    if left_out := [card.name for card in cards if card.name not in able]:
+        graphs = f"{variant!r}" if settings.precision == "fp32" else f"{variant!r} in {settings.precision}"
+        _say(f"not served, because without the variant {graphs}: {', '.join(left_out)}")
+    return dataclasses.replace(settings, models=tuple(_some(able)))
+
+
+def _variants_of(card: Card, precision: str) -> tuple[str, ...]:
+    if precision == "fp32":
+        return tuple(card.variants)
+    return () if card.int8 is None else tuple(card.int8.variants)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -659,6 +783,11 @@ def _check_recordable(arguments: argparse.Namespace) -> None:
             f"--record writes into a bundle of yours, and {arguments.model} is the package's or the hub's; "
             f"first manygates pull {arguments.model} --to DIR, then {arguments.command} local-dir:DIR"
         )
+
+
+def _rounds(arguments: argparse.Namespace, card: Card) -> bool:
+    """Whether the variant's int8 graph is asked for and there."""
+    return arguments.precision == "int8" and card.int8 is not None and arguments.variant in card.int8.variants
 
 
 def _repeatable_name(arguments: argparse.Namespace, name: str) -> str:
@@ -856,7 +985,9 @@ def _command_of(arguments: argparse.Namespace, name: str) -> str:
     parts = ["manygates", "evaluate", name, "--protocol", arguments.protocol, "--variant", arguments.variant]
     if arguments.eps:
         parts += ["--eps", *arguments.eps]
-    for option in ("images", "steps", "restarts", "draws"):
+    if arguments.precision != "fp32":
+        parts += ["--precision", arguments.precision]
+    for option in ("images", "steps", "restarts", "draws", "queries"):
         if getattr(arguments, option) is not None:
             parts += [f"--{option}", str(getattr(arguments, option))]
     if arguments.paths != 5:
@@ -878,7 +1009,7 @@ def _plain_json(result: Result) -> dict[str, Any]:
 def _print_result(result: Result) -> None:
     low, high = result.interval
     attack = "clean" if result.attack == "none" else result.attack
-    attack += f"-{result.steps} x {result.restarts}" if result.attack == "PGD" else ""
+    attack += f", {result.steps} x {result.restarts}" if result.attack.startswith("PGD") else ""
     print(
         f"{result.protocol} {result.variant}: {result.accuracy:.2%} [{low:.2%}, {high:.2%}]  {attack}, "
         f"eps {result.eps_fraction}, {result.images} images, seed {result.seed}"
@@ -901,6 +1032,8 @@ def _say(text: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
+    from serving.settings import CONFIG_VARIABLE, add_flags
+
     root = argparse.ArgumentParser(
         prog="manygates",
         description="Adversarially robust image classifiers built on random gated networks.",
@@ -960,7 +1093,12 @@ def parser() -> argparse.ArgumentParser:
     added = command("export", _export, "Write the bundle of a run or a model, its graphs checked against the weights.")
     added.add_argument("source", metavar="RUN|MODEL")
     added.add_argument("members", nargs="*", metavar="RUN", help="further runs: all of them become one ensemble")
-    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that will hold the bundle")
+    added.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder that will hold the bundle; --int8 alone adds to MODEL's own"
+    )
+    added.add_argument("--int8", action="store_true", help="add int8 graphs, calibrated on training images")
+    added.add_argument("--calibration-images", type=int, default=1024, metavar="N", help="how many; 1,024 by default")
+    added.add_argument("--calibration-seed", type=int, default=0, metavar="S", help="which ones")
     added.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which of a run's checkpoints")
     added.add_argument("--name", metavar="NAME", help="the model's name; the recipe's by default")
     added.add_argument("--description", metavar="TEXT", help="one sentence for the card")
@@ -969,6 +1107,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("model", metavar="MODEL")
     added.add_argument("--protocol", required=True, metavar="P", help=f"one of {', '.join(PROTOCOLS)}")
     added.add_argument("--variant", choices=VARIANTS, default="single")
+    added.add_argument("--precision", choices=PRECISIONS, default="fp32", help="int8: judge the variant's int8 graph")
     added.add_argument(
         "--eps",
         nargs="+",
@@ -982,6 +1121,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--steps", type=int, metavar="N", help="gradient steps; the protocol's own number by default")
     added.add_argument("--restarts", type=int, metavar="N", help="random starts; the protocol's own number by default")
     added.add_argument("--draws", type=int, metavar="N", help="draws of the gates on which a random model is judged")
+    added.add_argument("--queries", type=int, metavar="N", help="of the protocol queries, per image; 1,000 by default")
     added.add_argument("--paths", type=int, default=5, metavar="K", help="paths that a transfer matrix compares")
     added.add_argument(
         "--surrogates", nargs="+", default=[], metavar="MODEL", help="models on which transfer attacks are made"
@@ -999,6 +1139,7 @@ def parser() -> argparse.ArgumentParser:
     added = command("lint", _lint, "Ask whether a model's robustness is real: the sanity checks of honest evaluation.")
     added.add_argument("model", metavar="MODEL")
     added.add_argument("--variant", choices=VARIANTS, help="one variant; all of the model's by default")
+    added.add_argument("--precision", choices=PRECISIONS, default="fp32", help="int8: ask the int8 graphs")
     added.add_argument("--eps", default="8/255", metavar="EPS")
     added.add_argument("--images", type=int, metavar="N", help="test images; 100 by default")
     added.add_argument("--queries", type=int, metavar="N", help="of the Square attack, per image")
@@ -1006,6 +1147,28 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--seed", type=int, default=0, metavar="S")
     added.add_argument("--device", default="cpu", metavar="DEVICE")
     added.add_argument("--record", action="store_true", help="write the findings into the card of a local bundle")
+    json_flag(added)
+
+    added = command(
+        "calibrate", _calibrate, "Below which agreement of paths an answer is suspicious; what that catches."
+    )
+    added.add_argument("model", metavar="MODEL")
+    added.add_argument("--variant", choices=("ensemble", "gated"), required=True)
+    added.add_argument(
+        "--draws", type=int, metavar="K", help="paths that vote on an image of random gates; 8 by default"
+    )
+    added.add_argument(
+        "--false-positive-rate", type=float, default=0.05, metavar="P", help="share of clean images that may be flagged"
+    )
+    added.add_argument("--eps", nargs="+", default=["0.01", "0.03"], metavar="EPS", help="radii of the attacks")
+    added.add_argument("--images", type=int, metavar="N", help="clean images; all that training spared by default")
+    added.add_argument("--attacked", type=int, metavar="N", help="how many are attacked; 300 by default")
+    added.add_argument(
+        "--surrogates", nargs="+", default=[], metavar="MODEL", help="models on which transfer attacks are made"
+    )
+    added.add_argument("--seed", type=int, default=0, metavar="S")
+    added.add_argument("--device", default="cpu", metavar="DEVICE")
+    added.add_argument("--record", action="store_true", help="write the threshold into the card of a local bundle")
     json_flag(added)
 
     added = command("report", _report, "Draw what the cards of models say, side by side: HTML, Markdown and figures.")
@@ -1036,19 +1199,12 @@ def parser() -> argparse.ArgumentParser:
     json_flag(added)
 
     added = command("serve", _serve, "Serve models over HTTP (Open Inference Protocol and POST /classify).")
-    added.add_argument("models", nargs="*", metavar="MODEL", help="all bundled models by default")
-    added.add_argument("--mode", choices=("single", "ensemble", "random"))
-    added.add_argument("--host", default="127.0.0.1", metavar="H")
-    added.add_argument("--port", type=int, default=8000, metavar="P")
     added.add_argument(
-        "--exit", type=int, metavar="K", help="the exit of multi-exit models that answers; the last else"
+        "--config", type=Path, metavar="FILE", help=f"settings in TOML; {CONFIG_VARIABLE} by default; flags go first"
     )
-    added.add_argument(
-        "--confidence",
-        metavar="P[,P…]",
-        help="or the first exit whose largest probability reaches P; one P, or one per exit but the last",
-    )
-    added.add_argument("--demo", action="store_true", help="also serve the attack page under /demo")
+    added.add_argument("--print-config", action="store_true", help="print the settings as such a file, and stop")
+    add_flags(added)
+    added.usage = "manygates serve [MODEL ...] [--config FILE] [--print-config] [--SETTING VALUE ...]"
 
     added = command("demo", _demo, "The page on which one attacks models.")
     added.add_argument("models", nargs="*", metavar="MODEL", help="all bundled models by default")
@@ -1073,10 +1229,10 @@ def _foreign_package() -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 a check did not hold, 2 wrong usage or bad input."""
-    arguments = parser().parse_args(argv)
-    if (problem := _foreign_package()) is not None:
+    if (problem := _foreign_package()) is not None:  # before the parser, which takes flags from a package of ours
         _say(f"manygates: {problem}")
         return WRONG
+    arguments = parser().parse_args(argv)
     from zoo.errors import ManygatesError
 
     try:

@@ -6,6 +6,7 @@ be a tenth of the cost. Everything else is Starlette's.
 
 import asyncio
 import functools
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -13,13 +14,13 @@ import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, QueryParams, UploadFile
+from starlette.datastructures import Headers as HeaderMap
+from starlette.datastructures import QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -27,15 +28,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.batcher import Batcher, Draining, PredictionFailed, QueueFull, WaitedTooLong
+from serving import openapi
+from serving.connection import Connection
 from serving.decoders import Decoders
-from serving.engine import Mode, Prediction, Predictor, modes_of
-from serving.exits import num_exits, read_confidence, read_exit
-from serving.metrics import CONTENT_TYPE, Metrics, ModelMetrics
-from serving.protocol import HEADER_LENGTH, VERSION, Codec, RequestError, bad_request, json_headers
+from serving.edge import Admission, Edge
+from serving.engine import Prediction, modes_of
+from serving.errors import Headers, RequestError, bad_request, busy, too_many_bytes
+from serving.exits import read_confidence, read_exit
+from serving.metrics import CONTENT_TYPE
+from serving.protocol import HEADER_LENGTH, Asked, json_headers
+from serving.repository import Repository
+from serving.service import Model, Served, Service
 from serving.settings import Settings
-from zoo.card import Card
-from zoo.errors import BadImage, BadInput, UnknownName, UnsupportedImage
+from zoo.errors import BadImage, BadInput, UnsupportedImage
 from zoo.pictures import decode_image
 
 logger = logging.getLogger("manygates.serving")
@@ -48,31 +53,6 @@ _BOUNDARY = re.compile(r""";\s*boundary=(?:"([^"\\]{1,70})"|([^\s;,"\\]{1,70}))\
 _UNTOLD = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """What is to be served: a card, the mode, and what answers."""
-
-    card: Card
-    mode: Mode
-    predictor: Predictor
-    limits: NDArray[np.float32] | None = None
-    """Where requests may choose the exit: the limits, float32 (exit - 1), of those that do not."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Served:
-    """A model with its queue."""
-
-    model: Model
-    codec: Codec
-    batcher: Batcher
-    metrics: ModelMetrics
-
-    @property
-    def name(self) -> str:
-        return self.model.card.name
-
-
 class _ClientGone(Exception):  # noqa: N818 -- says what happened
     """The client hung up before its request was complete."""
 
@@ -83,29 +63,37 @@ class Application:
     It takes requests between its start and its stop, which the lifespan protocol triggers (`running` does so in tests).
     """
 
-    def __init__(self, models: Sequence[Model], settings: Settings | None = None) -> None:
+    def __init__(
+        self, models: Sequence[Model], settings: Settings | None = None, repository: Repository | None = None
+    ) -> None:
         """Prepare to serve `models`; the first is the one that `/classify` uses by default.
 
+        `repository` is where they come from, which may load, reload and unload models while the server runs.
+
         Raises:
-            BadInput: if there is none, or two have the same name.
+            BadInput: if there is none, two have the same name and version, or the settings name a file that cannot be
+                used.
         """
         self.settings = settings or Settings()
-        self.metrics = Metrics()
-        self._served: dict[str, _Served] = {}
-        for model in models:
-            if model.card.name in self._served:
-                raise BadInput(f"{model.card.name!r} is to be served twice; name each model once")
-            self._served[model.card.name] = self._serve(model)
-        if not self._served:
+        if not models and not self.settings.model_repository:
             raise BadInput("no model to serve; name at least one")
-        self._infer_paths = {
-            path: served
-            for name, served in self._served.items()
-            for path in (f"/v2/models/{name}/infer", f"/v2/models/{name}/versions/{VERSION}/infer")
-        }
-        self._draining = False
+        self.service = Service(models, self.settings)
+        self.repository = repository
+        self.admission = Admission(self.settings)
+        self.tracer = _tracer(self.settings)
+        self._edge = Edge(self._route, self.settings, self.admission, self._refuse, self.tracer)
+        self._short_way = not self.settings.log_requests and self.tracer is None
+        self.metrics = self.service.metrics
+        self._hot_paths: dict[bytes, Served] = {}
+        self._hot_paths_of = -1
+        self._openapi_text = b""
+        self._openapi_of = -1
         self._decoders: Decoders | None = None
-        self._held_bytes = 0
+        self.held_bytes = 0
+        self.connections: set[Connection] = set()
+        """Those that are receiving the body of a plain inference request."""
+        self.grpc_port: int | None = None
+        """Where gRPC listens, once it does."""
         self.starlette = self._routes()
         self.rest: ASGIApp = self.starlette
         """Answers everything but inference; a demo may wrap or replace it."""
@@ -113,8 +101,14 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI connection."""
         if scope["type"] == "http":
-            served = self._infer_paths.get(scope["path"])
-            if served is not None and scope["method"] == "POST":
+            await self._edge(scope, receive, send)
+        else:
+            await self.rest(scope, receive, send)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "POST":
+            served = self._paths.get(scope["path"].encode())
+            if served is not None:
                 await self._infer(served, scope, receive, send)
                 return
         await self.rest(scope, receive, send)
@@ -122,71 +116,110 @@ class Application:
     @property
     def draining(self) -> bool:
         """Whether we are about to stop."""
-        return self._draining
+        return self.service.draining
 
     @property
     def ready(self) -> bool:
         """Whether every model takes requests, and will for a while."""
-        return not self._draining and all(served.batcher.accepting for served in self._served.values())
+        return self.service.ready
 
     def begin_drain(self) -> None:
         """Say that we are not ready any more, so that no new clients are sent here; requests are still answered."""
-        self._draining = True
+        self.service.begin_drain()
+
+    def admit(self, path: str, headers: Headers, model: str | None = None) -> str | None:
+        """Return the name of the key that allows a request, in any protocol; see `Admission.check`.
+
+        Raises:
+            RequestError: 401 without a key that holds, 403 if it does not hold for this model.
+        """
+        return self.admission.check_headers(path, headers, model)
+
+    def hot(self, path: bytes, headers: Headers) -> Served | None:
+        """Return the model whose inference has this path, if a request with these headers may take the short way."""
+        served = self._paths.get(path) if self._short_way else None
+        if served is not None:
+            try:
+                self.admission.check_headers(path.decode("latin-1"), headers)
+            except RequestError:
+                return None  # the long way says why
+        return served
+
+    @property
+    def hot_generation(self) -> object:
+        """Changes whenever `hot` may answer otherwise than before."""
+        return self.service.generation, self.admission.generation
 
     @asynccontextmanager
     async def running(self, _: object = None) -> AsyncIterator[None]:
         """Take requests inside the block; on leaving it finish those in flight."""
         decoders = self._decoders = Decoders(_DECODERS)
-        for served in self._served.values():
-            served.batcher.start()
+        self.service.start()
+        watching = None
+        if self.repository is not None and self.settings.reload_seconds:
+            watching = asyncio.create_task(self.repository.watch(self.service, self.settings.reload_seconds))
         try:
-            yield
+            async with self._grpc():
+                yield
         finally:
-            self._draining = True
-            await asyncio.gather(
-                *(served.batcher.stop(self.settings.drain_timeout) for served in self._served.values())
-            )
+            if watching is not None:
+                watching.cancel()
+            await self.service.stop()
+            if self.tracer is not None:
+                await asyncio.to_thread(self.tracer.close)
+            for connection in list(self.connections):
+                connection.stop_collecting(_stopped())
             self._decoders = None
             decoders.stop()
 
-    def _serve(self, model: Model) -> _Served:
-        settings = self.settings
-        # the queue reports to the metrics and the metrics ask the queue, so one of them must come first
-        metrics = self.metrics.of_model(
-            model.card.name,
-            random=model.mode == "random",
-            num_exits=num_exits(model.card),
-            waiting=lambda: batcher.waiting,
-            ready=lambda: self.ready and batcher.accepting,
-        )
-        batcher = Batcher(
-            model.predictor,
-            workers=settings.workers,
-            max_batch=settings.max_batch,
-            max_queue=settings.max_queue,
-            queue_timeout=settings.queue_timeout,
-            observer=metrics,
-        )
-        codec = Codec(
-            model.card,
-            max_rows=settings.max_queue,
-            may_choose_exit=model.limits is not None,
-        )
-        return _Served(model=model, codec=codec, batcher=batcher, metrics=metrics)
+    @asynccontextmanager
+    async def _grpc(self) -> AsyncIterator[None]:
+        """Serve gRPC beside HTTP, inside the block, if the settings say so."""
+        if self.settings.grpc_port < 0:
+            yield
+            return
+        try:
+            grpc_server = importlib.import_module("serving.grpc_server")  # not above: few need its libraries
+        except ModuleNotFoundError as error:
+            raise BadInput(f"gRPC needs {error.name!r}; install it with `pip install 'manygates[serve]'`") from error
+        async with grpc_server.running(self):
+            yield
+
+    @property
+    def _paths(self) -> dict[bytes, Served]:
+        """The models by the path of their inference."""
+        service = self.service
+        if self._hot_paths_of != service.generation:
+            self._hot_paths = {}
+            for name in service.names:
+                self._hot_paths[f"/v2/models/{name}/infer".encode()] = service.find(name)
+                for version in service.versions(name):
+                    path = f"/v2/models/{name}/versions/{version}/infer"
+                    self._hot_paths[path.encode()] = service.find(name, version)
+            self._hot_paths_of = service.generation
+        return self._hot_paths
 
     def _routes(self) -> Starlette:
         routes = [
             Route("/", self._index),
+            Route("/openapi.json", self._openapi),
             Route("/metrics", self._metrics),
             Route("/classify", self._classify, methods=["POST"]),
             Route("/v2", self._server_metadata),
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._server_ready),
         ]
+        routes += [
+            Route("/v2/repository/index", self._repository_index, methods=["POST"]),
+            Route("/v2/repository/models/{model}/load", self._load, methods=["POST"]),
+            Route("/v2/repository/models/{model}/unload", self._unload, methods=["POST"]),
+        ]
         for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
             routes += [
                 Route(prefix, self._model_metadata),
                 Route(f"{prefix}/ready", self._model_ready),
+                Route(f"{prefix}/config", self._model_config),
+                Route(f"{prefix}/stats", self._model_stats),
                 Route(f"{prefix}/infer", self._unknown_infer, methods=["POST"]),
             ]
         handlers: dict[Any, Any] = {
@@ -196,62 +229,58 @@ class Application:
         }
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=self.running)
 
-    async def _infer(self, served: _Served, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer an inference request; the path that has to be fast."""
+    async def _infer(self, served: Served, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer an inference request that did not take the short way of `serving.connection`."""
         sizes = _Sizes(scope)
         try:
             body = await self._body(sizes, receive)
+            served = served.latest
             started = time.perf_counter()
             request = served.codec.decode(body, sizes.header_length)
-            answer = await self._predict(served, request.images, request.form.limits)
+            answer = await self._predict(served, request.images, request.form.asked, scope, receive)
             headers, content = served.codec.encode(request, answer)
             status = 200
-            served.metrics.infer_requests.inc()
-            served.metrics.request_seconds.observe(time.perf_counter() - started)
-        except RequestError as error:
-            status, headers, content = self._failure(served, error)
+            served.metrics.answered("infer", request.form.asked.plan, time.perf_counter() - started)
+            _note(scope, served, request.form.asked, len(request.images))
         except asyncio.CancelledError:
-            if not self._draining:
+            if not self.draining:
                 raise
             status, headers, content = self._failure(served, _stopped())
         except _ClientGone:
             return
-        except Exception:
-            logger.exception("an inference request failed for a reason of ours")
-            defect = RequestError(500, "defect", "internal error; the server's log says more")
-            status, headers, content = self._failure(served, defect)
+        except Exception as error:  # noqa: BLE001 -- whatever it was, the client waits for an answer
+            status, headers, content = self._failure(served, self.service.failure(served, error))
         finally:
-            self._held_bytes -= sizes.held
+            self.held_bytes -= sizes.held
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
-    def _failure(self, served: _Served, error: RequestError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    async def _predict(
+        self, served: Served, images: NDArray[Any], asked: Asked, scope: Scope, receive: Receive
+    ) -> Prediction:
+        """Answer images; if the client hangs up before their turn has come, give up its place in the queue."""
+        answer = asyncio.ensure_future(self.service.predict(served, images, asked, scope.get("manygates.notes")))
+        told = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait((answer, told), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done() and told.result()["type"] == "http.disconnect":
+                raise _ClientGone
+            return await answer
+        finally:
+            answer.cancel()
+            told.cancel()
+
+    def _refuse(self, error: RequestError, path: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """Count a request that was refused before anything was looked up."""
+        self.metrics.failed("", error.reason)
+        content = json.dumps({"error": str(error)}).encode()
+        return error.status, json_headers(len(content)) + error.headers, content
+
+    def _failure(self, served: Served, error: RequestError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         """Count an error, and return its status, headers and body."""
         self.metrics.failed(served.name, error.reason)
         content = json.dumps({"error": str(error)}).encode()
         return error.status, json_headers(len(content)) + error.headers, content
-
-    async def _predict(
-        self, served: _Served, images: NDArray[np.float32], chosen: NDArray[np.float32] | None
-    ) -> Prediction:
-        """Answer images; `chosen` are the limits, float32 (exit - 1), that the request chose for all of them."""
-        limits = served.model.limits if chosen is None else chosen
-        if limits is not None:
-            limits = np.broadcast_to(limits, (len(images), len(limits)))
-        try:
-            return await served.batcher.submit(images, limits)
-        except QueueFull as error:
-            limit = served.batcher.max_queue
-            raise _busy(429, "queue_full", f"the queue is full ({limit} images); try again in a second") from error
-        except WaitedTooLong as error:
-            seconds = self.settings.queue_timeout
-            raise _busy(503, "queue_timeout", f"no turn within {seconds:g} seconds; try again later") from error
-        except Draining as error:
-            raise _busy(503, "not_ready", "the server is starting or stopping; try again, it may be another") from error
-        except PredictionFailed as error:
-            raise RequestError(
-                500, "model_failed", "the model failed on this batch; the server's log says more"
-            ) from error
 
     async def _body(self, sizes: "_Sizes", receive: Receive) -> bytes:
         """Read a body within the limits of size and time; what is held must be given back, see `_Sizes.held`."""
@@ -289,53 +318,61 @@ class Application:
     def _hold(self, sizes: "_Sizes", length: int) -> None:
         """Account for bytes of a body."""
         limit = self.settings.max_total_body_bytes
-        if self._held_bytes + length > limit:
-            error = _busy(503, "too_many_bytes", f"requests of {limit} bytes are being answered; try again in a second")
-            error.headers.append((b"connection", b"close"))
-            raise error
-        self._held_bytes += length
+        if self.held_bytes + length > limit:
+            raise too_many_bytes(limit)
+        self.held_bytes += length
         sizes.held += length
 
     async def _classify(self, request: Request) -> Response:
-        served = self._model_named(request, request.query_params.get("model"))
+        served = self.service.find(request.query_params.get("model"), request.query_params.get("version"))
+        # a key for some models only: here the path does not say which one is asked
+        self.admit(request.url.path, request.headers.raw, served.name)
+        request.state.model = served.name  # an error from here on is counted as this model's
         top = _top(request.query_params.get("top"), len(served.model.card.classes))
-        limits = served.codec.exit_limits(_exit_parameters(request.query_params))
+        asked = served.codec.asked(_parameters(request.query_params))
         sizes = _Sizes(request.scope)
         try:
             body = await self._body(sizes, request.receive)
             started = time.perf_counter()
             images = await self._decode_image(served, await _image_file(request.headers, body))
-            answer = await self._predict(served, images, limits)
+            if served.latest is not served and served.latest.model.card.input == served.model.card.input:
+                served = served.latest
+                asked = served.codec.asked(_parameters(request.query_params))
+            answer = await self._predict(served, images, asked, request.scope, request.receive)
         except _ClientGone:
             return Response(status_code=499)
         except asyncio.CancelledError as error:
-            if not self._draining:
+            if not self.draining:
                 raise
             raise _stopped() from error
         finally:
-            self._held_bytes -= sizes.held
+            self.held_bytes -= sizes.held
         classes = served.model.card.classes
         probabilities = answer.probabilities[0].tolist()
         ranked = sorted(zip(classes, probabilities, strict=True), key=lambda entry: -entry[1])
-        served.metrics.classify_requests.inc()
-        served.metrics.request_seconds.observe(time.perf_counter() - started)
-        exit_answered = {} if answer.exits is None else {"exit": int(answer.exits[0])}
+        served.metrics.answered("classify", asked.plan, time.perf_counter() - started)
+        _note(request.scope, served, asked, 1)
+        told: dict[str, Any] = {} if answer.exits is None else {"exit": int(answer.exits[0])}
+        if answer.agreement is not None:
+            told["agreement"] = round(float(answer.agreement[0]), 4)
+            if served.codec.suspicion is not None:
+                told["suspicious"] = bool(served.codec.suspicious(answer))
         return JSONResponse(
             {
                 "model": served.name,
-                "mode": served.model.mode,
-                **exit_answered,
+                "mode": (asked.plan or served.model.plan).mode,
+                **told,
                 "label": ranked[0][0],
                 "probabilities": dict(ranked[:top]),
             }
         )
 
-    async def _decode_image(self, served: _Served, content: bytes) -> NDArray[np.float32]:
+    async def _decode_image(self, served: Served, content: bytes) -> NDArray[np.float32]:
         """Decode on one of a few threads: a large JPEG takes longer than many predictions."""
         if self._decoders is None:
-            raise _busy(503, "not_ready", "the server is starting or stopping; try again, it may be another")
+            raise busy(503, "not_ready", "the server is starting or stopping; try again, it may be another")
         if self._decoders.waiting >= _MAX_DECODING:
-            raise _busy(429, "queue_full", f"{_MAX_DECODING} images are being decoded; try again in a second")
+            raise busy(429, "queue_full", f"{_MAX_DECODING} images are being decoded; try again in a second")
         try:
             return await self._decoders.run(functools.partial(decode_image, content, served.model.card.input))
         except UnsupportedImage as error:
@@ -350,20 +387,29 @@ class Application:
                 "mode": served.model.mode,
                 "modes": modes_of(served.model.card),
                 **({"exits": len(served.model.card.exits)} if served.model.card.exits else {}),
+                "versions": self.service.versions(name),
                 "description": served.model.card.description,
                 "classes": list(served.model.card.classes),
                 "infer": f"/v2/models/{name}/infer",
             }
-            for name, served in self._served.items()
+            for name in self.service.names
+            for served in [self.service.find(name)]
         ]
         endpoints = ["POST /classify", "GET /v2", "GET /v2/health/live", "GET /v2/health/ready", "GET /metrics"]
+        endpoints.append("GET /openapi.json")
         return JSONResponse({"name": "manygates", "version": _version(), "models": models, "endpoints": endpoints})
+
+    async def _openapi(self, request: Request) -> Response:
+        if self._openapi_of != self.service.generation:
+            self._openapi_of = self.service.generation
+            self._openapi_text = json.dumps(openapi.document(self.service), separators=(",", ":")).encode()
+        return Response(self._openapi_text, media_type="application/json")
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     async def _server_metadata(self, request: Request) -> Response:
-        return JSONResponse({"name": "manygates", "version": _version(), "extensions": ["binary_tensor_data"]})
+        return JSONResponse(self.service.description())
 
     async def _live(self, request: Request) -> Response:
         return JSONResponse({"live": True})
@@ -372,31 +418,89 @@ class Application:
         return _readiness({"ready": self.ready}, self.ready)
 
     async def _model_metadata(self, request: Request) -> Response:
-        return JSONResponse(self._model_of(request).codec.metadata())
+        served = self._model_of(request)
+        return JSONResponse({**served.codec.metadata(), "versions": self.service.versions(served.name)})
 
     async def _model_ready(self, request: Request) -> Response:
         served = self._model_of(request)
-        ready = self.ready and served.batcher.accepting
+        ready = self.ready and served.queue.accepting
         return _readiness({"name": served.name, "ready": ready}, ready)
+
+    async def _model_config(self, request: Request) -> Response:
+        return JSONResponse(self._model_of(request).configuration())
+
+    async def _model_stats(self, request: Request) -> Response:
+        return JSONResponse({"model_stats": [self._model_of(request).metrics.statistics()]})
+
+    async def _repository_index(self, request: Request) -> Response:
+        wanted = await self._json(request)
+        only_ready = wanted.get("ready", False)
+        if not isinstance(only_ready, bool):
+            raise bad_request("'ready' must be true or false; leave it out for all models")
+        return JSONResponse(self.index(only_ready=only_ready))
+
+    async def _load(self, request: Request) -> Response:
+        repository = self.changeable()
+        if (await self._json(request)).get("parameters"):
+            raise bad_request("a model is loaded as the operator configured it; send no parameters")
+        await repository.load(self.service, request.path_params["model"])
+        return JSONResponse({})
+
+    async def _unload(self, request: Request) -> Response:
+        repository = self.changeable()
+        await self._json(request)
+        await repository.unload(self.service, request.path_params["model"])
+        return JSONResponse({})
+
+    async def _json(self, request: Request) -> dict[str, Any]:
+        """Read a small JSON object; no body is an empty one."""
+        sizes = _Sizes(request.scope)
+        try:
+            body = await self._body(sizes, request.receive)
+        finally:
+            self.held_bytes -= sizes.held
+        if not body:
+            return {}
+        try:
+            document = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise bad_request(f"the body is not JSON ({error}); send an object, or nothing") from error
+        if not isinstance(document, dict):
+            raise bad_request("the body is JSON but no object; send an object, or nothing")
+        return document
+
+    def index(self, *, only_ready: bool = False) -> list[dict[str, str]]:
+        """Return the repository's index: what is served and, if there is a repository, what could be."""
+        if self.repository is not None:
+            entries = self.repository.index()
+        else:
+            entries = [
+                {"name": served.name, "version": served.version, "state": "READY", "reason": ""}
+                for served in self.service.everything()
+            ]
+        return [entry for entry in entries if entry["state"] == "READY" or not only_ready]
+
+    def changeable(self) -> Repository:
+        """Return the repository, if clients may load and unload models.
+
+        Raises:
+            RequestError: 403 if they may not.
+        """
+        if self.repository is None or not self.settings.allow_repository_changes:
+            raise RequestError(
+                403,
+                "not_allowed",
+                "this server loads and unloads nothing on request (the operator may allow it with "
+                "MANYGATES_SERVE_ALLOW_REPOSITORY_CHANGES=true)",
+            )
+        return self.repository
 
     async def _unknown_infer(self, request: Request) -> Response:
         self._model_of(request)  # known models never get here, so this says what is wrong with the name
         raise RequestError(404, "not_found", f"no such path {request.url.path!r}; see /")
 
-    def _model_of(self, request: Request) -> _Served:
-        served = self._model_named(request, request.path_params["model"])
-        version = request.path_params.get("version", VERSION)
-        if version != VERSION:
-            raise RequestError(
-                404, "unknown_version", f"{served.name} has no version {version[:40]!r}, only {VERSION!r}"
-            )
-        return served
-
-    def _model_named(self, request: Request, name: str | None) -> _Served:
-        served = next(iter(self._served.values())) if name is None else self._served.get(name)
-        if served is None:
-            assert name is not None
-            raise RequestError(404, "unknown_model", str(UnknownName(name[:128], self._served, kind="model")))
+    def _model_of(self, request: Request) -> Served:
+        served = self.service.find(request.path_params["model"], request.path_params.get("version"))
         request.state.model = served.name  # an error from here on is counted as this model's
         return served
 
@@ -448,7 +552,7 @@ class _InMemoryParser(MultiPartParser):
     spool_max_size = 2**40
 
 
-async def _image_file(headers: Headers, body: bytes) -> bytes:
+async def _image_file(headers: HeaderMap, body: bytes) -> bytes:
     """Take the image file out of a body: the field `image` of a form, or the whole body."""
     if not body:
         raise bad_request("the body is empty; send an image file, or a form with the field 'image'")
@@ -465,7 +569,7 @@ async def _image_file(headers: Headers, body: bytes) -> bytes:
     )
 
 
-async def _image_field(headers: Headers, body: bytes) -> bytes:
+async def _image_field(headers: HeaderMap, body: bytes) -> bytes:
     async def stream() -> Any:
         yield body
 
@@ -473,7 +577,7 @@ async def _image_field(headers: Headers, body: bytes) -> bytes:
     if boundary is None:
         raise bad_request("the form cannot be read (no boundary); send multipart/form-data with 'image'")
     # not the client's own header: it may name a charset, and some of Python's take minutes
-    plain = Headers({"content-type": f'multipart/form-data; boundary="{boundary[1] or boundary[2]}"'})
+    plain = HeaderMap({"content-type": f'multipart/form-data; boundary="{boundary[1] or boundary[2]}"'})
     parser = _InMemoryParser(plain, stream(), max_files=8, max_fields=8, max_part_size=_MAX_TEXT_FIELD)
     try:
         form = await parser.parse()
@@ -491,6 +595,21 @@ async def _image_field(headers: Headers, body: bytes) -> bytes:
         await form.close()
 
 
+def _note(scope: Scope, served: Served, asked: Asked, rows: int) -> None:
+    """Leave what was answered for the log of requests and the trace."""
+    scope["manygates.answered"] = {"model": served.name, "rows": rows}
+    notes = scope.get("manygates.notes")
+    if notes is not None:
+        notes.model, notes.rows = served.name, rows
+        notes.mode = (asked.plan or served.model.plan).mode
+
+
+def _tracer(settings: Settings) -> Any:
+    if settings.tracing == "off":
+        return None
+    return importlib.import_module("serving.tracing").make_tracer(settings)  # not above: an extra
+
+
 def _top(text: str | None, num_classes: int) -> int:
     if text is None:
         return num_classes
@@ -499,9 +618,15 @@ def _top(text: str | None, num_classes: int) -> int:
     return min(int(text), num_classes)
 
 
-def _exit_parameters(query: QueryParams) -> dict[str, Any]:
-    """Take what chooses an exit out of a URL, in the types that it has in a request's JSON."""
-    parameters: dict[str, Any] = {}
+def _parameters(query: QueryParams) -> dict[str, Any]:
+    """Take what a request may choose out of a URL, in the types that it has in a request's JSON."""
+    parameters: dict[str, Any] = {name: query[name] for name in ("mode",) if name in query}
+    for name in ("draws", "timeout", "priority"):
+        if name in query:
+            text = query[name]
+            if not (text.isascii() and text.isdigit() and len(text) < 16):
+                raise bad_request(f"{name} is {text[:40]!r}, expected a whole number")
+            parameters[name] = int(text)
     try:
         if "exit" in query:
             parameters["exit"] = read_exit(query["exit"])
@@ -512,12 +637,8 @@ def _exit_parameters(query: QueryParams) -> dict[str, Any]:
     return parameters
 
 
-def _busy(status: int, reason: str, message: str) -> RequestError:
-    return RequestError(status, reason, message, [(b"retry-after", b"1")])
-
-
 def _stopped() -> RequestError:
-    return _busy(503, "not_ready", "the server stopped before this was answered; try again, it may be another")
+    return busy(503, "not_ready", "the server stopped before this was answered; try again, it may be another")
 
 
 def _too_large(length: int, limit: int) -> RequestError:

@@ -9,9 +9,8 @@ A multi-exit network in mode `single` answers with its last exit, in batches lik
 """
 
 import os
-import re
-from collections.abc import Callable
-from queue import SimpleQueue
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -19,20 +18,21 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from serving.exits import LAST_EXIT, ExitChoice, always_last, choose_exit, num_exits
+from serving.gates import GateSource, SystemGates, open_gated
 from zoo.bundle import EARLY_EXIT_FILE, Bundle
 from zoo.card import Card
 from zoo.errors import BadInput, BundleError, UnknownName
 
 Mode = Literal["single", "ensemble", "random"]
 Device = Literal["cpu", "cuda"]
-GateSource = Callable[[int], NDArray[np.int64]]
-"""Number of images -> their gates, int64 (image, gate)."""
+Precision = Literal["fp32", "int8"]
+GateScope = Literal["image", "batch"]
 
 VARIANT_OF_MODE: dict[str, str] = {"single": "single", "ensemble": "ensemble", "random": "gated"}
 _runtime: Any = onnxruntime  # it re-exports its names without saying so, which strict typing refuses
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_MAX_CANDIDATES = 1024
-_INPUT, _GATES, _LIMITS, _OUTPUTS, _EXIT = "images", "gates", "limits", ["probabilities", "logits"], "exit"
+_INPUT, _GATES, _LIMITS, _OUTPUTS = "images", "gates", "limits", ["probabilities", "logits"]
+_EXIT, _AGREEMENT = "exit", "agreement"
 
 
 class Prediction(NamedTuple):
@@ -44,47 +44,38 @@ class Prediction(NamedTuple):
     """(image, class)."""
     exits: NDArray[np.int64] | None = None
     """(image,): which exit answered, counted from 1; None where the model has only one."""
+    agreement: NDArray[np.float32] | None = None
+    """(image,): the share of draws or members whose largest class is the answer's; None where only one path votes."""
 
 
 class Predictor(Protocol):
     """Anything that answers images; called from several threads at once."""
 
-    def predict(self, images: NDArray[np.float32], limits: NDArray[np.float32] | None = None) -> Prediction:
+    def predict(self, images: NDArray[np.float32]) -> Prediction:
         """Answer float32 (image, channel, height, width) in [0, 1] with one row per image, in the same order.
 
-        `limits`, float32 (image, exit - 1), is given only where requests may choose their exit.
+        `limits`, float32 (image, exit - 1), comes second where requests may choose their exit. A predictor whose
+        attribute `modes` is there is told the `plan` where requests may choose it, and one whose attribute `wide` is
+        true whether an image came alone; see `Engine.predict`.
         """
         ...
 
 
-class SystemGates:
-    """Uniform gates from the operating system's entropy (`os.urandom`)."""
+@dataclass(frozen=True)
+class Plan:
+    """How an image is answered: what all images of one batch have in common."""
 
-    def __init__(self, num_gates: int, candidates: int) -> None:
-        if not 1 <= candidates <= _MAX_CANDIDATES:
-            raise BadInput(
-                f"{candidates} candidates per gate, expected 1 to {_MAX_CANDIDATES}; look at the model's card"
-            )
-        self._num_gates = num_gates
-        self._candidates = candidates
-        # below this bound every candidate is hit by equally many 32-bit words; the few words above are drawn again
-        self._bound = 2**32 - 2**32 % candidates
-
-    def __call__(self, num_images: int) -> NDArray[np.int64]:
-        """Return fresh gates, int64 (image, gate)."""
-        wanted = num_images * self._num_gates
-        words = np.empty(0, dtype=np.uint32)
-        while len(words) < wanted:
-            drawn = np.frombuffer(os.urandom(4 * (wanted - len(words))), dtype=np.uint32)
-            words = np.concatenate([words, drawn[drawn < self._bound]])
-        return (words % np.uint32(self._candidates)).astype(np.int64).reshape(num_images, self._num_gates)
+    mode: Mode
+    draws: int = 1
+    """Paths drawn per image in mode `random`, whose probabilities are averaged."""
 
 
 class Engine:
     """A bundle loaded into ONNX Runtime; a `Predictor`.
 
-    There is one session per thread, each with its own copy of the weights, because a session of its own that uses one
-    core is the fastest arrangement on a processor; `predict` takes a session that is free and waits if none is.
+    One session per graph, shared by all threads, each of which computes on one core: that is as fast as a session per
+    thread and holds the weights once. A second, wide session over all cores answers an image that comes alone, in about
+    half the time.
     """
 
     def __init__(
@@ -92,8 +83,12 @@ class Engine:
         bundle: Bundle,
         mode: Mode | None = None,
         *,
-        threads: int | None = None,
+        more_modes: Sequence[Mode] = (),
+        draws: int = 1,
+        gate_scope: GateScope = "image",
+        precision: Precision = "fp32",
         intra_op: int = 1,
+        wide: int = 1,
         device: Device = "cpu",
         allow_cpu_fallback: bool = False,
         allow_spinning: bool = False,
@@ -104,26 +99,40 @@ class Engine:
         """Load the graph of `mode`, and where an early exit may answer also, or only, the one that stops there.
 
         Args:
-            bundle: where the graph is read from; its checksum is checked.
+            bundle: where the graphs are read from; their checksums are checked.
             mode: None takes `single`, or what else there is.
-            threads: how many sessions; None is one per usable core (one in all on a GPU).
-            intra_op: how many cores one session uses.
+            more_modes: further modes that `predict` may be asked for.
+            draws: paths per image in mode `random`, unless `predict` is told otherwise.
+            gate_scope: a fresh path for every image, or one for all images of a batch.
+            precision: `int8` takes the quantised graphs.
+            intra_op: how many cores one batch uses.
+            wide: how many cores an image that comes alone uses; 1 needs no further session.
             device: `cuda` needs ONNX Runtime's CUDA provider and its libraries.
             allow_cpu_fallback: with `cuda`, run on the processor where the GPU cannot be used; otherwise that is an
                 error.
-            allow_spinning: let idle sessions spin: a little less latency for cores that are never idle.
+            allow_spinning: let idle threads spin: a little less latency for cores that are never idle.
             gate_source: where `random` draws its gates from; None is the operating system's entropy.
             exit_choice: which exit of a multi-exit model answers.
             any_exit: let `predict` be told for each image, on a multi-exit model; other models have nothing to tell.
 
         Raises:
-            UnknownName: if `mode` is no mode.
-            BadInput: if the model lacks the mode or the exit, or the device cannot be used.
-            BundleError: if the graph is damaged or is not of the form that `zoo` exports.
+            UnknownName: if a mode is no mode.
+            BadInput: if the model lacks a mode, the precision or the exit, or the device cannot be used.
+            BundleError: if a graph is damaged or is not of the form that `zoo` exports.
         """
         self.card = bundle.card
         self.mode: Mode = choose_mode(bundle.card, mode)
-        self.threads = threads or (usable_cores() if device == "cpu" else 1)
+        self.modes: tuple[Mode, ...] = tuple(
+            dict.fromkeys((self.mode, *(choose_mode(self.card, m) for m in more_modes)))
+        )
+        self.plan = Plan(self.mode, draws if self.mode == "random" else 1)
+        self.draws = draws
+        self.precision: Precision = precision
+        self.gate_scope: GateScope = gate_scope
+        self.wide = wide > 1 and device == "cpu"
+        """Whether `predict` may be told to use every core for one image."""
+        self.provider = _PROVIDERS[device]
+        """What computes: after a fall-back not what was asked for."""
         self._num_gates = len(self.card.architecture.gated_layers)
         self.num_exits = num_exits(self.card)
         self.limits = choose_exit(self.card, exit_choice)
@@ -131,21 +140,54 @@ class Engine:
         self._draw_gates = gate_source or SystemGates(self._num_gates, self.card.architecture.candidates)
         if self.card.input.range != (0.0, 1.0):
             raise BundleError(f"{self.card.name}: pixels are in {self.card.input.range}, the server needs [0.0, 1.0]")
-        options = _session_options(intra_op=intra_op, allow_spinning=allow_spinning, silent=self.mode == "random")
-        graphs = {name: bundle.read(name) for name in graph_files(self.card, self.mode, exit_choice, any_exit=any_exit)}
-        self._sessions: list[_Sessions] = []
-        self._free: SimpleQueue[_Sessions] = SimpleQueue()
-        for _ in range(self.threads):
-            opened: dict[str, Any] = {}
-            for graph_name, graph in graphs.items():
-                name = f"{self.card.name}/{graph_name}"
-                opened[graph_name] = _open_session(graph, options, device, allow_cpu_fallback, name)
-                _check_signature(opened[graph_name], self.card, graph_name, name)
-            sessions = _Sessions(opened.get(graph_file(self.mode)), opened.get(EARLY_EXIT_FILE))
-            self._sessions.append(sessions)
-            self._free.put(sessions)
+        names = graph_files(self.card, self.modes, exit_choice, any_exit=any_exit, precision=precision)
+        self._whole: dict[Mode, _Graph] = {}
+        self._early: Any = None
+        self.forms: dict[str, str] = {}
+        """How the gated graph runs, by its file: `blocked`, or `portable` and why."""
+        for name in names:
+            graph = bundle.read(name)
+            shown = f"{self.card.name}/{name}"
 
-    def predict(self, images: NDArray[np.float32], limits: NDArray[np.float32] | None = None) -> Prediction:
+            def opener(threads: int, silent: bool, shown: str = shown) -> Callable[[bytes, bool], Any]:
+                def opened(content: bytes, optimise: bool = True) -> Any:
+                    options = _session_options(
+                        intra_op=threads, allow_spinning=allow_spinning, silent=silent, optimise=optimise
+                    )
+                    session = _open_session(content, options, device, allow_cpu_fallback, shown)
+                    self.provider = session.get_providers()[0]
+                    return session
+
+                return opened
+
+            if name == EARLY_EXIT_FILE:
+                self._early = opener(intra_op, False)(graph, True)
+                _check_signature(self._early, self.card, name, shown)
+            elif name == graph_file("random", precision):
+                self._whole["random"] = self._gated(graph, name, opener(intra_op, True))
+            else:
+                narrow = opener(intra_op, False)(graph, True)
+                _check_signature(narrow, self.card, name, shown)
+                broad = opener(wide, False)(graph, True) if self.wide else narrow
+                outputs = [*_OUTPUTS, _AGREEMENT] if _has_output(narrow, _AGREEMENT) else _OUTPUTS
+                chosen: Mode = "ensemble" if name == graph_file("ensemble", precision) else "single"
+                self._whole[chosen] = _Graph(_runner(narrow, outputs), _runner(broad, outputs))
+
+    @property
+    def agreement_modes(self) -> tuple[Mode, ...]:
+        """The modes in which several paths vote, so that their agreement can be told."""
+        told: list[Mode] = []
+        if "ensemble" in self._whole and self._whole["ensemble"].votes:
+            told.append("ensemble")
+        return (*told, "random") if "random" in self._whole else tuple(told)
+
+    def predict(
+        self,
+        images: NDArray[np.float32],
+        limits: NDArray[np.float32] | None = None,
+        plan: Plan | None = None,
+        wide: bool = False,
+    ) -> Prediction:
         """Answer float32 (image, channel, height, width) in [0, 1]; in mode `random` each image gets its own path.
 
         Args:
@@ -153,15 +195,32 @@ class Engine:
             limits: float32 (image, exit - 1): an image is answered by the first exit whose largest probability is at
                 least its limit, else by the last. None takes `self.limits` for all of them. Others than +inf need an
                 engine that was loaded with `any_exit`.
+            plan: how to answer; None is `self.plan`. Its mode is one of `self.modes`.
+            wide: use every core, which is for an image that comes alone.
         """
-        sessions = self._free.get()
-        try:
-            return self._run(sessions, images, limits)
-        finally:
-            self._free.put(sessions)
+        plan = plan or self.plan
+        if self._early is None:
+            if limits is not None and not always_last(limits).all():
+                raise BadInput(f"{self.card.name} was loaded for its last exit only; load it with any_exit=True")
+            return self._run_whole(images, plan, wide)
+        if limits is None:
+            assert self.limits is not None  # nothing else loads the graph that stops early
+            limits = np.broadcast_to(self.limits, (len(images), self.num_exits - 1))
+        late = always_last(limits) if plan.mode in self._whole else np.zeros(len(images), dtype=np.bool_)
+        if late.all():
+            return self._run_whole(images, plan, wide)
+        rows = [self._run_early(images[row : row + 1], limits[row]) for row in np.flatnonzero(~late)]
+        if late.any():
+            rows.append(self._run_whole(images[late], plan, wide))
+        # those that leave early were run first
+        back = np.argsort(np.argsort(late, kind="stable"))
+        probabilities, logits, exits = (
+            np.concatenate(column)[back] for column in zip(*(row[:3] for row in rows), strict=True)
+        )
+        return Prediction(probabilities, logits, exits)
 
     def warm_up(self, max_batch: int) -> None:
-        """Run every session at every batch size up to `max_batch` once, and check what comes back.
+        """Run every graph at every batch size up to `max_batch` once, and check what comes back.
 
         Raises:
             BundleError: if an answer has the wrong shape, its probabilities are none, or another exit answers than was
@@ -169,68 +228,65 @@ class Engine:
         """
         shape = (self.card.input.channels, self.card.input.height, self.card.input.width)
         sizes = [size for size in range(1, max_batch + 1) if size <= 8 or size == max_batch or size & (size - 1) == 0]
-        for sessions in self._sessions:
-            for size in sizes if sessions.whole is not None else []:
+        for mode in self._whole:
+            plan = Plan(mode, self.draws if mode == "random" else 1)
+            for size in sizes:
                 images = np.zeros((size, *shape), dtype=np.float32)
-                self._check_answer(self._run_whole(sessions.whole, images), size)
-            for chosen in range(1, self.num_exits + 1) if sessions.early is not None else []:
-                limits = ExitChoice(exit=chosen).limits(self.card.name, self.num_exits)
-                answer = self._run_early(sessions.early, np.zeros((1, *shape), dtype=np.float32), limits)
-                self._check_answer(answer, 1)
-                if answer.exits is None or answer.exits.tolist() != [chosen]:
-                    raise BundleError(
-                        f"{self.card.name}/{EARLY_EXIT_FILE}: exit {answer.exits} answers where {chosen} was asked; "
-                        "export it again"
-                    )
+                self._check_answer(self._run_whole(images, plan, wide=False), size)
+            if self.wide:
+                self._check_answer(self._run_whole(np.zeros((1, *shape), np.float32), plan, wide=True), 1)
+        for chosen in range(1, self.num_exits + 1) if self._early is not None else []:
+            limits = ExitChoice(exit=chosen).limits(self.card.name, self.num_exits)
+            answer = self._run_early(np.zeros((1, *shape), dtype=np.float32), limits)
+            self._check_answer(answer, 1)
+            if answer.exits is None or answer.exits.tolist() != [chosen]:
+                raise BundleError(
+                    f"{self.card.name}/{EARLY_EXIT_FILE}: exit {answer.exits} answers where {chosen} was asked; "
+                    "export it again"
+                )
 
-    def _run(
-        self, sessions: "_Sessions", images: NDArray[np.float32], limits: NDArray[np.float32] | None
-    ) -> Prediction:
-        if sessions.early is None:
-            if limits is not None and not always_last(limits).all():
-                raise BadInput(f"{self.card.name} was loaded for its last exit only; load it with any_exit=True")
-            return self._run_whole(sessions.whole, images)
-        if limits is None:
-            assert self.limits is not None  # nothing else loads the graph that stops early
-            limits = np.broadcast_to(self.limits, (len(images), self.num_exits - 1))
-        late = always_last(limits) if sessions.whole is not None else np.zeros(len(images), dtype=np.bool_)
-        if late.all():
-            return self._run_whole(sessions.whole, images)
-        rows = [self._run_early(sessions.early, images[row : row + 1], limits[row]) for row in np.flatnonzero(~late)]
-        if late.any():
-            rows.append(self._run_whole(sessions.whole, images[late]))
-        # those that leave early were run first
-        back = np.argsort(np.argsort(late, kind="stable"))
-        return Prediction(*(np.concatenate(column)[back] for column in zip(*rows, strict=True)))
+    def _gated(self, graph: bytes, name: str, narrow: Callable[[bytes, bool], Any]) -> "_Graph":
+        shown = f"{self.card.name}/{name}"
 
-    def _run_whole(self, session: Any, images: NDArray[np.float32]) -> Prediction:
-        if self.mode == "random":
-            return self._run_randomly(session, images)
-        probabilities, logits = session.run(_OUTPUTS, {_INPUT: images})
+        def checked(content: bytes, optimise: bool = True) -> Any:
+            session = narrow(content, optimise)
+            if content is graph:
+                _check_signature(session, self.card, name, shown)
+            return session
+
+        opened = open_gated(graph, self.card, open_session=checked, scope=self.gate_scope)
+        self.forms[name] = opened.form if not opened.reason else f"{opened.form}: {opened.reason}"
+        # a lone image gains nothing from more cores where weights are gathered, so it takes the same graph
+        return _Graph(opened.run, opened.run)
+
+    def _run_whole(self, images: NDArray[np.float32], plan: Plan, wide: bool) -> Prediction:
+        graph = self._whole[plan.mode]
+        run = graph.broad if wide else graph.narrow
+        if plan.mode == "random":
+            return self._run_randomly(run, images, plan.draws)
+        answers = run(images)
         if self.num_exits == 1:
-            return Prediction(probabilities, logits)
-        return Prediction(probabilities, logits, np.full(len(images), self.num_exits, dtype=np.int64))
+            return Prediction(answers[0], answers[1], None, answers[2] if len(answers) > 2 else None)
+        return Prediction(answers[0], answers[1], np.full(len(images), self.num_exits, dtype=np.int64))
 
-    @staticmethod
-    def _run_early(session: Any, image: NDArray[np.float32], limits: NDArray[np.float32]) -> Prediction:
-        probabilities, logits, exits = session.run([*_OUTPUTS, _EXIT], {_INPUT: image, _LIMITS: limits})
+    def _run_early(self, image: NDArray[np.float32], limits: NDArray[np.float32]) -> Prediction:
+        probabilities, logits, exits = self._early.run([*_OUTPUTS, _EXIT], {_INPUT: image, _LIMITS: limits})
         return Prediction(probabilities, logits, exits + 1)
 
-    def _run_randomly(self, session: Any, images: NDArray[np.float32]) -> Prediction:
-        paths = self._draw_gates(len(images))
-        failure = None
-        try:
-            rows = [
-                session.run(_OUTPUTS, {_INPUT: images[row : row + 1], _GATES: path}) for row, path in enumerate(paths)
-            ]
-        except Exception as error:  # noqa: BLE001 -- ONNX Runtime's exceptions have no common base of their own
-            # its words name the node that failed, and so the path
-            failure = re.sub(r"\d+", "#", f"{type(error).__name__}: {error}")
-        if failure is not None:
-            raise RuntimeError(f"the gated graph failed (numbers are hidden, they may be gates): {failure}")
-        if len(rows) == 1:
-            return Prediction(*rows[0])
-        return Prediction(*(np.concatenate(column) for column in zip(*rows, strict=True)))
+    def _run_randomly(self, run: Any, images: NDArray[np.float32], draws: int) -> Prediction:
+        number = len(images)
+        if self.gate_scope == "batch":
+            answers = [run(images, self._draw_gates(1)[0]) for _ in range(draws)]
+            if draws == 1:
+                return Prediction(*answers[0])
+            logits = np.stack([answer[1] for answer in answers])
+        else:
+            repeated = images if draws == 1 else np.tile(images, (draws, 1, 1, 1))
+            probabilities, logits = run(repeated, self._draw_gates(number * draws))
+            if draws == 1:
+                return Prediction(probabilities, logits)
+            logits = logits.reshape(draws, number, -1)
+        return averaged(logits)
 
     def _check_answer(self, answer: Prediction, size: int) -> None:
         expected = (size, len(self.card.classes))
@@ -244,20 +300,43 @@ class Engine:
             raise BundleError(f"{self.card.name}: the probabilities of an image do not sum to 1; export it again")
 
 
-class _Sessions(NamedTuple):
-    """What one thread computes with; either may be None if it is never needed."""
+def averaged(logits: NDArray[np.float32]) -> Prediction:
+    """Average the probabilities of several draws, float32 (draw, image, class) logits.
 
-    whole: Any
-    """The graph of the mode, which takes batches."""
-    early: Any
-    """The graph that stops at an exit, which takes one image."""
+    The answer's logits are the logarithm of the mean probabilities, as an exported ensemble's are; its agreement is the
+    share of draws whose largest class is that of the mean.
+    """
+    shifted = logits - logits.max(axis=2, keepdims=True)
+    log_each = shifted - np.log(np.exp(shifted).sum(axis=2, keepdims=True))
+    highest = log_each.max(axis=0)
+    log_mean = highest + np.log(np.exp(log_each - highest).mean(axis=0))
+    winner = log_mean.argmax(axis=1)
+    agreement = (logits.argmax(axis=2) == winner).mean(axis=0, dtype=np.float32)
+    return Prediction(np.exp(log_mean), log_mean, None, agreement)
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+class _Graph(NamedTuple):
+    """What runs the graph of one mode, on one core and on all of them."""
+
+    narrow: Any
+    broad: Any
+
+    @property
+    def votes(self) -> bool:
+        """Whether it tells its members' agreement."""
+        return bool(getattr(self.narrow, "votes", False))
+
+
+def _runner(session: Any, outputs: list[str]) -> Any:
+    def run(images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        return session.run(outputs, {_INPUT: images})  # type: ignore[no-any-return]
+
+    run.votes = _AGREEMENT in outputs  # type: ignore[attr-defined]
+    return run
+
+
+def _has_output(session: Any, name: str) -> bool:
+    return any(entry.name == name for entry in session.get_outputs())
 
 
 def modes_of(card: Card) -> list[str]:
@@ -285,42 +364,60 @@ def choose_mode(card: Card, mode: str | None) -> Mode:
     return mode or available[0]  # type: ignore[return-value]  # both are keys of VARIANT_OF_MODE
 
 
-def graph_file(mode: Mode) -> str:
+def graph_file(mode: Mode, precision: Precision = "fp32") -> str:
     """Return the name of the file that `mode` runs."""
-    return f"{VARIANT_OF_MODE[mode]}.onnx"
+    return f"{VARIANT_OF_MODE[mode]}.onnx" if precision == "fp32" else f"{VARIANT_OF_MODE[mode]}.int8.onnx"
 
 
-def graph_files(card: Card, mode: Mode, exit_choice: ExitChoice = LAST_EXIT, *, any_exit: bool = False) -> list[str]:
-    """Return the names of the files that are run: the mode's, and the one that stops at an exit if one may answer.
+def graph_files(
+    card: Card,
+    modes: Sequence[Mode],
+    exit_choice: ExitChoice = LAST_EXIT,
+    *,
+    any_exit: bool = False,
+    precision: Precision = "fp32",
+) -> list[str]:
+    """Return the names of the files that are run: the modes', and the one that stops at an exit if one may answer.
 
     Raises:
-        BadInput: if the model has no such exit.
+        BadInput: if the model has no such exit, or no graph of that precision.
     """
+    whole = [graph_file(mode, precision) for mode in modes]
+    missing = [name for name in whole if precision == "int8" and name not in card.files]
+    if missing:
+        raise BadInput(
+            f"{card.name} has no {missing[0]}; add it with `manygates export --int8`, or serve it with precision fp32"
+        )
     limits = choose_exit(card, exit_choice)
     if limits is None:
-        return [graph_file(mode)]
+        return whole
     late = bool(always_last(limits))
-    whole = [graph_file(mode)] if late or any_exit else []
-    return whole + ([] if late and not any_exit else [EARLY_EXIT_FILE])
+    return (whole if late or any_exit else []) + ([] if late and not any_exit else [EARLY_EXIT_FILE])
 
 
-def _session_options(*, intra_op: int, allow_spinning: bool, silent: bool) -> Any:
+def _session_options(*, intra_op: int, allow_spinning: bool, silent: bool, optimise: bool) -> Any:
     options = _runtime.SessionOptions()
+    if not optimise:
+        options.graph_optimization_level = _runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = intra_op
     options.inter_op_num_threads = 1
     # 3 is errors, 4 only what ends the process: errors of a gated graph name the gates; they are raised as well
     options.log_severity_level = 4 if silent else 3
-    # batch sizes vary, so a memory plan per shape is rarely used again
-    options.enable_mem_pattern = False
+    # batch sizes vary, so a memory plan per shape is rarely used again; a compiled graph takes its images one by one
+    options.enable_mem_pattern = not optimise
     # a graph may name files to read its weights from; in this "folder" there can be none, inside it or above it
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if allow_spinning else "0")
+    # threads of a wide session wait for each other some hundred times an image: they spin then, and stop with the image
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if allow_spinning or intra_op > 1 else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "0" if allow_spinning else "1")
     return options
 
 
 def _open_session(graph: bytes, options: Any, device: Device, allow_cpu_fallback: bool, name: str) -> Any:
     wanted = _PROVIDERS[device]
     providers = [wanted] if device == "cpu" else [wanted, _PROVIDERS["cpu"]]
+    if device == "cuda" and hasattr(_runtime, "preload_dlls"):
+        _runtime.preload_dlls()  # those that pip installed, which no loader would find
     available = _runtime.get_available_providers()
     if wanted not in available:
         if not allow_cpu_fallback:
@@ -344,7 +441,7 @@ _FALLBACK_HINT = "install the CUDA libraries it names, or allow the fall-back to
 def _check_signature(session: Any, card: Card, graph_name: str, name: str) -> None:
     """The graph has the inputs and outputs that every exported graph has, with the card's sizes."""
     images = card.input
-    gated, early = graph_name == graph_file("random"), graph_name == EARLY_EXIT_FILE
+    gated, early = graph_name.startswith(VARIANT_OF_MODE["random"]), graph_name == EARLY_EXIT_FILE
     wanted: dict[str, tuple[str, list[int | None]]] = {
         _INPUT: ("tensor(float)", [1 if early else None, images.channels, images.height, images.width])
     }

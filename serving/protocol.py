@@ -4,8 +4,10 @@ A request is JSON, or JSON followed by raw little-endian tensors (the binary ten
 tensor (`Inference-Header-Content-Length: 0`). Everything is checked here, before a request may join a batch: a request
 that gets through cannot fail in the model.
 
-A multi-exit model has one more output, `exit`, for requests that name it; where the operator allows it the request's
-parameters `exit` or `confidence` choose which exit answers.
+Further outputs come only to requests that name them: `exit` of a multi-exit model; `agreement`, the share of draws or
+members that vote for the winner; and `suspicious`, whether that is below the operator's threshold. The parameters of a
+request may set `timeout` (microseconds) and `priority` (2 yields to others) and, where the operator allows it, choose
+by `exit` or `confidence` which exit answers, and by `mode` and `draws` how.
 
 https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
@@ -15,13 +17,15 @@ import itertools
 import json
 import math
 import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine import Prediction
+from serving.engine import Mode, Plan, Prediction
+from serving.errors import Headers, RequestError, bad_request
 from serving.exits import ExitChoice, num_exits, read_confidence
 from zoo.card import Card
 from zoo.errors import BadInput
@@ -31,7 +35,13 @@ VERSION: Final = "1"
 INPUT: Final = "images"
 OUTPUTS: Final = ("probabilities", "logits")
 EXIT: Final = "exit"
+AGREEMENT: Final = "agreement"
+SUSPICIOUS: Final = "suspicious"
 
+_WIRE: Final = {"probabilities": "<f4", "logits": "<f4", EXIT: "<i8", AGREEMENT: "<f4", SUSPICIOUS: "?"}
+_BOTH: Final = tuple((name, True) for name in OUTPUTS)
+_MAX_TIMEOUT: Final = 86_400_000_000
+_DATATYPE: Final = f"the input {INPUT!r} has datatype {{found}}, expected FP32 (pixels in [0, 1]) or UINT8 (0 to 255)"
 _ITEM_BYTES: Final = {"FP32": 4, "UINT8": 1}
 _MAX_ID: Final = 256
 _MAX_REMEMBERED: Final = 256
@@ -41,29 +51,24 @@ _MAX_SHOWN: Final = 160
 _MAX_OTHER_PARTS: Final = 1000
 _UNSUPPORTED: Final = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size", "classification")
 
-Headers = list[tuple[bytes, bytes]]
 Parameters = dict[str, Any]
 
 
-class RequestError(Exception):
-    """A request that is answered with an error.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a request asks for beside its images, in any protocol."""
 
-    Attributes:
-        status: the HTTP status.
-        reason: one word or two for the metrics.
-        headers: to be sent along.
-    """
-
-    def __init__(self, status: int, reason: str, message: str, headers: Headers | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.reason = reason
-        self.headers = headers or []
+    plan: Plan | None = None
+    """How it wants to be answered; None leaves it to the server."""
+    limits: NDArray[np.float32] | None = None
+    """By which exit it wants to be answered, (exit - 1); None leaves it to the server."""
+    timeout: float | None = None
+    """Seconds after which nobody wants the answer any more."""
+    bulk: bool = False
+    """Whether it yields to others."""
 
 
-def bad_request(message: str) -> RequestError:
-    """Return a 400 that says `message`."""
-    return RequestError(400, "bad_request", message)
+NOTHING_ASKED: Final = Asked()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,40 +90,79 @@ class _Form:
     binary_head: bytes | None
     """The answer's whole JSON, where every output is binary."""
     binary_headers: Headers
-    limits: NDArray[np.float32] | None
-    """By which exit the request wants to be answered, (exit - 1); None leaves it to the server."""
+    http_head: bytes | None
+    """The same as a whole HTTP/1.1 response up to its tensors."""
+    asked: Asked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferRequest:
     """A request that passed every check."""
 
-    images: NDArray[np.float32]
-    """(image, channel, height, width) in [0, 1]."""
+    images: NDArray[np.float32] | NDArray[np.uint8]
+    """(image, channel, height, width): float32 in [0, 1], or levels from 0 to 255."""
     form: _Form
 
 
 class Codec:
     """Reads requests for one model and writes its answers."""
 
-    def __init__(self, card: Card, *, max_rows: int, may_choose_exit: bool = False) -> None:
+    def __init__(
+        self,
+        card: Card,
+        *,
+        max_rows: int,
+        version: str = VERSION,
+        plan: Plan | None = None,
+        modes: Sequence[Mode] = (),
+        voting: Sequence[Mode] = (),
+        max_draws: int = 1,
+        suspicion: float | None = None,
+        may_choose_exit: bool = False,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         """Prepare for a model.
 
         Args:
             card: of the model.
             max_rows: how many images one request may hold.
+            version: the model's.
+            plan: how a request is answered that chooses nothing; None is by one path.
+            modes: what a request may choose instead; empty where it may not choose.
+            voting: the modes that can tell their agreement; `random` does with more than one draw only.
+            max_draws: how many draws a request may choose.
+            suspicion: the agreement below which an answer is flagged; None flags nothing.
             may_choose_exit: whether a request may say which exit of a multi-exit model is to answer.
+            details: what the metadata tells beside the protocol's own fields.
         """
         self._name = card.name
+        self._version = version
         self._image_shape = (card.input.channels, card.input.height, card.input.width)
         self._image_items = math.prod(self._image_shape)
         self._classes = len(card.classes)
         self._max_rows = max_rows
         self._num_exits = num_exits(card)
         self._may_choose_exit = may_choose_exit
-        self._known_outputs = (*OUTPUTS, EXIT) if self._num_exits > 1 else OUTPUTS
+        self._plan = plan or Plan("single")
+        self._modes = tuple(modes)
+        self._voting = tuple(voting)
+        self._max_draws = max_draws
+        self.suspicion = suspicion
+        self._details = dict(details or {})
+        votes = self._votes(self._plan) or any(mode in self._modes for mode in self._voting)
+        self._known_outputs = (
+            *OUTPUTS,
+            *([EXIT] if self._num_exits > 1 else []),
+            *([AGREEMENT] if votes else []),
+            *([SUSPICIOUS] if votes and suspicion is not None else []),
+        )
         self._forms: dict[bytes | int, _Form] = {}
         """By the JSON of a binary request, or by the number of images of a raw one."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of all outputs that a request may ask for."""
+        return self._known_outputs
 
     def metadata(self) -> dict[str, Any]:
         """Return the answer to `GET /v2/models/NAME`; -1 is the batch."""
@@ -128,11 +172,103 @@ class Codec:
         ]
         return {
             "name": self._name,
-            "versions": [VERSION],
+            "versions": [self._version],
             "platform": "onnxruntime_onnx",
             "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *self._image_shape]}],
             "outputs": outputs,
+            **({"parameters": self._details} if self._details else {}),
         }
+
+    def asked(self, parameters: Parameters) -> Asked:
+        """Return what a request's parameters ask for.
+
+        Raises:
+            RequestError: 400 if they make no sense, or ask for what requests may not choose.
+        """
+        if not parameters:
+            return NOTHING_ASKED
+        return Asked(
+            plan=self._chosen_plan(parameters.get("mode"), parameters.get("draws")),
+            limits=self.exit_limits(parameters),
+            timeout=_timeout(parameters.get("timeout")),
+            bulk=_priority(parameters.get("priority")) > 1,
+        )
+
+    def check_output(self, name: object, asked: Asked) -> str:
+        """Return the name of an output that a request may have.
+
+        Raises:
+            RequestError: 400 if the model has none of this name, or not for this request.
+        """
+        if not isinstance(name, str) or name not in self._known_outputs:
+            raise bad_request(f"unknown output {_short(name)}; {self._name} has {', '.join(self._known_outputs)}")
+        plan = asked.plan or self._plan
+        if name in (AGREEMENT, SUSPICIOUS) and not self._votes(plan):
+            raise bad_request(
+                f"the output {name!r} needs several votes, but the request is answered in mode {plan.mode!r} by one; "
+                "leave it out"
+            )
+        return name
+
+    def values(self, answer: Prediction, name: str) -> NDArray[Any]:
+        """Return an output of an answer: (image, class) or (image,), in its own type."""
+        return _of(answer, name, self.suspicion)
+
+    def suspicious(self, answer: Prediction) -> int:
+        """Return how many images of an answer are to be flagged."""
+        if self.suspicion is None or answer.agreement is None:
+            return 0
+        return int((answer.agreement < self.suspicion).sum())
+
+    def rows(self, shape: Any) -> int:
+        """Return how many images a declared shape means.
+
+        Raises:
+            RequestError: 400 for any other shape than this model's, 413 for too many images.
+        """
+        return self._rows(shape)
+
+    def pixels(self, content: bytes, datatype: str, rows: int) -> NDArray[Any]:
+        """Return the checked pixels of a raw little-endian tensor, FP32 or UINT8, of the right size.
+
+        Raises:
+            RequestError: 400 for another type or size, or pixels outside [0, 1].
+        """
+        if datatype not in _ITEM_BYTES:
+            raise bad_request(_DATATYPE.format(found=_short(datatype)))
+        expected = rows * self._image_items * _ITEM_BYTES[datatype]
+        if len(content) != expected:
+            raise bad_request(
+                f"the input {INPUT!r} has {len(content)} bytes, expected {expected} for {datatype} "
+                f"{[rows, *self._image_shape]}"
+            )
+        return self._view(content, 0, datatype, rows)
+
+    def _votes(self, plan: Plan) -> bool:
+        return plan.mode in self._voting and (plan.mode != "random" or plan.draws > 1)
+
+    def _chosen_plan(self, mode: Any, draws: Any) -> Plan | None:
+        if mode is None and draws is None:
+            return None
+        if not self._modes:
+            raise bad_request(
+                f"the request chooses by {'draws' if mode is None else 'mode'!r}, but here the server chooses how it "
+                "answers; leave it out (the operator may allow it with MANYGATES_SERVE_ALLOW_MODE_CHOICE=true)"
+            )
+        chosen = self._plan.mode if mode is None else mode
+        if chosen not in self._modes:
+            raise bad_request(f"mode is {_short(mode)}, expected one of {', '.join(self._modes)}")
+        if draws is None:
+            return self._unless_default(Plan(chosen, self._plan.draws if chosen == self._plan.mode == "random" else 1))
+        if chosen != "random":
+            raise bad_request(f"draws is {_short(draws)}, but mode {chosen!r} draws no paths; leave it out")
+        if type(draws) is not int or not 1 <= draws <= self._max_draws:
+            raise bad_request(f"draws is {_short(draws)}, expected a whole number from 1 to {self._max_draws}")
+        return self._unless_default(Plan(chosen, draws))
+
+    def _unless_default(self, plan: Plan) -> Plan | None:
+        """Return a plan; None for the default, so that such requests share batches with those that choose nothing."""
+        return None if plan == self._plan else plan
 
     def exit_limits(self, parameters: Parameters) -> NDArray[np.float32] | None:
         """Return the limits, float32 (exit - 1), that the parameters `exit` or `confidence` stand for; None without.
@@ -196,22 +332,37 @@ class Codec:
     def encode(self, request: InferRequest, answer: Prediction) -> tuple[Headers, bytes]:
         """Return the HTTP headers and the body of the answer to `request`."""
         form = request.form
-        if form.binary_head is not None:
-            tensors = [_bytes_of(answer, name) for name, _ in form.outputs]
+        flagged = self.suspicious(answer)
+        if form.binary_head is not None and not flagged:
+            tensors = [self._bytes_of(answer, name) for name, _ in form.outputs]
             return form.binary_headers, b"".join((form.binary_head, *tensors))
         outputs = []
         tensors = []
         for name, binary in form.outputs:
-            values = _of(answer, name)
+            values = self.values(answer, name)
             output = _output_form(name, values.shape, binary)
             if binary:
-                tensors.append(_bytes_of(answer, name))
+                tensors.append(self._bytes_of(answer, name))
             else:
                 output["data"] = values.ravel().tolist()
             outputs.append(output)
-        head = _to_json({**form.heading, "outputs": outputs})
+        told = {"parameters": {"suspicious_images": flagged}} if flagged else {}
+        head = _to_json({**form.heading, **told, "outputs": outputs})
         body = b"".join((head, *tensors))
         return (_binary_headers(len(head), len(body)) if tensors else json_headers(len(body))), body
+
+    def respond(self, request: InferRequest, answer: Prediction) -> bytes:
+        """Return the answer as a whole HTTP/1.1 response."""
+        form = request.form
+        if form.http_head is not None and not self.suspicious(answer):
+            if form.outputs is _BOTH:
+                return b"".join((form.http_head, answer.probabilities.tobytes(), answer.logits.tobytes()))
+            return b"".join((form.http_head, *(self._bytes_of(answer, name) for name, _ in form.outputs)))
+        headers, body = self.encode(request, answer)
+        return http_response(b"200 OK", headers, body)
+
+    def _bytes_of(self, answer: Prediction, name: str) -> bytes:
+        return self.values(answer, name).astype(_WIRE[name], copy=False).tobytes()
 
     def _decode_json(self, body: bytes) -> InferRequest:
         form, data = self._parse(body)
@@ -234,8 +385,7 @@ class Codec:
         self._check_rows(rows)
         form = self._forms.get(rows)
         if form is None:
-            outputs = tuple((name, True) for name in OUTPUTS)
-            form = self._form(None, rows, "FP32", len(body), outputs, None)
+            form = self._form(None, rows, "FP32", len(body), _BOTH, NOTHING_ASKED)
             self._remember(rows, form)
         return InferRequest(images=self._pixels(body, 0, form), form=form)
 
@@ -255,10 +405,7 @@ class Codec:
         tensor = self._only_input(document)
         datatype = tensor.get("datatype")
         if not isinstance(datatype, str) or datatype not in _ITEM_BYTES:
-            raise bad_request(
-                f"the input {INPUT!r} has datatype {_short(datatype)}, expected FP32 (pixels in [0, 1]) or UINT8 (0 "
-                "to 255)"
-            )
+            raise bad_request(_DATATYPE.format(found=_short(datatype)))
         rows = self._rows(tensor.get("shape"))
         size = _parameters(tensor, f"the input {INPUT!r}").get("binary_data_size")
         if size is not None:
@@ -268,9 +415,9 @@ class Codec:
         elif "data" not in tensor:
             raise bad_request(f"the input {INPUT!r} has neither 'data' nor 'binary_data_size'; send one of them")
         binary = parameters.get("binary_data_output", False)
-        outputs = self._outputs(document.get("outputs"), _boolean(binary, "binary_data_output"))
-        limits = self.exit_limits(parameters)
-        return self._form(request_id, rows, datatype, size, outputs, limits), tensor.get("data")
+        asked = self.asked(parameters)
+        outputs = self._outputs(document.get("outputs"), _boolean(binary, "binary_data_output"), asked)
+        return self._form(request_id, rows, datatype, size, outputs, asked), tensor.get("data")
 
     def _check_structure(self, text: bytes) -> None:
         """Refuse JSON of more parts than any good request has: millions of empty lists take seconds to parse."""
@@ -327,16 +474,14 @@ class Codec:
                 f"{[rows, *self._image_shape]}"
             )
 
-    def _outputs(self, wanted: Any, binary_default: bool) -> tuple[tuple[str, bool], ...]:
+    def _outputs(self, wanted: Any, binary_default: bool, asked: Asked) -> tuple[tuple[str, bool], ...]:
         if wanted is None or wanted == []:
-            return tuple((name, binary_default) for name in OUTPUTS)
+            return _BOTH if binary_default else tuple((name, False) for name in OUTPUTS)
         if not isinstance(wanted, list) or not all(isinstance(output, dict) for output in wanted):
             raise bad_request(f"'outputs' must be an array of objects, got {_short(wanted)}")
         outputs: dict[str, bool] = {}
         for output in wanted:
-            name = output.get("name")
-            if not isinstance(name, str) or name not in self._known_outputs:
-                raise bad_request(f"unknown output {_short(name)}; {self._name} has {', '.join(self._known_outputs)}")
+            name = self.check_output(output.get("name"), asked)
             if name in outputs:
                 raise bad_request(f"the output {name!r} is asked for twice; name it once")
             binary = _parameters(output, f"the output {name!r}").get("binary_data", binary_default)
@@ -350,17 +495,18 @@ class Codec:
         datatype: str,
         size: int | None,
         outputs: tuple[tuple[str, bool], ...],
-        limits: NDArray[np.float32] | None,
+        asked: Asked,
     ) -> _Form:
-        heading = {"model_name": self._name, "model_version": VERSION}
+        heading = {"model_name": self._name, "model_version": self._version}
         if request_id is not None:
             heading["id"] = request_id
-        binary_head, binary_headers = None, []
+        binary_head, binary_headers, http_head = None, [], None
         if all(binary for _, binary in outputs):
             shapes = {name: (rows, *self._shape_of_row(name)) for name, _ in outputs}
             binary_head = _to_json({**heading, "outputs": [_output_form(name, shapes[name], True) for name in shapes]})
             total = len(binary_head) + sum(_size_of(name, shape) for name, shape in shapes.items())
             binary_headers = _binary_headers(len(binary_head), total)
+            http_head = http_response(b"200 OK", binary_headers, binary_head)
         return _Form(
             rows=rows,
             datatype=datatype,
@@ -369,18 +515,21 @@ class Codec:
             heading=heading,
             binary_head=binary_head,
             binary_headers=binary_headers,
-            limits=limits,
+            http_head=http_head,
+            asked=asked,
         )
 
     def _shape_of_row(self, name: str) -> tuple[int, ...]:
         """Return the shape of an output for one image."""
-        return () if name == EXIT else (self._classes,)
+        return () if name in (EXIT, AGREEMENT, SUSPICIOUS) else (self._classes,)
 
-    def _pixels(self, body: bytes, offset: int, form: _Form) -> NDArray[np.float32]:
-        shape = (form.rows, *self._image_shape)
-        if form.datatype == "UINT8":
-            levels = np.frombuffer(body, dtype=np.uint8, offset=offset).reshape(shape)
-            return _scaled(levels)
+    def _pixels(self, body: bytes, offset: int, form: _Form) -> NDArray[Any]:
+        return self._view(body, offset, form.datatype, form.rows)
+
+    def _view(self, body: bytes, offset: int, datatype: str, rows: int) -> NDArray[Any]:
+        shape = (rows, *self._image_shape)
+        if datatype == "UINT8":
+            return np.frombuffer(body, dtype=np.uint8, offset=offset).reshape(shape)
         images = np.frombuffer(body, dtype="<f4", offset=offset).reshape(shape)
         # the tensor starts wherever the JSON ends, and unaligned arrays are slow and unsafe further down
         return _checked(images.astype(np.float32, copy=not images.flags.aligned))
@@ -397,6 +546,12 @@ def _binary_headers(head_length: int, length: int) -> Headers:
         (HEADER_LENGTH, str(head_length).encode()),
         (b"content-length", str(length).encode()),
     ]
+
+
+def http_response(status: bytes, headers: Headers, body: bytes) -> bytes:
+    """Return a whole HTTP/1.1 response; `status` is its number and its phrase."""
+    lines = b"".join(b"%s: %s\r\n" % header for header in headers)
+    return b"HTTP/1.1 %s\r\n%s\r\n%s" % (status, lines, body)
 
 
 def _header_length(value: bytes, body_length: int) -> int:
@@ -500,24 +655,47 @@ def _checked(images: NDArray[np.float32]) -> NDArray[np.float32]:
     return images
 
 
-def _of(answer: Prediction, name: str) -> NDArray[np.float32] | NDArray[np.int64]:
+def _timeout(value: Any) -> float | None:
+    """Read microseconds, as the scheduling policy extension counts; 0 is none."""
+    if value is None or value == 0:
+        return None
+    if type(value) is not int or not 0 < value <= _MAX_TIMEOUT:
+        raise bad_request(f"timeout is {_short(value)}, expected microseconds, a whole number up to {_MAX_TIMEOUT}")
+    return value / 1e6
+
+
+def _priority(value: Any) -> int:
+    if value is None:
+        return 0
+    if type(value) is not int or not 0 <= value <= 2:
+        raise bad_request(
+            f"priority is {_short(value)}, expected 0 (by the number of images), 1 or 2 (yields to others)"
+        )
+    return value
+
+
+def _of(answer: Prediction, name: str, suspicion: float | None) -> NDArray[Any]:
+    if name == "probabilities":
+        return answer.probabilities
+    if name == "logits":
+        return answer.logits
     if name == EXIT:
         assert answer.exits is not None  # only multi-exit models have this output
         return answer.exits
-    return answer.probabilities if name == "probabilities" else answer.logits
-
-
-def _bytes_of(answer: Prediction, name: str) -> bytes:
-    return _of(answer, name).astype("<i8" if name == EXIT else "<f4", copy=False).tobytes()
+    assert answer.agreement is not None  # the request was checked to be answered by several votes
+    if name == AGREEMENT:
+        return answer.agreement
+    assert suspicion is not None  # nothing else offers this output
+    return answer.agreement < suspicion
 
 
 def _datatype(name: str) -> str:
-    return "INT64" if name == EXIT else "FP32"
+    return {EXIT: "INT64", SUSPICIOUS: "BOOL"}.get(name, "FP32")
 
 
 def _size_of(name: str, shape: tuple[int, ...]) -> int:
     """Return how many bytes an output has."""
-    return math.prod(shape) * (8 if name == EXIT else 4)
+    return math.prod(shape) * np.dtype(_WIRE[name]).itemsize
 
 
 def _output_form(name: str, shape: tuple[int, ...], binary: bool) -> dict[str, Any]:

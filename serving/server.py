@@ -15,51 +15,45 @@ from types import FrameType
 
 import uvicorn
 
-from serving.app import Application, Model
-from serving.connection import SPARE_CONNECTIONS, with_header_timeout
-from serving.engine import Engine, choose_mode, graph_files
-from serving.exits import LAST_EXIT, ExitChoice
+from serving import log
+from serving.app import Application
+from serving.connection import SPARE_CONNECTIONS, connections_of
+from serving.repository import Repository, described
 from serving.settings import Settings
-from zoo.catalogue import open_model
+from serving.tls import renew, ssl_context
 from zoo.errors import BadInput
 
 logger = logging.getLogger("manygates.serving")
 
+_SWITCH_SECONDS = 0.0005  # a worker with a finished batch would else wait 5 ms for the event loop to yield
 _OTHER_FILES = 128  # what is open besides connections: libraries, the log, the event loop, a model being loaded
 
 
-def serve(
-    models: Sequence[str],
-    *,
-    mode: str | None = None,
-    exit: int | None = None,
-    confidence: float | Sequence[float] | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    demo: bool = False,
-    settings: Settings | None = None,
-) -> None:
+def serve(settings: Settings) -> None:
     """Serve models until SIGTERM or Ctrl-C; returns when the last request is answered.
-
-    Args:
-        models: catalogue names, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME`; the first is the default.
-        mode: `single`, `ensemble` or `random`, for all of them; None takes `single`.
-        exit: which exit of multi-exit models answers, from 1; None is the last.
-        confidence: rather than that, the first exit answers whose largest probability is at least this, in (0, 1]: one
-            number, or one per exit but the last.
-        host: the address to listen on.
-        port: 0 takes a free one; the line on standard error names it.
-        demo: also serve the demo under /demo (needs the extra `manygates[demo]`).
-        settings: None takes the defaults and what the environment sets.
 
     Raises:
         BadInput: if the address cannot be used, a model lacks the mode or the exit, or a setting makes no sense.
         UnknownName: for a model or mode that does not exist.
         BundleError: if a bundle is damaged.
     """
-    exit_choice = ExitChoice(exit=exit, confidence=confidence)
     with _stopped_by_signals():
-        _serve(models, mode, exit_choice, host, port, demo, settings or Settings.from_environment())
+        _serve(settings)
+
+
+def build(settings: Settings) -> Application:
+    """Load the models and return the ASGI application; its lifespan starts and ends its work.
+
+    Raises:
+        ManygatesError: as `serve` does.
+    """
+    # what Pillow thinks of files that clients send is answered to them; the log would fill with it
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    repository = Repository(settings)
+    application = Application(repository.load_all(), settings, repository)
+    if settings.demo:
+        _mount_demo(application, [model.source for model in settings.model_settings])
+    return application
 
 
 class _Stopped(BaseException):
@@ -90,55 +84,34 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _serve(
-    models: Sequence[str],
-    mode: str | None,
-    exit_choice: ExitChoice,
-    host: str,
-    port: int,
-    demo: bool,
-    settings: Settings,
-) -> None:
-    allow_open_files(settings.max_connections + SPARE_CONNECTIONS + _OTHER_FILES)
-    # what Pillow thinks of files that clients send is answered to them; the log would fill with it
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-    listener = bind(host, port)  # before loading: a port in use should not cost the time to load
+def _serve(settings: Settings) -> None:
+    protocols = 1 if settings.grpc_port < 0 else 2
+    allow_open_files(protocols * settings.max_connections + SPARE_CONNECTIONS + _OTHER_FILES)
+    # before loading: a port in use should not cost the time to load
+    log.configure(settings.log_format, settings.log_level)
+    listener = bind(settings.host, settings.port)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
-        application = Application([load(model, mode, settings, exit_choice) for model in models], settings)
-        if demo:
-            _mount_demo(application, models)
+        if settings.grpc_port > 0:
+            # only tried: the library that will take it takes no sockets
+            bind(settings.host, settings.grpc_port, "--grpc-port").close()
+        ssl_context(settings)  # before loading as well: a wrong file should not cost the time to load
+        application = build(settings)
         server = Server(application)
     except BaseException:
         listener.close()
         raise
-    names = ", ".join(models)
-    print(f"manygates serves {names} at {url_of(listener)} (Ctrl-C stops)", file=sys.stderr, flush=True)
+    names = ", ".join(application.service.names) or "nothing yet"
+    url = url_of(listener, "https" if settings.tls_certificate else "http")
+    if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, server.handle_hang_up)
+    if settings.log_format == "json":
+        logger.info("manygates serves %s at %s", names, url)
+    else:
+        print(f"manygates serves {names} at {url} (Ctrl-C stops)", file=sys.stderr, flush=True)
+    for served in application.service.everything():
+        logger.info("serving %s", described(served.model))
     server.run(sockets=[listener])
-
-
-def load(model: str, mode: str | None, settings: Settings, exit_choice: ExitChoice = LAST_EXIT) -> Model:
-    """Find a model, load the graphs of its mode and exits, and run them once at every batch size.
-
-    Raises:
-        ManygatesError: of many kinds; see `serve`.
-    """
-    card = open_model(model, only=()).card
-    chosen = choose_mode(card, mode)
-    any_exit = settings.allow_exit_choice
-    engine = Engine(
-        open_model(model, only=graph_files(card, chosen, exit_choice, any_exit=any_exit)),
-        chosen,
-        threads=settings.workers,
-        intra_op=settings.intra_op,
-        device=settings.device,
-        allow_cpu_fallback=settings.allow_cpu_fallback,
-        allow_spinning=settings.allow_spinning,
-        exit_choice=exit_choice,
-        any_exit=any_exit,
-    )
-    engine.warm_up(settings.max_batch)
-    limits = engine.limits if any_exit else None
-    return Model(card=engine.card, mode=engine.mode, predictor=engine, limits=limits)
 
 
 def allow_open_files(number: int) -> None:
@@ -164,8 +137,10 @@ def allow_open_files(number: int) -> None:
         )
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
     """Return a socket that listens on the address: whoever connects waits until the server has loaded its models.
+
+    `flag` is what an error tells to choose another port with.
 
     Raises:
         BadInput: if the address cannot be used.
@@ -182,18 +157,18 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise BadInput(
-            f"cannot listen on {host} port {port} ({error.strerror or error}); choose another with --host or --port, "
+            f"cannot listen on {host} port {port} ({error.strerror or error}); choose another with --host or {flag}, "
             "or stop what uses it"
         ) from error
     listener.setblocking(False)
     return listener
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
     """Return the URL under which a bound socket is reached."""
     host, port = listener.getsockname()[:2]
     address = ipaddress.ip_address(host.partition("%")[0])
-    return f"http://[{host}]:{port}" if address.version == 6 else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if address.version == 6 else f"{scheme}://{host}:{port}"
 
 
 class Server(uvicorn.Server):
@@ -202,24 +177,32 @@ class Server(uvicorn.Server):
     def __init__(self, application: Application) -> None:
         """Prepare to serve `application` with its own settings."""
         settings = application.settings
-        super().__init__(
-            uvicorn.Config(
+        config = uvicorn.Config(
+            application,
+            loop="uvloop" if sys.platform != "win32" else "asyncio",
+            http=connections_of(
                 application,
-                loop="uvloop" if sys.platform != "win32" else "asyncio",
-                http=with_header_timeout(settings.header_timeout),
-                lifespan="on",
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,  # nothing here depends on who asks, so nobody's word needs to be believed
-                timeout_keep_alive=int(settings.keep_alive_timeout) or 1,
-                timeout_graceful_shutdown=int(settings.drain_timeout) or 1,
-                limit_concurrency=settings.max_connections,
-                ws="none",
-            )
+                header_timeout=settings.header_timeout,
+                body_timeout=settings.body_timeout,
+                max_body_bytes=settings.max_body_bytes,
+                max_total_body_bytes=settings.max_total_body_bytes,
+            ),
+            lifespan="on",
+            log_config=None,  # `serving.log` has configured its loggers as well
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # nothing here depends on who asks, so nobody's word needs to be believed
+            timeout_keep_alive=int(settings.keep_alive_timeout) or 1,
+            timeout_graceful_shutdown=int(settings.drain_timeout) or 1,
+            limit_concurrency=settings.max_connections,
+            ws="none",
         )
+        config.load()
+        config.ssl = ssl_context(settings)
+        super().__init__(config)
         self._application = application
         self._exit_at: float | None = None
+        self._hung_up = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain on the first signal, and stop at once on the second.
@@ -233,11 +216,26 @@ class Server(uvicorn.Server):
         else:
             self.should_exit = self.force_exit = True
 
+    def handle_hang_up(self, sig: int, frame: FrameType | None) -> None:
+        """Read keys and certificate again, soon, on SIGHUP."""
+        self._hung_up = True
+
     async def on_tick(self, counter: int) -> bool:
         """Tell uvicorn, which asks every tenth of a second, whether to stop."""
+        if self._hung_up:
+            self._hung_up = False
+            self._renew()
         if self._exit_at is not None and time.monotonic() >= self._exit_at:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    def _renew(self) -> None:
+        self._application.admission.reload()
+        try:
+            if self.config.ssl is not None:
+                renew(self.config.ssl, self._application.settings)
+        except BadInput as error:
+            logger.error("the certificate stays as it was: %s", error)
 
 
 def _mount_demo(application: Application, models: Sequence[str]) -> None:

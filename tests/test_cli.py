@@ -294,6 +294,7 @@ def test_verify_says_that_a_whole_bundle_is_whole(model: Path, plain: Path) -> N
         "single.onnx answers as its weights",
         "single.onnx holds one path only",
         "ensemble.onnx answers as its weights",
+        "ensemble.onnx counts votes as its weights",
         "gated.onnx answers as its weights",
     ]
     assert done("verify", plain).out.startswith("ok    checksums: 2 files are what the card says\n")

@@ -37,8 +37,9 @@ from pyarrow import parquet
 from torch import Tensor, nn
 
 import manygates
-from serving.app import Application, Model
+from serving.app import Application
 from serving.engine import VARIANT_OF_MODE, Engine, modes_of
+from serving.service import Model
 from serving.settings import Settings
 from training.recipes import RECIPES, Recipe, override, recipe
 from zoo import data, export, paths
@@ -317,7 +318,7 @@ def served(bundle: Bundle, mode: Any, picture: bytes, query: str = "") -> dict[s
         length, candidates = len(card.architecture.gated_layers), card.architecture.candidates
         return np.array([paths.sample(length, candidates, rng) for _ in range(number)])
 
-    engine = Engine(bundle, mode, threads=1, gate_source=gates, any_exit=bool(card.exits))
+    engine = Engine(bundle, mode, gate_source=gates, any_exit=bool(card.exits))
     model = Model(card=card, mode=engine.mode, predictor=engine, limits=engine.limits)
 
     async def ask() -> httpx.Response:

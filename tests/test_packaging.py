@@ -125,9 +125,9 @@ def test_the_sdist_builds_the_same_wheel(distributions: Path, wheel: zipfile.Zip
     assert sorted(zipfile.ZipFile(again).namelist()) == sorted(wheel.namelist())
 
 
-@pytest.mark.parametrize("extra", ["", "serve"])
+@pytest.mark.parametrize("extra", ["", "serve", "serve-cpu", "serve-gpu", "ray"])
 def test_neither_the_base_nor_the_server_asks_for_torch(metadata: email.message.Message, extra: str) -> None:
-    assert needed(metadata, extra).isdisjoint({"torch", "torchvision", "onnx", "gradio", "tensorboard"})
+    assert needed(metadata, extra).isdisjoint({"torch", "torchvision", "onnxscript", "gradio", "tensorboard"})
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from serving.app import Application, Model
-from serving.server import Server, bind, load, url_of
-from serving.settings import Settings
+from serving.app import Application
+from serving.repository import load
+from serving.server import Server, bind, build, url_of
+from serving.service import Model
+from serving.settings import ModelSettings, Settings
 from zoo.bundle import write_bundle
 from zoo.card import Architecture, Card, InputFormat, Paths, Training
 
@@ -82,11 +84,18 @@ def tiny_graph(*, gated: bool, scale: float = 1.0) -> bytes:
     return model.SerializeToString()
 
 
-def write_tiny_bundle(folder: Path, card: Card | None = None) -> Path:
+def write_tiny_bundle(folder: Path, card: Card | None = None, *, scale: float = 1.0) -> Path:
+    """Write a bundle; its logits are `scale` times those of the others, which tells them apart."""
     card = card or tiny_card()
-    graphs = {f"{variant}.onnx": tiny_graph(gated=variant == "gated") for variant in card.variants}
+    graphs = {f"{variant}.onnx": tiny_graph(gated=variant == "gated", scale=scale) for variant in card.variants}
     write_bundle(folder, card, graphs)
     return folder
+
+
+def load_from_folder(folder: Path, settings: Settings | None = None, **own: object) -> Model:
+    """Load the bundle in a folder; `own` is what a `ModelSettings` may say."""
+    model = ModelSettings(source=f"local-dir:{folder}", **own)  # type: ignore[arg-type]
+    return load(model, settings or Settings(threads=1))[0]
 
 
 @contextmanager
@@ -145,22 +154,28 @@ def serve_in_a_thread() -> Callable[[Application], object]:
 
 
 @pytest.fixture
+def load_model() -> Callable[..., Model]:
+    """Return a function that loads a bundle from a folder, as `load_from_folder` does."""
+    return load_from_folder
+
+
+@pytest.fixture
 def tiny_application(bundle_dir: Path) -> Callable[..., Application]:
     """Return a function from modes and settings to an application that serves the tiny model in them."""
 
-    def build(mode: str | None = None, **settings: object) -> Application:
-        chosen = Settings(**{"threads": 2, **settings})  # type: ignore[arg-type]
-        return Application([load(f"local-dir:{bundle_dir}", mode, chosen)], chosen)
+    def build_tiny(mode: str | None = None, **settings: object) -> Application:
+        chosen = {"threads": 2, "models": (f"local-dir:{bundle_dir}",), "mode": mode or "", **settings}
+        return build(Settings(**chosen))  # type: ignore[arg-type]
 
-    return build
+    return build_tiny
 
 
 @pytest.fixture
 def application_of(card: Card) -> Callable[..., Application]:
     """Return a function from a predictor to an application that serves it under the tiny model's card."""
 
-    def build(predictor: object, **settings: object) -> Application:
+    def build_of(predictor: object, **settings: object) -> Application:
         chosen = Settings(**{"threads": 2, **settings})  # type: ignore[arg-type]
         return Application([Model(card=card, mode="single", predictor=predictor)], chosen)  # type: ignore[arg-type]
 
-    return build
+    return build_of

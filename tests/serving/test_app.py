@@ -14,8 +14,10 @@ import pytest
 from PIL import Image, ImageFile
 from starlette import formparsers
 
-from serving.app import Application, Model
+from serving import gate_compiler
+from serving.app import Application
 from serving.engine import Engine, Prediction
+from serving.service import Model
 from zoo.bundle import Bundle
 from zoo.errors import BadInput
 
@@ -82,6 +84,7 @@ def test_the_calls_of_the_protocol_answer_in_its_form(application_of) -> None:
                     {"name": "probabilities", "datatype": "FP32", "shape": [-1, 3]},
                     {"name": "logits", "datatype": "FP32", "shape": [-1, 3]},
                 ],
+                "parameters": {"mode": "single"},
             }
             assert (await client.get(f"{path}/ready")).json() == {"name": "tiny", "ready": True}
             answer = (await client.post(f"{path}/infer", json=infer_document(id="7"))).json()
@@ -387,8 +390,8 @@ def test_errors_that_the_router_answers_and_defects_are_counted(
 
     monkeypatch.setattr("serving.app.decode_image", defective)
     application = application_of(Fixed())
-    monkeypatch.setattr(application._served["tiny"].codec, "metadata", defective)
-    monkeypatch.setattr(application._served["tiny"].codec, "encode", defective)
+    monkeypatch.setattr(application.service.find("tiny").codec, "metadata", defective)
+    monkeypatch.setattr(application.service.find("tiny").codec, "encode", defective)
 
     async def main() -> None:
         transport = httpx.ASGITransport(application, raise_app_exceptions=False)
@@ -444,18 +447,19 @@ def test_the_metrics_count_requests_images_batches_failures_and_draws(tiny_appli
         await client.get("/v2/models/none")
         answer = await client.get("/metrics")
         assert answer.headers["content-type"].startswith("text/plain")
+        model, random = 'model="tiny",version="1"', 'mode="random",model="tiny",version="1"'
         for line in (
-            'manygates_requests_total{endpoint="infer",model="tiny"} 2.0',
-            'manygates_requests_total{endpoint="classify",model="tiny"} 1.0',
+            f'manygates_requests_total{{endpoint="infer",{random}}} 2.0',
+            f'manygates_requests_total{{endpoint="classify",{random}}} 1.0',
             'manygates_request_failures_total{model="tiny",reason="bad_request"} 1.0',
             'manygates_request_failures_total{model="",reason="unknown_model"} 1.0',
-            'manygates_images_total{model="tiny"} 5.0',
-            'manygates_path_draws_total{model="tiny"} 5.0',
-            'manygates_queue_images{model="tiny"} 0.0',
-            'manygates_model_ready{model="tiny"} 1.0',
-            'manygates_request_seconds_count{model="tiny"} 3.0',
-            'manygates_queue_seconds_count{model="tiny"} 3.0',
-            'manygates_batch_images_sum{model="tiny"} 5.0',
+            f"manygates_images_total{{{random}}} 5.0",
+            f"manygates_path_draws_total{{{model}}} 5.0",
+            f"manygates_queue_images{{{model}}} 0.0",
+            f"manygates_model_ready{{{model}}} 1.0",
+            f"manygates_request_seconds_count{{{model}}} 3.0",
+            f"manygates_queue_seconds_count{{{model}}} 3.0",
+            f"manygates_batch_images_sum{{{random}}} 5.0",
         ):
             assert line in answer.text
         assert "process_resident_memory_bytes" in answer.text
@@ -484,17 +488,26 @@ def test_random_requests_leave_no_gates_in_the_log(tiny_application, caplog: pyt
     async def body(client: httpx.AsyncClient) -> None:
         await client.post("/v2/models/tiny/infer", json=infer_document())
 
+    application = tiny_application("random")
     with caplog.at_level(logging.DEBUG, logger="manygates"):
-        ask(tiny_application("random"), body)
+        ask(application, body)
     assert caplog.text == ""
 
 
 def test_a_failing_random_batch_leaves_no_gates_in_the_log_either(
-    bundle_dir: Path, card, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    bundle_dir: Path,
+    card,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    # gates beyond the candidates: ONNX Runtime fails, and says which
+    def cannot(*_: object, **__: object) -> None:
+        raise gate_compiler.CannotCompileError("not today")
+
+    # gates beyond the candidates: with the portable form ONNX Runtime fails, and says which
+    monkeypatch.setattr(gate_compiler, "compile_gates", cannot)
     gates = np.array([[1, 7_654_321]])
-    engine = Engine(Bundle.open(bundle_dir), "random", threads=1, gate_source=lambda num_images: gates)
+    engine = Engine(Bundle.open(bundle_dir), "random", gate_source=lambda num_images: gates)
     application = Application([Model(card=card, mode="random", predictor=engine)])
 
     async def body(client: httpx.AsyncClient) -> None:
@@ -558,3 +571,41 @@ def test_concurrent_http_requests_each_get_their_own_answer(tiny_application) ->
         return json.dumps({"inputs": [tensor]}).encode()
 
     ask(tiny_application("single"), body)
+
+
+def test_classify_tells_how_far_the_votes_agree_and_lets_the_url_choose_where_that_is_allowed(tiny_application) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        voted = (await client.post("/classify", content=png())).json()
+        assert list(voted) == ["model", "mode", "agreement", "suspicious", "label", "probabilities"]
+        assert voted["mode"] == "random"
+        assert voted["agreement"] * 8 == int(voted["agreement"] * 8), "a share of eight draws"
+        assert voted["suspicious"] == (voted["agreement"] < 1)
+        alone = (await client.post("/classify?mode=single", content=png())).json()
+        assert list(alone) == ["model", "mode", "label", "probabilities"]
+        assert alone["mode"] == "single"
+        assert "agreement" not in (await client.post("/classify?draws=1", content=png())).json()
+        for query, said in (
+            ("mode=fast", "mode is 'fast', expected one of random, single, ensemble"),
+            ("draws=x", "draws is 'x', expected a whole number"),
+            ("draws=65", "draws is 65, expected a whole number from 1 to 64"),
+            ("mode=single&draws=2", "draws no paths"),
+            ("timeout=-1", "timeout is '-1', expected a whole number"),
+            ("priority=3", "priority is 3, expected"),
+        ):
+            refused = await client.post(f"/classify?{query}", content=png())
+            assert (refused.status_code, said in refused.json()["error"]) == (400, True), refused.text
+        document = infer_document(outputs=[{"name": "agreement"}, {"name": "suspicious"}])
+        agreement, suspicious = (await client.post("/v2/models/tiny/infer", json=document)).json()["outputs"]
+        assert suspicious["data"] == [agreement["data"][0] < 1]
+
+    ask(tiny_application("random", draws=8, allow_mode_choice=True, suspicion="1"), body)
+
+
+@pytest.mark.parametrize("query", ["mode=single", "draws=2"])
+def test_classify_refuses_a_choice_of_mode_that_the_operator_did_not_allow(tiny_application, query: str) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        refused = await client.post(f"/classify?{query}", content=png())
+        assert refused.status_code == 400
+        assert "MANYGATES_SERVE_ALLOW_MODE_CHOICE=true" in refused.json()["error"]
+
+    ask(tiny_application("random", draws=4), body)

@@ -55,9 +55,11 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def answered_images(url: str) -> int:
     """Return how many images the server says it has answered."""
-    found = re.search(r'^manygates_images_total\{model="tiny"\} (\S+)$', httpx.get(f"{url}/metrics").text, re.MULTILINE)
-    assert found is not None
-    return int(float(found[1]))
+    found = re.findall(
+        r'^manygates_images_total\{.*model="tiny".*\} (\S+)$', httpx.get(f"{url}/metrics").text, re.MULTILINE
+    )
+    assert len(found) == 1
+    return int(float(found[0]))
 
 
 def test_a_remote_model_gives_the_served_logits_of_the_rounded_images(server: str, local_logits, levels) -> None:

@@ -17,12 +17,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from serving.app import Application, Model
-from serving.batcher import Batcher
+from serving.app import Application
 from serving.engine import Engine, Prediction, graph_files
+from serving.errors import RequestError
 from serving.exits import LAST_EXIT, ExitChoice, read_confidence, read_exit
-from serving.protocol import Codec, RequestError
-from serving.server import load, serve
+from serving.protocol import Codec
+from serving.scheduler import Queue, Scheduler
+from serving.server import build, serve
+from serving.service import Model
 from serving.settings import Settings
 from zoo.bundle import Bundle, write_bundle
 from zoo.card import Card, Exit, Paths
@@ -159,13 +161,12 @@ def with_early_graph(folder: Path, card: Card, early: bytes) -> Bundle:
 
 @pytest.fixture
 def exits_application(exits_bundle: Bundle) -> Callable[..., Application]:
-    """Return a function from the operator's choice and settings to an application of the multi-exit model."""
+    """Return a function from settings to an application of the multi-exit model."""
 
-    def build(choice: ExitChoice = LAST_EXIT, **settings: Any) -> Application:
-        chosen = Settings(**{"threads": 2, **settings})
-        return Application([load(f"local-dir:{exits_bundle.folder}", None, chosen, choice)], chosen)
+    def build_exits(**settings: Any) -> Application:
+        return build(Settings(**{"threads": 2, "models": (f"local-dir:{exits_bundle.folder}",), **settings}))
 
-    return build
+    return build_exits
 
 
 @pytest.fixture
@@ -270,7 +271,7 @@ def test_the_words_of_a_command_line_or_a_url_are_read_into_the_same_choice() ->
 
 @pytest.mark.parametrize("chosen", [1, 2, 3])
 def test_a_chosen_exit_answers_every_image(exits_bundle: Bundle, images: np.ndarray, chosen: int) -> None:
-    answer = Engine(exits_bundle, threads=1, exit_choice=ExitChoice(exit=chosen)).predict(images)
+    answer = Engine(exits_bundle, exit_choice=ExitChoice(exit=chosen)).predict(images)
     assert answer.exits.tolist() == [chosen] * 40
     assert answer.exits.dtype == np.int64
     assert answer.probabilities == pytest.approx(at_every_exit(images)[chosen - 1], abs=1e-5)
@@ -283,7 +284,7 @@ def test_a_chosen_exit_answers_every_image(exits_bundle: Bundle, images: np.ndar
 def test_with_a_confidence_each_image_leaves_at_the_first_exit_that_reaches_it(
     exits_bundle: Bundle, images: np.ndarray, confidence: Any
 ) -> None:
-    answer = Engine(exits_bundle, threads=1, exit_choice=ExitChoice(confidence=confidence)).predict(images)
+    answer = Engine(exits_bundle, exit_choice=ExitChoice(confidence=confidence)).predict(images)
     each = confidence if isinstance(confidence, tuple) else (confidence,) * 2
     expected = first_confident(images, *each)
     assert set(expected) == {1, 2, 3}, "the images are too alike to tell"
@@ -294,7 +295,7 @@ def test_with_a_confidence_each_image_leaves_at_the_first_exit_that_reaches_it(
 def test_an_exit_answers_at_exactly_its_confidence_and_not_a_hair_below(
     exits_bundle: Bundle, images: np.ndarray
 ) -> None:
-    engine = Engine(exits_bundle, threads=1, any_exit=True)
+    engine = Engine(exits_bundle, any_exit=True)
     first = ExitChoice(exit=1).limits("leaver", EXITS)
     top = engine.predict(images[:1], first[np.newaxis]).probabilities.max()
     exactly, above = np.array([[top, 1.0]]), np.array([[np.nextafter(top, np.float32(2)), 1.0]])
@@ -307,7 +308,7 @@ def test_stages_behind_the_exit_that_answers_are_not_computed(
     tmp_path: Path, exits_card: Card, images: np.ndarray, chosen: int
 ) -> None:
     bundle = with_early_graph(tmp_path / "broken", exits_card, early_exit_graph(broken_from=chosen))
-    engine = Engine(bundle, threads=1, exit_choice=ExitChoice(exit=chosen), any_exit=True)
+    engine = Engine(bundle, exit_choice=ExitChoice(exit=chosen), any_exit=True)
     assert engine.predict(images).exits.tolist() == [chosen] * 40
     next_exit = np.array([[INF, -INF if chosen == 1 else 0.9999]], dtype=np.float32)
     with pytest.raises(Exception, match="out of data bounds"):  # so it would have been noticed
@@ -322,7 +323,7 @@ def test_the_last_exit_is_the_default_and_the_very_answer_of_the_batched_graph(
     session = onnxruntime.InferenceSession(exits_bundle.read("single.onnx"), providers=["CPUExecutionProvider"])
     probabilities, logits = session.run([PROBABILITIES, LOGITS], {"images": images})
     for options in ({}, {"exit_choice": ExitChoice(exit=3)}, {"any_exit": True}):
-        engine = Engine(exits_bundle, threads=1, **options)
+        engine = Engine(exits_bundle, **options)
         engine.warm_up(4)
         answer = engine.predict(images)
         assert np.array_equal(answer.probabilities, probabilities)
@@ -342,18 +343,24 @@ def test_the_last_exit_is_the_default_and_the_very_answer_of_the_batched_graph(
     ],
 )
 def test_only_the_graphs_that_may_answer_are_needed(
-    exits_bundle: Bundle, images: np.ndarray, choice: ExitChoice, any_exit: bool, files: list[str]
+    exits_bundle: Bundle,
+    load_model: Callable[..., Model],
+    images: np.ndarray,
+    choice: ExitChoice,
+    any_exit: bool,
+    files: list[str],
 ) -> None:
-    assert graph_files(exits_bundle.card, "single", choice, any_exit=any_exit) == files
+    assert graph_files(exits_bundle.card, ["single"], choice, any_exit=any_exit) == files
     for file in {"single.onnx", "early_exit.onnx"}.difference(files):
         exits_bundle.file(file).unlink()
     settings = Settings(threads=1, allow_exit_choice=any_exit)
-    model = load(f"local-dir:{exits_bundle.folder}", None, settings, choice)
+    confidence = () if choice.confidence is None else (choice.confidence,)
+    model = load_model(exits_bundle.folder, settings, exit=choice.exit or 0, confidence=confidence)
     assert len(model.predictor.predict(images).probabilities) == 40
 
 
 def test_images_with_different_limits_share_a_batch(exits_bundle: Bundle, images: np.ndarray) -> None:
-    engine = Engine(exits_bundle, threads=1, any_exit=True)
+    engine = Engine(exits_bundle, any_exit=True)
     choices = [LAST_EXIT, ExitChoice(exit=1), ExitChoice(exit=2), ExitChoice(confidence=CONFIDENCE)]
     limits = np.stack([choices[row % 4].limits("leaver", EXITS) for row in range(40)])
     answer = engine.predict(images, limits)
@@ -369,28 +376,31 @@ def test_images_with_different_limits_share_a_batch(exits_bundle: Bundle, images
 def test_an_engine_that_has_only_its_last_exit_refuses_to_answer_for_another(
     exits_bundle: Bundle, images: np.ndarray
 ) -> None:
-    engine = Engine(exits_bundle, threads=1)
+    engine = Engine(exits_bundle)
     assert engine.predict(images[:1], np.full((1, 2), np.inf, np.float32)).exits.tolist() == [3]
     with pytest.raises(BadInput, match="leaver was loaded for its last exit only"):
         engine.predict(images[:1], np.full((1, 2), 0.5, np.float32))
 
 
-@pytest.mark.parametrize("choice", [ExitChoice(exit=1), ExitChoice(confidence=0.9)])
-def test_a_model_with_one_exit_has_none_to_choose(bundle_dir: Path, choice: ExitChoice) -> None:
+@pytest.mark.parametrize("choice", [{"exit": 1}, {"confidence": (0.9,)}])
+def test_a_model_with_one_exit_has_none_to_choose(
+    bundle_dir: Path, load_model: Callable[..., Model], choice: dict[str, Any]
+) -> None:
     for mode in ("single", "ensemble", "random"):
         with pytest.raises(BadInput, match=r"(exit 1|confidence 0\.9) was given, but tiny has only one exit; leave it"):
-            load(f"local-dir:{bundle_dir}", mode, Settings(threads=1), choice)
-    model = load(f"local-dir:{bundle_dir}", "single", Settings(threads=1, allow_exit_choice=True))
+            load_model(bundle_dir, mode=mode, **choice)
+    model = load_model(bundle_dir, Settings(threads=1, allow_exit_choice=True), mode="single")
     assert model.limits is None
     assert model.predictor.predict(np.zeros((2, *SHAPE), np.float32)).exits is None
 
 
-def test_an_operator_who_names_a_missing_exit_or_another_mode_is_told_so(exits_bundle: Bundle) -> None:
-    where, settings = f"local-dir:{exits_bundle.folder}", Settings(threads=1)
+def test_an_operator_who_names_a_missing_exit_or_another_mode_is_told_so(
+    exits_bundle: Bundle, load_model: Callable[..., Model]
+) -> None:
     with pytest.raises(BadInput, match="exit is 4, expected 1 to 3, the exits of leaver"):
-        load(where, None, settings, ExitChoice(exit=4))
+        load_model(exits_bundle.folder, exit=4)
     with pytest.raises(BadInput, match=r"mode 'random'.*only the modes single"):
-        load(where, "random", settings, ExitChoice(exit=1))
+        load_model(exits_bundle.folder, mode="random", exit=1)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +417,7 @@ def test_a_graph_whose_exits_are_not_the_cards_is_refused(
 ) -> None:
     bundle = with_early_graph(tmp_path / "other", exits_card, graph())
     with pytest.raises(BundleError, match=said):
-        Engine(bundle, threads=1, exit_choice=ExitChoice(exit=1)).warm_up(1)
+        Engine(bundle, exit_choice=ExitChoice(exit=1)).warm_up(1)
 
 
 # --- the queue ---
@@ -425,19 +435,22 @@ def test_limits_travel_with_their_images_through_shared_and_cut_batches() -> Non
             marks = images[:, 0, 0]
             return Prediction(limits, marks, marks[:, 0].astype(np.int64))
 
-    async def one(batcher: Batcher, mark: int, rows: int) -> None:
+    async def one(queue: Queue, mark: int, rows: int) -> None:
         images = np.full((rows, 1, 1, 1), mark, dtype=np.float32)
         limits = np.arange(rows, dtype=np.float32)[:, np.newaxis] + 100 * mark
-        answer = await batcher.submit(images, limits)
+        answer = await queue.submit(images, limits)
         assert answer.probabilities.tolist() == limits.tolist()
         assert answer.exits is not None
         assert answer.exits.tolist() == [mark] * rows
 
     async def main() -> None:
-        batcher = Batcher(Mirror(), workers=2, max_batch=8, max_queue=10_000)
-        batcher.start()
-        await asyncio.gather(*(one(batcher, mark, (1, 2, 20)[mark % 3]) for mark in range(60)))
-        await batcher.stop(5)
+        scheduler = Scheduler(2)
+        queue = Queue(scheduler, Mirror(), max_batch=8, max_queue=10_000)
+        scheduler.start()
+        queue.open()
+        await asyncio.gather(*(one(queue, mark, (1, 2, 20)[mark % 3]) for mark in range(60)))
+        await queue.close(5)
+        scheduler.stop()
 
     asyncio.run(main())
     assert any(len(set((limits // 100).ravel())) > 1 for limits in batches), "no batch was shared"
@@ -476,7 +489,7 @@ def test_an_answer_names_the_exit_only_if_the_request_asked_for_it(
         assert b'"exit"' not in raw.content
         assert (await client.get("/")).json()["models"][0]["exits"] == 3
 
-    ask(exits_application(ExitChoice(confidence=CONFIDENCE)), body)
+    ask(exits_application(confidence=(CONFIDENCE,)), body)
 
 
 def test_a_binary_answer_holds_the_exit_as_little_endian_int64(exits_card: Card) -> None:
@@ -520,7 +533,7 @@ def test_a_request_chooses_its_exit_where_the_operator_allows_it(
         answer = await client.post("/v2/models/leaver/infer", json=document(images, "exit", **parameters))
         assert answer.json()["outputs"][0]["data"] == expected
 
-    ask(exits_application(ExitChoice(confidence=0.9), allow_exit_choice=True), body)
+    ask(exits_application(confidence=(0.9,), allow_exit_choice=True), body)
 
 
 def test_a_remembered_header_does_not_remember_anothers_exit(exits_card: Card) -> None:
@@ -530,7 +543,7 @@ def test_a_remembered_header_does_not_remember_anothers_exit(exits_card: Card) -
         del asked["inputs"][0]["data"]
         asked["inputs"][0]["parameters"] = {"binary_data_size": 192}
         head = json.dumps(asked).encode()
-        limits = codec.decode(head + bytes(192), str(len(head)).encode()).form.limits
+        limits = codec.decode(head + bytes(192), str(len(head)).encode()).form.asked.limits
         wanted = None if chosen is None else ExitChoice(exit=chosen).limits("leaver", EXITS).tolist()
         assert (None if limits is None else limits.tolist()) == wanted
 
@@ -654,7 +667,7 @@ def test_classify_refuses_a_choice_that_the_operator_did_not_allow(
         assert "here the server chooses which exit answers" in refused.json()["error"]
         assert (await client.post("/classify", content=file)).json()["exit"] == 2
 
-    ask(exits_application(ExitChoice(exit=2)), body)
+    ask(exits_application(exit=2), body)
 
 
 def test_the_metrics_count_the_answers_of_each_exit(
@@ -669,10 +682,10 @@ def test_the_metrics_count_the_answers_of_each_exit(
         await client.post("/v2/models/leaver/infer", json=document(images[:2], exit=1))
         after = (await client.get("/metrics")).text
         for exit, answers in expected.items():
-            assert f'manygates_exit_answers_total{{exit="{exit}",model="leaver"}} 0.0' in before
-            assert f'manygates_exit_answers_total{{exit="{exit}",model="leaver"}} {answers}.0' in after
+            assert f'manygates_exit_answers_total{{exit="{exit}",model="leaver",version="1"}} 0.0' in before
+            assert f'manygates_exit_answers_total{{exit="{exit}",model="leaver",version="1"}} {answers}.0' in after
 
-    ask(exits_application(ExitChoice(confidence=CONFIDENCE), allow_exit_choice=True), body)
+    ask(exits_application(confidence=(CONFIDENCE,), allow_exit_choice=True), body)
 
 
 # --- over real sockets ---
@@ -685,7 +698,7 @@ def test_the_real_tritonclient_chooses_exits_and_reads_which_answered(
 ) -> None:
     import tritonclient.http as triton
 
-    with serve_in_a_thread(exits_application(ExitChoice(confidence=CONFIDENCE), allow_exit_choice=True)) as url:
+    with serve_in_a_thread(exits_application(confidence=(CONFIDENCE,), allow_exit_choice=True)) as url:
         client = triton.InferenceServerClient(url.removeprefix("http://"))
         assert client.get_model_metadata("leaver")["outputs"][2] == {"name": "exit", "datatype": "INT64", "shape": [-1]}
         tensor = triton.InferInput("images", list(images.shape), "FP32")
@@ -710,7 +723,12 @@ def test_the_real_tritonclient_chooses_exits_and_reads_which_answered(
         client.close()
 
 
-SERVE = "import sys, json; from serving.server import serve; serve([sys.argv[1]], port=0, **json.loads(sys.argv[2]))"
+SERVE = """
+import sys
+from serving.server import serve
+from serving.settings import Settings
+serve(Settings.resolve({"models": sys.argv[1], "exit": sys.argv[2], "port": 0}))
+"""
 
 
 @pytest.mark.parametrize(("allowed", "status"), [("false", 400), ("true", 200)])
@@ -718,7 +736,7 @@ def test_a_server_process_answers_at_the_exit_that_its_operator_chose(
     exits_bundle: Bundle, images: np.ndarray, allowed: str, status: int
 ) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, f"local-dir:{exits_bundle.folder}", json.dumps({"exit": 2})],
+        [sys.executable, "-c", SERVE, f"local-dir:{exits_bundle.folder}", "2"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
@@ -726,8 +744,7 @@ def test_a_server_process_answers_at_the_exit_that_its_operator_chose(
     )
     try:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        assert "manygates serves" in line, line + process.stderr.read()
+        line = next(line for line in process.stderr if "manygates serves" in line)
         url = next(word for word in line.split() if word.startswith("http://"))
         file, pixels = png_of(images[0])
         answer = httpx.post(f"{url}/classify", content=file).json()
@@ -741,19 +758,19 @@ def test_a_server_process_answers_at_the_exit_that_its_operator_chose(
 
 def test_a_choice_that_fits_no_model_stops_the_server_before_it_listens(exits_bundle: Bundle) -> None:
     for chosen, said in (
-        ({"exit": 1, "confidence": 0.5}, "were both given"),
+        ({"exit": 1, "confidence": (0.5,)}, "were both given"),
         ({"exit": 9}, "exit is 9, expected 1 to 3"),
-        ({"confidence": [0.5]}, "confidence has 1 numbers, expected one, or 2"),
+        ({"confidence": (0.5, 0.5, 0.5)}, "confidence has 3 numbers, expected one, or 2"),
     ):
         with pytest.raises(BadInput, match=said):
-            serve([f"local-dir:{exits_bundle.folder}"], port=0, **chosen)  # type: ignore[arg-type]
+            serve(Settings(models=(f"local-dir:{exits_bundle.folder}",), port=0, **chosen))  # type: ignore[arg-type]
 
 
 def test_models_with_and_without_exits_are_served_side_by_side(
     exits_bundle: Bundle, bundle_dir: Path, images: np.ndarray
 ) -> None:
-    settings = Settings(threads=1, allow_exit_choice=True)
-    models: list[Model] = [load(f"local-dir:{place}", None, settings) for place in (exits_bundle.folder, bundle_dir)]
+    sources = tuple(f"local-dir:{place}" for place in (exits_bundle.folder, bundle_dir))
+    settings = Settings(threads=1, allow_exit_choice=True, models=sources)
 
     async def body(client: httpx.AsyncClient) -> None:
         file, _ = png_of(images[0])
@@ -762,4 +779,4 @@ def test_models_with_and_without_exits_are_served_side_by_side(
         answer = (await client.post("/v2/models/tiny/infer", json=document(images))).json()
         assert [output["name"] for output in answer["outputs"]] == [PROBABILITIES, LOGITS]
 
-    ask(Application(models, settings), body)
+    ask(build(settings), body)

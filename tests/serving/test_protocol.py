@@ -4,8 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.engine import Prediction
-from serving.protocol import Codec, RequestError
+from serving.engine import Plan, Prediction
+from serving.errors import RequestError
+from serving.protocol import HEADER_LENGTH, NOTHING_ASKED, Asked, Codec, InferRequest, http_response
 
 PIXELS = 48
 
@@ -81,15 +82,18 @@ def test_raw_tensors_of_different_sizes_are_each_answered_in_their_own(codec: Co
         assert int(dict(headers)[b"content-length"]) == len(body)
 
 
-@pytest.mark.parametrize("binary_body", [False, True])
-def test_uint8_pixels_are_divided_by_255(codec: Codec, binary_body: bool) -> None:
+def test_uint8_pixels_in_json_are_divided_by_255(codec: Codec) -> None:
     levels = np.arange(PIXELS, dtype=np.uint8) * 5
-    if binary_body:
-        body, length = binary(levels.tobytes(), datatype="UINT8")
-        read = codec.decode(body, length).images
-    else:
-        read = codec.decode(request(tensor(datatype="UINT8", data=levels.tolist())), None).images
+    read = codec.decode(request(tensor(datatype="UINT8", data=levels.tolist())), None).images
     assert np.array_equal(read.ravel(), levels.astype(np.float32) / np.float32(255))
+
+
+def test_binary_uint8_pixels_stay_levels_until_a_worker_divides_them(codec: Codec) -> None:
+    levels = np.arange(PIXELS, dtype=np.uint8) * 5
+    body, length = binary(levels.tobytes(), datatype="UINT8")
+    read = codec.decode(body, length).images
+    assert read.dtype == np.uint8
+    assert np.array_equal(read.ravel(), levels)
 
 
 def test_a_json_answer_echoes_the_id_and_holds_both_outputs(codec: Codec) -> None:
@@ -331,3 +335,197 @@ def test_random_bytes_are_always_refused_as_the_clients_mistake(codec: Codec) ->
             statuses.append(error.status)
     assert len(statuses) > 200, "most damage is noticed"
     assert all(400 <= status < 500 for status in statuses)
+
+
+# --- votes: agreement and suspicion ---
+
+
+def voting(card, **changes: Any) -> Codec:
+    return Codec(card, **{"max_rows": 16, "plan": Plan("ensemble"), "voting": ("ensemble", "random"), **changes})
+
+
+def voted(*agreement: float) -> Prediction:
+    return answer(len(agreement))._replace(agreement=np.array(agreement, dtype=np.float32))
+
+
+def outputs_of(codec: Codec, decoded: InferRequest, answered: Prediction) -> dict[str, Any]:
+    """Return an answer's outputs by name, whether they came as JSON or in binary, and its parameters."""
+    headers, body = codec.encode(decoded, answered)
+    assert codec.respond(decoded, answered) == http_response(b"200 OK", headers, body)
+    given = dict(headers)
+    assert int(given[b"content-length"]) == len(body)
+    length = int(given.get(HEADER_LENGTH, len(body)))
+    head, rest = json.loads(body[:length]), body[length:]
+    found: dict[str, Any] = {"parameters": head.get("parameters", {})}
+    kinds = {"FP32": "<f4", "INT64": "<i8", "BOOL": "?"}
+    for output in head["outputs"]:
+        if "data" in output:
+            found[output["name"]] = output["data"]
+        else:
+            size = output["parameters"]["binary_data_size"]
+            found[output["name"]] = np.frombuffer(rest[:size], kinds[output["datatype"]]).tolist()
+            rest = rest[size:]
+        assert len(found[output["name"]]) == np.prod(output["shape"])
+    assert rest == b""
+    return found
+
+
+@pytest.mark.parametrize("in_binary", [False, True])
+def test_agreement_and_suspicion_are_told_to_requests_that_ask_for_them(card, in_binary: bool) -> None:
+    codec = voting(card, suspicion=0.75)
+    assert codec.outputs == ("probabilities", "logits", "agreement", "suspicious")
+    kinds = {output["name"]: (output["datatype"], output["shape"]) for output in codec.metadata()["outputs"]}
+    assert kinds["agreement"] == ("FP32", [-1])
+    assert kinds["suspicious"] == ("BOOL", [-1])
+    wanted = [{"name": name} for name in ("suspicious", "logits", "agreement")]
+    body = request(
+        tensor(shape=[3, 3, 4, 4], data=[0.5] * 48 * 3), outputs=wanted, parameters={"binary_data_output": in_binary}
+    )
+    found = outputs_of(codec, codec.decode(body, None), voted(0.5, 0.75, 1.0))
+    assert found["suspicious"] == [True, False, False]
+    assert found["agreement"] == [0.5, 0.75, 1.0]
+    assert found["parameters"] == {"suspicious_images": 1}
+
+
+@pytest.mark.parametrize("in_binary", [False, True])
+def test_an_answer_is_flagged_unasked_only_if_it_is_suspicious(card, in_binary: bool) -> None:
+    codec = voting(card, suspicion=0.75)
+    for form in (
+        (np.zeros(96, "<f4").tobytes(), b"0")
+        if in_binary
+        else (request(tensor(shape=[2, 3, 4, 4], data=[0.5] * 96)), None),
+        binary(bytes(384), rows=2, parameters={"binary_data_output": in_binary}),
+    ):
+        decoded = codec.decode(*form)
+        for agreement, flagged in (((0.8, 1.0), 0), ((0.75, 0.74), 1), ((0.1, 0.2), 2), ((1.0, 1.0), 0)):
+            found = outputs_of(codec, decoded, voted(*agreement))
+            assert found.keys() == {"parameters", "probabilities", "logits"}
+            assert found["parameters"] == ({"suspicious_images": flagged} if flagged else {})
+    careless = voting(card)
+    assert outputs_of(careless, careless.decode(*form), voted(0.0, 0.0))["parameters"] == {}
+    assert "suspicious" not in careless.outputs
+
+
+def test_where_one_path_answers_there_is_no_agreement_to_ask_for(card) -> None:
+    for codec in (Codec(card, max_rows=4), voting(card, plan=Plan("single"), suspicion=0.5), voting(card, voting=())):
+        assert "agreement" not in codec.outputs
+        assert "unknown output 'agreement'" in refused(codec, request(tensor(), outputs=[{"name": "agreement"}]))
+    one_draw = voting(card, plan=Plan("random", 1))
+    assert "agreement" not in one_draw.outputs
+    assert "agreement" in voting(card, plan=Plan("random", 2)).outputs
+    chooses = voting(card, plan=Plan("single"), modes=("single", "random"), max_draws=8, suspicion=0.5)
+    assert "agreement" in chooses.outputs
+    for name in ("agreement", "suspicious"):
+        wanted = [{"name": name}]
+        said = refused(chooses, request(tensor(), outputs=wanted))
+        assert f"the output {name!r} needs several votes, but the request is answered in mode 'single' by one" in said
+        parameters = {"mode": "random"}
+        assert "in mode 'random' by one" in refused(chooses, request(tensor(), outputs=wanted, parameters=parameters))
+        decoded = chooses.decode(request(tensor(), outputs=wanted, parameters={"mode": "random", "draws": 4}), None)
+        assert decoded.form.asked.plan == Plan("random", 4)
+        assert outputs_of(chooses, decoded, voted(0.25))[name] == ([0.25] if name == "agreement" else [True])
+
+
+# --- what a request may choose ---
+
+
+@pytest.mark.parametrize(
+    ("parameters", "asked"),
+    [
+        ({}, NOTHING_ASKED),
+        ({"timeout": 0, "priority": 0}, Asked()),
+        ({"timeout": 250_000}, Asked(timeout=0.25)),
+        ({"priority": 1}, Asked()),
+        ({"priority": 2}, Asked(bulk=True)),
+        ({"mode": "single"}, Asked(plan=Plan("single"))),
+        ({"mode": "ensemble"}, Asked(plan=Plan("ensemble"))),
+        ({"mode": "random"}, NOTHING_ASKED),
+        ({"draws": 8}, Asked(plan=Plan("random", 8))),
+        ({"mode": "random", "draws": 1}, Asked(plan=Plan("random", 1))),
+        ({"mode": None, "draws": None, "timeout": None, "priority": None}, Asked()),
+        ({"anything": "else"}, Asked()),
+    ],
+)
+def test_a_request_chooses_by_its_parameters(card, parameters: dict[str, Any], asked: Asked) -> None:
+    codec = Codec(card, max_rows=4, plan=Plan("random", 3), modes=("random", "single", "ensemble"), max_draws=8)
+    for form in ((request(tensor(), parameters=parameters), None), binary(bytes(192), parameters=parameters)):
+        for _ in range(2):  # also where the head is remembered
+            assert codec.decode(*form).form.asked == asked
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"timeout": -1}, "timeout is -1, expected microseconds"),
+        ({"timeout": 1.5}, "timeout is 1.5, expected"),
+        ({"timeout": True}, "timeout is True, expected"),
+        ({"timeout": "1"}, "timeout is '1', expected"),
+        ({"timeout": 10**30}, "expected microseconds, a whole number up to 86400000000"),
+        ({"priority": 3}, "priority is 3, expected 0"),
+        ({"priority": -1}, "priority is -1, expected"),
+        ({"priority": True}, "priority is True, expected"),
+        ({"mode": "fast"}, "mode is 'fast', expected one of random, single"),
+        ({"mode": "ensemble"}, "mode is 'ensemble', expected one of random, single"),
+        ({"mode": []}, "mode is [], expected one of"),
+        ({"mode": {}}, "mode is {}, expected one of"),
+        ({"mode": "single", "draws": 2}, "draws is 2, but mode 'single' draws no paths"),
+        ({"draws": 0}, "draws is 0, expected a whole number from 1 to 8"),
+        ({"draws": 9}, "draws is 9, expected a whole number from 1 to 8"),
+        ({"draws": 2.0}, "draws is 2.0, expected a whole number"),
+        ({"draws": True}, "draws is True, expected a whole number"),
+        ({"draws": "2"}, "draws is '2', expected a whole number"),
+        ({"draws": 10**4000}, "expected a whole number from 1 to 8"),
+    ],
+)
+def test_a_choice_that_makes_no_sense_is_refused(card, parameters: dict[str, Any], said: str) -> None:
+    codec = Codec(card, max_rows=4, plan=Plan("random", 3), modes=("random", "single"), max_draws=8)
+    message = refused(codec, request(tensor(), parameters=parameters))
+    assert said in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("parameters", [{"mode": "single"}, {"draws": 1}, {"mode": "single", "draws": 1}])
+def test_where_requests_may_not_choose_how_they_are_answered_they_are_told_so(codec: Codec, parameters: dict) -> None:
+    said = refused(codec, request(tensor(), parameters=parameters))
+    assert f"the request chooses by {next(iter(parameters))!r}, but here the server chooses" in said
+    assert "MANYGATES_SERVE_ALLOW_MODE_CHOICE=true" in said
+
+
+# --- a whole response at once ---
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_response_written_at_once_is_the_one_of_headers_and_body(codec: Codec, rows: int) -> None:
+    raw = np.zeros((rows, 48), "<f4").tobytes()
+    outputs = [{"name": "logits", "parameters": {"binary_data": True}}, {"name": "probabilities"}]
+    data = [0.5] * 48 * rows
+    for form in (
+        (raw, b"0"),
+        binary(raw, rows=rows, id="q"),
+        binary(raw, rows=rows, parameters={"binary_data_output": True}),
+        (request(tensor(shape=[rows, 3, 4, 4], data=data)), None),
+        (request(tensor(shape=[rows, 3, 4, 4], data=data), outputs=outputs), None),
+        (request(tensor(shape=[rows, 3, 4, 4], data=data), outputs=outputs[:1]), None),
+    ):
+        decoded = codec.decode(*form)
+        found = outputs_of(codec, decoded, answer(rows))  # which compares the two
+        for name in found.keys() - {"parameters"}:
+            assert found[name] == pytest.approx(getattr(answer(rows), name).ravel().tolist())
+
+
+def test_answers_of_another_layout_are_written_as_little_endian_rows(codec: Codec) -> None:
+    decoded = codec.decode(np.zeros((2, 48), "<f4").tobytes(), b"0")
+    plain = answer(2)
+    turned = Prediction(np.asfortranarray(plain.probabilities), np.repeat(plain.logits, 2, axis=0)[::2])
+    assert codec.respond(decoded, turned) == codec.respond(decoded, plain)
+
+
+def test_the_forms_that_are_remembered_are_few_and_small(codec: Codec) -> None:
+    for number in range(2000):
+        body, length = binary(bytes(192), id=f"{number}")
+        codec.decode(body, length)
+        assert len(codec._forms) <= 256
+    long, length = binary(bytes(192), parameters={"note": "x" * 2000})
+    before = len(codec._forms)
+    codec.decode(long, length)
+    assert len(codec._forms) == before

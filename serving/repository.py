@@ -1,0 +1,376 @@
+"""Which models there are to serve, and loading them: at the start, on request, and after a change.
+
+A source is a bundle, or a folder of numbered versions of it (`NAME/1`, `NAME/2`), of which the latest is served. A
+model is loaded, its checksums checked and warmed up on a thread beside the event loop, and takes the place of the one
+before only when all of that has succeeded: a bundle that is damaged or half copied never stops a model that works.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import logging
+import re
+from pathlib import Path
+from typing import Final
+
+from serving.cores import usable_cores
+from serving.engine import Engine, choose_mode, graph_files, modes_of
+from serving.errors import RequestError
+from serving.exits import LAST_EXIT
+from serving.protocol import VERSION
+from serving.service import Model, Service
+from serving.settings import ModelSettings, ModelTable, Settings
+from zoo.bundle import CARD_FILE
+from zoo.card import Card
+from zoo.catalogue import LOCAL_PREFIX, open_model, resolve
+from zoo.errors import BadInput, BundleError, ManygatesError
+
+logger = logging.getLogger("manygates.serving")
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
+
+
+@dataclasses.dataclass
+class Entry:
+    """A model of the index."""
+
+    settings: ModelSettings
+    name: str = ""
+    version: str = VERSION
+    state: str = "UNAVAILABLE"
+    reason: str = ""
+    fingerprint: str = ""
+    """Of the card that is served; empty where changes cannot be seen."""
+    of_folder: bool = False
+    """Whether it was found in the repository's folder, and goes when its folder goes."""
+    unloaded: bool = False
+    """Whether a client asked not to serve it."""
+    missing: bool = False
+    """Whether its card was not there at the last look; while a bundle is replaced it is away for a moment."""
+
+
+class Repository:
+    """The models that are served or could be."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Look for the models of `settings`; `load_all` loads them.
+
+        Raises:
+            BadInput: if the repository is no folder.
+        """
+        self._settings = settings
+        self._entries: list[Entry] = [Entry(settings=model) for model in settings.model_settings]
+        self._folder = Path(settings.model_repository).resolve() if settings.model_repository else None
+        if self._folder is not None and not self._folder.is_dir():
+            raise BadInput(f"model_repository is {settings.model_repository!r}, expected a folder of bundles")
+        self._lock = asyncio.Lock()
+        self._find()
+
+    def load_all(self) -> list[Model]:
+        """Load every model.
+
+        Raises:
+            ManygatesError: if a model that the settings name cannot be served; one of the repository's folder is left
+                out, with its reason in the log and the index.
+        """
+        models: list[Model] = []
+        for entry in self._entries:
+            try:
+                model = self._load(entry)
+            except ManygatesError as error:
+                if not entry.of_folder:
+                    raise
+                self._failed(entry, error)
+                continue
+            models.append(model)
+        return models
+
+    def index(self) -> list[dict[str, str]]:
+        """Return what the protocol calls the repository's index."""
+        return [
+            {"name": entry.name or entry.settings.source, "version": entry.version, "state": entry.state}
+            | {"reason": entry.reason}
+            for entry in self._entries
+        ]
+
+    async def load(self, service: Service, name: str) -> None:
+        """Load a model of the index, again if it is served already.
+
+        Raises:
+            RequestError: 404 if there is none of this name, 400 if it cannot be loaded.
+        """
+        async with self._lock:
+            await asyncio.to_thread(self._find)
+            failure: ManygatesError | None = None
+            for entry in self._entries_of(name):
+                try:
+                    await self._renew(service, entry)
+                except ManygatesError as error:
+                    failure = error
+            if failure is not None:
+                raise RequestError(400, "load_failed", f"{name} was not loaded: {self._without_paths(failure)}")
+
+    async def unload(self, service: Service, name: str) -> None:
+        """Serve a model no longer; it can be loaded again.
+
+        Raises:
+            RequestError: 404 if it is not served.
+        """
+        async with self._lock:
+            service.drop(name)
+            service.metrics.loaded(name, "unloaded")
+            for entry in self._entries:
+                if entry.name == name:
+                    entry.state, entry.reason, entry.fingerprint, entry.unloaded = "UNAVAILABLE", "unloaded", "", True
+
+    async def watch(self, service: Service, seconds: float) -> None:
+        """Load again whatever has changed, every few seconds, for ever."""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await self.refresh(service)
+            except Exception:
+                logger.exception("looking for changed bundles failed")
+
+    async def refresh(self, service: Service) -> None:
+        """Load again whatever has changed, and what is new in the repository's folder; drop what has gone from it."""
+        async with self._lock:
+            await asyncio.to_thread(self._find)
+            for entry in list(self._entries):
+                if entry.of_folder and not (_folder_of(entry) / CARD_FILE).is_file():
+                    if entry.missing:
+                        self._forget(service, entry)
+                    entry.missing = True
+                    continue
+                entry.missing = False
+                if entry.unloaded or not (found := await asyncio.to_thread(self._fingerprint, entry)):
+                    continue
+                if found == entry.fingerprint:
+                    entry.reason = ""  # what could not be loaded has been taken back
+                    continue
+                try:
+                    await self._renew(service, entry)
+                except ManygatesError:
+                    continue  # it is in the log and the index
+
+    def _forget(self, service: Service, entry: Entry) -> None:
+        """Serve no longer what has gone from the repository's folder."""
+        self._entries.remove(entry)
+        if entry.state == "READY":
+            service.drop(entry.name, entry.version)
+            service.metrics.loaded(entry.name, "unloaded")
+            logger.info("%s version %s has gone from the repository", entry.name, entry.version)
+
+    async def _renew(self, service: Service, entry: Entry) -> None:
+        before = (entry.name, entry.version) if entry.state == "READY" else None
+        try:
+            model = await asyncio.to_thread(self._load, entry)
+        except ManygatesError as error:
+            service.metrics.loaded(entry.name or entry.settings.source, "failed")
+            self._failed(entry, error)
+            raise
+        service.put(model)
+        if before is not None and before != (entry.name, entry.version):
+            service.drop(*before)
+        service.metrics.loaded(model.card.name, "loaded")
+        logger.info("loaded %s", described(model))
+
+    def _load(self, entry: Entry) -> Model:
+        try:
+            model, fingerprint = load(entry.settings, self._settings, version=entry.version)
+        except OSError as error:  # it is being written, or may not be read
+            raise BundleError(
+                f"{_folder_of(entry)} cannot be read ({error.strerror or error}); expected a bundle"
+            ) from error
+        for other in self._entries:
+            names = (other.name, other.version) == (model.card.name, model.version)
+            if other is not entry and other.state == "READY" and names:
+                raise BadInput(f"{model.card.name!r} is to be served twice; name each model once, or give it a name")
+        entry.name, entry.version = model.card.name, model.version
+        entry.state, entry.reason, entry.unloaded = "READY", "", False
+        entry.fingerprint = fingerprint
+        return model
+
+    def _failed(self, entry: Entry, error: ManygatesError) -> None:
+        reason = self._without_paths(error)
+        if entry.reason != reason:  # once, not at every look
+            kept = "; the version before is still served" if entry.state == "READY" else ""
+            logger.error("%s cannot be loaded%s: %s", entry.name or entry.settings.source, kept, error)
+        entry.reason = reason
+
+    def _entries_of(self, name: str) -> list[Entry]:
+        found = [entry for entry in self._entries if entry.name == name]
+        if not found:
+            known = ", ".join(sorted({entry.name for entry in self._entries if entry.name})) or "none"
+            raise RequestError(404, "unknown_model", f"the repository has no model {name[:128]!r}, only {known}")
+        return found
+
+    def _without_paths(self, error: ManygatesError) -> str:
+        """Return what an error says, without where the files lie: clients need not know."""
+        text = str(error)
+        folders = {str(folder) for folder in map(_folder_of, self._entries) if folder.is_absolute()}
+        for folder in sorted(folders, key=len, reverse=True):
+            text = text.replace(folder, "…")
+        return re.sub(r"(?:/[^\s/:;,()'\"]+){2,}", "…", text)
+
+    def _fingerprint(self, entry: Entry) -> str:
+        try:
+            source, _ = _versioned(entry.settings.source) if not entry.of_folder else (entry.settings.source, "")
+            return _fingerprint(source)
+        except (ManygatesError, OSError):
+            return ""
+
+    def _find(self) -> None:
+        """Add what is new in the repository's folder."""
+        if self._folder is None:
+            return
+        known = {entry.settings.source for entry in self._entries}
+        try:
+            found = [
+                (place, *bundle)
+                for place in sorted(self._folder.iterdir())
+                if _NAME.fullmatch(place.name)  # others are hidden, or half written
+                for bundle in _bundles_in(place)
+            ]
+        except OSError as error:
+            logger.error("the model repository cannot be read (%s)", error.strerror or error)
+            return
+        for place, folder, version in found:
+            source = f"{LOCAL_PREFIX}{folder}"
+            # no link to somewhere else
+            if source not in known and (folder / CARD_FILE).resolve().is_relative_to(self._folder):
+                own = self._settings.settings_of(ModelTable(source=source, name=place.name))
+                self._entries.append(Entry(settings=own, name=place.name, version=version, of_folder=True))
+
+
+def described(model: Model) -> str:
+    """Say in a line what is served and how."""
+    details = ", ".join(f"{name} {value}" for name, value in model.details if value)
+    return f"{model.card.name} version {model.version}: mode {model.mode}, {details}"
+
+
+def load(model: ModelSettings, settings: Settings, *, version: str = VERSION) -> tuple[Model, str]:
+    """Find a model, load the graphs of its modes and exits, and run them once at every batch size.
+
+    Returns:
+        The model, and the fingerprint of its card; empty where its source cannot change.
+
+    Raises:
+        ManygatesError: of many kinds; see `serving.server.serve`.
+    """
+    source, found = _versioned(model.source)
+    version = found or version
+    fingerprint = _fingerprint(source)
+    card = open_model(source, only=()).card
+    chosen = choose_mode(card, model.mode or None)
+    more = [choose_mode(card, mode) for mode in modes_of(card)] if model.allow_mode_choice else []
+    if model.precision == "int8":
+        more = [mode for mode in more if graph_files(card, [mode])[0].replace(".onnx", ".int8.onnx") in card.files]
+    any_exit = settings.allow_exit_choice
+    needed = graph_files(card, (chosen, *more), model.exit_choice, any_exit=any_exit, precision=model.precision)
+    engine = Engine(
+        open_model(source, only=needed),
+        chosen,
+        more_modes=more,
+        draws=model.draws,
+        gate_scope=model.gate_scope,
+        precision=model.precision,
+        intra_op=settings.intra_op,
+        wide=usable_cores() if settings.intra_op == 1 and settings.workers > 1 else 1,
+        device=settings.device,
+        allow_cpu_fallback=settings.allow_cpu_fallback,
+        allow_spinning=settings.allow_spinning,
+        exit_choice=model.exit_choice if model.exit_choice else LAST_EXIT,
+        any_exit=any_exit,
+    )
+    engine.warm_up(settings.max_batch)
+    card = engine.card
+    if model.name:
+        card = dataclasses.replace(card, name=model.name)
+    details = {"precision": model.precision, "provider": engine.provider}
+    if "random" in engine.modes:
+        details["gated"] = next(iter(engine.forms.values()), "")
+        details["gate_scope"] = model.gate_scope
+    return (
+        Model(
+            card=card,
+            mode=engine.mode,
+            predictor=engine,
+            draws=model.draws,
+            limits=engine.limits if any_exit else None,
+            modes=engine.modes if model.allow_mode_choice else (),
+            voting=engine.agreement_modes,
+            suspicion=_suspicion(card, engine, model),
+            gate_scope=model.gate_scope,
+            version=version,
+            weight=model.weight,
+            details=tuple(details.items()),
+        ),
+        fingerprint,
+    )
+
+
+def _suspicion(card: Card, engine: Engine, model: ModelSettings) -> float | None:
+    """Return the agreement below which an answer is flagged.
+
+    Raises:
+        BadInput: if nothing votes, or the card has no threshold for this mode and number of draws.
+    """
+    if model.suspicion == "off":
+        return None
+    voting = [mode for mode in engine.agreement_modes if mode != "random" or model.draws > 1]
+    if engine.mode not in voting and not (model.allow_mode_choice and voting):
+        raise BadInput(
+            f"{card.name} is served in mode {engine.mode} by one vote, which agrees with itself; for suspicion choose "
+            "the mode ensemble, or random with several draws"
+        )
+    if model.suspicion != "card":
+        return model.suspicion_threshold
+    variant = {"ensemble": "ensemble", "random": "gated"}.get(engine.mode, "")
+    for calibration in card.suspicion:
+        if calibration.variant in (variant, engine.mode) and (
+            engine.mode != "random" or calibration.draws == model.draws
+        ):
+            return calibration.threshold
+    raise BadInput(
+        f"the card of {card.name} has no suspicion threshold for mode {engine.mode}"
+        + (f" with {model.draws} draws" if engine.mode == "random" else "")
+        + "; calibrate it with `manygates calibrate`, or give a number"
+    )
+
+
+def _versioned(source: str) -> tuple[str, str]:
+    """Return the source of a bundle and its version; the latest of a folder of versions, else the source itself."""
+    folder = Path(source.removeprefix(LOCAL_PREFIX))
+    if folder.is_dir() and not (folder / CARD_FILE).exists():
+        found = [(place, version) for place, version in _bundles_in(folder) if version]
+        if found:
+            place, version = max(found, key=lambda entry: int(entry[1]))
+            return f"{LOCAL_PREFIX}{place}", version
+    return source, ""
+
+
+def _bundles_in(folder: Path) -> list[tuple[Path, str]]:
+    """Return the bundle that a folder is, or those in its numbered folders, with their versions."""
+    if (folder / CARD_FILE).is_file():
+        return [(folder, VERSION)]
+    if not folder.is_dir():
+        return []
+    numbered = (place for place in folder.iterdir() if _VERSION.fullmatch(place.name) and (place / CARD_FILE).is_file())
+    return [(place, place.name) for place in sorted(numbered, key=lambda place: int(place.name))]
+
+
+def _fingerprint(source: str) -> str:
+    """Return what changes when a bundle on this machine does; empty for others."""
+    place = resolve(source).folder
+    if place is None:
+        return ""
+    try:
+        return hashlib.sha256((place / CARD_FILE).read_bytes()).hexdigest()
+    except OSError as error:
+        raise BundleError(f"{place / CARD_FILE} cannot be read ({error.strerror}); expected a bundle") from error
+
+
+def _folder_of(entry: Entry) -> Path:
+    return Path(entry.settings.source.removeprefix(LOCAL_PREFIX))
