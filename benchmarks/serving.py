@@ -1,26 +1,36 @@
-"""How fast the server is against ONNX Runtime itself, on the same graph and the same cores, in one run.
+"""How fast the server is against ONNX Runtime itself and against other servers: the same graph and cores, in one run.
 
-    python benchmarks/serving.py MODEL [--mode single|ensemble|random] [--clients 32] [--seconds 5] [--rounds 3]
+    python benchmarks/serving.py [MODEL]                     # raw ONNX Runtime and mode single: a minute
+    python benchmarks/serving.py --peers                     # everything, ten minutes; needs peers/setup.sh once
+    python benchmarks/serving.py --only ours,raw --clients 32
+    python benchmarks/serving.py --only modes --seconds 2 --rounds 2
+    python benchmarks/serving.py --report results/FILE.json  # the table of a filed run, as markdown
 
-Three numbers that belong together: images per second of raw ONNX Runtime at its best batch size and thread
-arrangement, requests per second of the server at its clients (one image each, binary bodies, closed loop, keep-alive),
-and their ratio. Both are measured in turn, round by round, so that whatever else the machine does hits both; the ratio
-is the median over the rounds. Other processes still spoil it: `quiet` says whether they used less than a quarter of a
-core, and `processor_ratio` compares processor time per image instead, which suffers less.
+Parts, for --only:
 
-The load comes from `wrk` where it is installed (Debian's package), otherwise from a small generator in a process of its
-own, which costs more of the same cores. The server's answer is compared with ONNX Runtime's before the clock starts
-(not in mode random, whose answers differ by design), and any failed request stops the benchmark.
+    raw       ONNX Runtime's best batch size and threads, before and after; one image on all cores
+    ours      the server in mode single
+    modes     the server with a random gated network: single, random (a path per image), random-batch (a path per
+              batch), int8, ensemble (each can be named alone: modes:single, modes:random, …)
+    peers     mosec, Triton's front end, FastAPI; each can be named alone
+    tune      the peers in other configurations (not part of --peers: to find their best)
+    prefixes  what an ensemble of 4 or 8 paths with half in common costs, against one path (ensembles.py)
+    memory    resident with all modes loaded, and over 100 000 requests
+    start     from the start of the process to the first right answer
+    install   size of the extra serve-cpu in a fresh environment (needs the package registry)
 
-Progress goes to standard error; the last line on standard output is JSON.
+One image per request, 16 images in rotation, closed loop over keep-alive connections, `wrk` in a process of its own on
+the same cores. Every round starts every server afresh, checks its answers, warms it up for a second and measures it at
+each number of clients; raw ONNX Runtime is measured before and after each server, and a ratio is to the faster of the
+two. A cell in which other processes used more than a quarter of a core, or in which wrk itself was held up, is
+repeated, and flagged if it stays so; `processor_ratio` compares processor time per image instead, which suffers less.
+
+Progress goes to standard error; the last line on standard output is JSON (--out files it).
 """
 
 import argparse
-import asyncio
+import dataclasses
 import json
-import os
-import platform
-import re
 import resource
 import shutil
 import statistics
@@ -29,9 +39,7 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,131 +47,97 @@ import numpy as np
 import onnxruntime
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # first, or `serving` would be this very file
+BENCHMARKS = str(Path(__file__).resolve().parent)
+# the project first, or `serving` would be this very file
+sys.path[:] = [str(ROOT), *(entry for entry in sys.path if entry not in (str(ROOT), BENCHMARKS)), BENCHMARKS]
 
-from serving.engine import choose_mode, graph_file, usable_cores  # noqa: E402
+import machine  # noqa: E402
+import servers  # noqa: E402
+import serving_report  # noqa: E402
+import wrk  # noqa: E402
+
 from zoo.bundle import Bundle  # noqa: E402
 from zoo.catalogue import open_model  # noqa: E402
 
-OUTPUTS = ["probabilities", "logits"]
+_runtime: Any = onnxruntime  # its modules do not say what they export
+
+PLAIN, GATED = "standard-resnet20-cifar10", "eio-resnet20-cifar10"
+IMAGES = 16
+CLIENTS = (1, 8, 32, 128)
+MODES_CLIENTS = 32
 BATCHES = (1, 8, 16, 32, 64)
-QUIET = 0.25
-SERVE = "import sys; from serving.server import serve; serve([sys.argv[1]], mode=sys.argv[2], port=0)"
-LUA = """
-local file = io.open("{body}", "rb")
-wrk.method = "POST"
-wrk.body = file:read("*a")
-file:close()
-wrk.headers["Content-Type"] = "application/octet-stream"
-wrk.headers["Inference-Header-Content-Length"] = "{head_length}"
-"""
+MODES = ("single", "random", "random-batch", "int8", "ensemble")
+PARTS = ("raw", "ours", "modes", "peers", "tune", "prefixes", "memory", "start", "install")
+REPEATS = 2  # of a noisy cell, at most
+FLAT_REQUESTS, FLAT_STEP = 100_000, 10_000
+STARTS = 5
 
 
 def main() -> None:
     """Measure, and print JSON last."""
     options = parse_arguments()
-    if options.generate:
-        generate_load(options)
+    if options.report:
+        print(serving_report.markdown(json.loads(options.report.read_text())), end="")
         return
-    card = open_model(options.model, only=()).card
-    mode = choose_mode(card, options.mode)
-    bundle = open_model(options.model, only=(graph_file(mode),))
-    raw = Raw(bundle, mode)
-    arrangement = raw.best_arrangement(options.seconds / 3)
-    with server_process(options.model, mode) as (process, url, seconds_to_first_answer):
-        target = f"{url}/v2/models/{card.name}/infer"
-        body, head_length = request_body(raw.image)
-        if mode != "random":
-            check_answer(target, body, head_length, raw)
-        load(target, body, head_length, options.clients, 1.0)  # warm up
-        rounds = []
-        for number in range(options.rounds):
-            measured = measure_round(raw, arrangement, process.pid, target, body, head_length, options)
-            say(f"round {number + 1}: {json.dumps(measured)}")
-            rounds.append(measured)
-        alone = load(target, body, head_length, 1, options.seconds / 2)
-    print(
-        json.dumps(
-            {
-                "benchmark": "serving",
-                "model": card.name,
-                "mode": mode,
-                "ratio": statistics.median(entry["ratio"] for entry in rounds),
-                "requests_per_second": statistics.median(entry["server"]["per_second"] for entry in rounds),
-                "raw_images_per_second": statistics.median(entry["raw"]["per_second"] for entry in rounds),
-                "processor_ratio": statistics.median(entry["processor_ratio"] for entry in rounds),
-                "quiet": all(
-                    (entry[part]["foreign_cores"] or 0) < QUIET for entry in rounds for part in ("raw", "server")
-                ),
-                "raw_arrangement": arrangement,
-                "clients": options.clients,
-                "one_client": alone,
-                "seconds_to_first_answer": seconds_to_first_answer,
-                "load_generator": "wrk" if shutil.which("wrk") else "built in",
-                "rounds": rounds,
-                "cores": usable_cores(),
-                "processor": processor(),
-                "versions": {
-                    "python": platform.python_version(),
-                    "onnxruntime": onnxruntime.__version__,
-                    "numpy": np.__version__,
-                },
-                "date": time.strftime("%Y-%m-%d"),
-            }
-        )
-    )
+    began = time.perf_counter()
+    run = Run(options)
+    run.measure()
+    document = run.document() | {"minutes": round((time.perf_counter() - began) / 60, 1)}
+    text = json.dumps(document)
+    if options.out:
+        options.out.write_text(text + "\n")
+    say("\n" + serving_report.markdown(document))
+    print(text)
+    if run.failed:
+        sys.exit(f"failed: {json.dumps(run.failed)}")
 
 
 class Raw:
-    """ONNX Runtime alone on a bundle's graph."""
+    """ONNX Runtime alone on a graph, with float32 images: it need not convert what a client sends."""
 
-    def __init__(self, bundle: Bundle, mode: str) -> None:
-        self.graph = bundle.read(graph_file(mode))
-        images = bundle.card.input
-        self.image = np.random.default_rng(0).random((1, images.channels, images.height, images.width), np.float32)
-        self.gates = np.zeros(len(bundle.card.architecture.gated_layers), np.int64) if mode == "random" else None
-        self.sessions = [self.session(1) for _ in range(usable_cores())]
-        self.wide_session = self.session(usable_cores())
+    def __init__(self, graph: bytes, images: np.ndarray) -> None:
+        """Prepare for uint8 images (image, channel, height, width)."""
+        self.graph = graph
+        self.images = images.astype(np.float32) / 255
+        self.sessions = [self.session(1) for _ in range(machine.cores())]
 
     def session(self, intra_op: int) -> Any:
         """Return a session with ONNX Runtime's own defaults but for its threads."""
-        settings = onnxruntime.SessionOptions()
+        settings = _runtime.SessionOptions()
         settings.intra_op_num_threads = intra_op
-        return onnxruntime.InferenceSession(self.graph, settings, providers=["CPUExecutionProvider"])
+        return _runtime.InferenceSession(self.graph, settings, providers=["CPUExecutionProvider"])
 
-    def answer(self) -> list[np.ndarray]:
-        """Return probabilities and logits of the image."""
-        return list(self.sessions[0].run(OUTPUTS, self.feeds(1)))
+    def answers(self) -> np.ndarray:
+        """Return the probabilities of all images."""
+        return np.asarray(self.sessions[0].run(["probabilities"], {"images": self.images})[0])
 
-    def feeds(self, batch: int) -> dict[str, np.ndarray]:
-        """Return the inputs of a batch; all of it takes one path, which is the fastest a gated graph can be."""
-        feeds = {"images": np.repeat(self.image, batch, axis=0)}
-        return feeds if self.gates is None else {**feeds, "gates": self.gates}
+    def batch(self, size: int) -> dict[str, np.ndarray]:
+        """Return the inputs of a batch of any size."""
+        return {"images": np.resize(self.images, (size, *self.images.shape[1:]))}
 
-    def best_arrangement(self, seconds: float) -> dict[str, Any]:
-        """Try every batch size with a session per core and with one session over all cores; return the fastest."""
+    def arrangements(self, seconds: float) -> list[dict[str, Any]]:
+        """Measure every batch size with a session per core and with one session over all cores; fastest first."""
+        counts = {1, len(self.sessions)}
         tried = [
             {"batch": batch, "sessions": sessions, **self.rate(batch, sessions, seconds)}
             for batch in BATCHES
-            for sessions in {1, len(self.sessions)}
+            for sessions in sorted(counts)
         ]
-        for entry in tried:
-            say(f"raw: {json.dumps(entry)}")
-        best = max(tried, key=lambda entry: entry["per_second"])
-        return {"batch": best["batch"], "sessions": best["sessions"]}
+        return sorted(tried, key=lambda entry: -entry["per_second"])
 
-    def rate(self, batch: int, sessions: int, seconds: float) -> dict[str, float]:
+    def rate(self, batch: int, sessions: int, seconds: float) -> dict[str, Any]:
         """Return images per second and processor milliseconds per image."""
-        chosen = self.sessions if sessions > 1 or len(self.sessions) == 1 else [self.wide_session]
+        wide = sessions == 1 and len(self.sessions) > 1
+        chosen = [self.session(machine.cores())] if wide else self.sessions
         counts = [0] * len(chosen)
-        feeds = self.feeds(batch)
+        feeds = self.batch(batch)
         for session in chosen:
-            session.run(OUTPUTS, feeds)
-        cpu, start = time.process_time(), time.perf_counter()
+            session.run(["probabilities"], feeds)
+        busy, cpu, start = machine.busy_seconds(), time.process_time(), time.perf_counter()
 
         def work(index: int) -> None:
             while time.perf_counter() < start + seconds:
-                chosen[index].run(OUTPUTS, feeds)
+                chosen[index].run(["probabilities"], feeds)
                 counts[index] += batch
 
         threads = [threading.Thread(target=work, args=(index,)) for index in range(len(chosen))]
@@ -172,206 +146,373 @@ class Raw:
         for thread in threads:
             thread.join()
         elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu
-        return {"per_second": round(sum(counts) / elapsed, 1), "cpu_ms_each": round(1000 * cpu / sum(counts), 4)}
+        return {
+            "per_second": round(sum(counts) / elapsed, 1),
+            "cpu_ms_each": round(1000 * cpu / sum(counts), 4),
+            "foreign_cores": machine.foreign(busy, start, cpu),
+        }
+
+    def lone(self, seconds: float) -> dict[str, Any]:
+        """Return the latency of one image at a time on all cores, in milliseconds; the session is a new one."""
+        session, feeds = self.session(machine.cores()), self.batch(1)
+        for _ in range(100):
+            session.run(["probabilities"], feeds)
+        busy, cpu, start = machine.busy_seconds(), time.process_time(), time.perf_counter()
+        taken: list[float] = []
+        while (before := time.perf_counter()) < start + seconds:
+            session.run(["probabilities"], feeds)
+            taken.append(1000 * (time.perf_counter() - before))
+        own = time.process_time() - cpu
+        return {
+            "per_second": round(len(taken) / (time.perf_counter() - start), 1),
+            "p50_ms": round(float(np.percentile(taken, 50)), 4),
+            "p99_ms": round(float(np.percentile(taken, 99)), 4),
+            "foreign_cores": machine.foreign(busy, start, own),
+        }
 
 
-def measure_round(
-    raw: Raw,
-    arrangement: dict[str, Any],
-    pid: int,
-    target: str,
-    body: bytes,
-    head_length: int,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """Measure raw and server one after the other."""
-    busy = busy_seconds()
-    start, own = time.perf_counter(), time.process_time()
-    raw_rate = raw.rate(arrangement["batch"], arrangement["sessions"], options.seconds)
-    raw_rate["foreign_cores"] = foreign(busy, start, time.process_time() - own)
-    busy, start = busy_seconds(), time.perf_counter()
-    cpu, children = cpu_seconds(pid), resource.getrusage(resource.RUSAGE_CHILDREN)
-    server = load(target, body, head_length, options.clients, options.seconds)
-    cpu = cpu_seconds(pid) - cpu
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    generator = after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime
-    server["cpu_ms_each"] = round(1000 * cpu / max(1, server["requests"]), 4)
-    server["generator_cpu_ms_each"] = round(1000 * generator / max(1, server["requests"]), 4)
-    server["foreign_cores"] = foreign(busy, start, cpu + generator)
-    spent = server["cpu_ms_each"] + server["generator_cpu_ms_each"]
-    return {
-        "ratio": round(server["per_second"] / raw_rate["per_second"], 4),
-        "processor_ratio": round(raw_rate["cpu_ms_each"] / spent, 4) if spent else None,
-        "raw": raw_rate,
-        "server": server,
-    }
+class Run:
+    """One run: what is measured, and what was."""
 
-
-@contextmanager
-def server_process(model: str, mode: str) -> Iterator[tuple[subprocess.Popen[str], str, float]]:
-    """Start a server; yields it, its URL, and the seconds from the start of the process to its first answer."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, model, mode], cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ}
-    )
-    try:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        found = re.search(r"http://\S+", line)
-        if found is None:
-            sys.exit(f"the server did not start: {line}{process.stderr.read()}")
-        with urllib.request.urlopen(f"{found[0]}/v2/health/ready") as answer:
-            assert answer.status == 200
-        yield process, found[0], round(time.perf_counter() - start, 3)
-        process.terminate()
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.wait()
-
-
-def request_body(image: np.ndarray) -> tuple[bytes, int]:
-    """Return a binary request as tritonclient would send it, and the length of its JSON."""
-    tensor = {
-        "name": "images",
-        "shape": list(image.shape),
-        "datatype": "FP32",
-        "parameters": {"binary_data_size": image.nbytes},
-    }
-    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
-    return head + image.tobytes(), len(head)
-
-
-def check_answer(target: str, body: bytes, head_length: int, raw: Raw) -> None:
-    """Stop unless the server answers what ONNX Runtime answers."""
-    request = urllib.request.Request(target, body, {"Inference-Header-Content-Length": str(head_length)})
-    with urllib.request.urlopen(request) as answer:
-        content = answer.read()[int(answer.headers["Inference-Header-Content-Length"]) :]
-    served = np.frombuffer(content, "<f4").reshape(2, -1)
-    assert np.allclose(served, np.concatenate(raw.answer()), atol=1e-5), (
-        "the server's answer differs from ONNX Runtime's"
-    )
-
-
-def load(target: str, body: bytes, head_length: int, clients: int, seconds: float) -> dict[str, Any]:
-    """Load the server from another process; returns requests, their rate and latencies in milliseconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        body_file = Path(folder) / "body"
-        body_file.write_bytes(body)
-        if shutil.which("wrk"):
-            script = Path(folder) / "post.lua"
-            script.write_text(LUA.format(body=body_file, head_length=head_length))
-            command = [
-                "wrk",
-                "-t1",
-                f"-c{clients}",
-                f"-d{max(1, round(seconds))}s",
-                "--latency",
-                "-s",
-                str(script),
-                target,
-            ]
-            return read_wrk(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        command = [sys.executable, __file__, target, "--generate", str(body_file), "--head-length", str(head_length)]
-        command += ["--clients", str(clients), "--seconds", str(seconds)]
-        done: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        return done
-
-
-def read_wrk(text: str) -> dict[str, Any]:
-    """Take the numbers out of wrk's report, and stop if any request failed."""
-    for failure in ("Non-2xx", "Socket errors"):
-        if failure in text:
-            sys.exit(f"requests failed:\n{text}")
-    scale = {"us": 0.001, "ms": 1.0, "s": 1000.0}
-    latencies = {
-        f"p{percent}_ms": round(float(value) * scale[unit], 3)
-        for percent, value, unit in re.findall(r"^\s+(50|99)%\s+([\d.]+)(us|ms|s)$", text, re.MULTILINE)
-    }
-    requests = re.search(r"(\d+) requests in", text)
-    rate = re.search(r"Requests/sec:\s+([\d.]+)", text)
-    assert requests is not None
-    assert rate is not None
-    return {"per_second": float(rate[1]), "requests": int(requests[1]), **latencies}
-
-
-def generate_load(options: argparse.Namespace) -> None:
-    """Be the load generator: closed-loop clients on raw sockets, in this process of its own."""
-    body = Path(options.generate).read_bytes()
-    host, _, path = options.model.removeprefix("http://").partition("/")
-    address, _, port = host.partition(":")
-    head = f"POST /{path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
-    request = f"{head}Inference-Header-Content-Length: {options.head_length}\r\n\r\n".encode() + body
-    latencies: list[float] = []
-
-    async def client(until: float) -> None:
-        reader, writer = await asyncio.open_connection(address, int(port))
-        while (start := time.perf_counter()) < until:
-            writer.write(request)
-            answer = await reader.readuntil(b"\r\n\r\n")
-            length = re.search(
-                rb"content-length: (\d+)\r\n(?!.*content-length)", answer.lower().replace(b"inference-header-", b"x-")
-            )
-            assert length is not None
-            await reader.readexactly(int(length[1]))
-            if not answer.startswith(b"HTTP/1.1 200"):
-                sys.exit(f"a request failed: {answer!r}")
-            latencies.append(time.perf_counter() - start)
-        writer.close()
-
-    async def clients() -> float:
-        start = time.perf_counter()
-        await asyncio.gather(*(client(start + options.seconds) for _ in range(options.clients)))
-        return time.perf_counter() - start
-
-    elapsed = asyncio.run(clients())
-    milliseconds = np.array(latencies) * 1000
-    print(
-        json.dumps(
-            {
-                "per_second": round(len(latencies) / elapsed, 1),
-                "requests": len(latencies),
-                "p50_ms": round(float(np.percentile(milliseconds, 50)), 3),
-                "p99_ms": round(float(np.percentile(milliseconds, 99)), 3),
-            }
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Open the models and work out what each server should answer."""
+        self.options = options
+        self.parts: set[str] = set(options.only)
+        self.repeats_left: int = options.repeats
+        self.result: dict[str, Any] = {"raw": {}, "cells": [], "servers": {}, "skipped": {}}
+        self.failed: dict[str, str] = {}
+        self.plain = open_model(options.model or PLAIN, only=("single.onnx",))
+        self.gated_name = options.model or GATED
+        self.gated = open_model(self.gated_name, only=())
+        shape = self.plain.card.input
+        self.images = np.random.default_rng(0).integers(
+            0, 256, (IMAGES, shape.channels, shape.height, shape.width), np.uint8
         )
+        self.raw = Raw(self.plain.read("single.onnx"), self.images)
+        self.scratch = tempfile.TemporaryDirectory()
+
+    def measure(self) -> None:
+        """Do all parts that were asked for."""
+        groups = self.groups()
+        arrangement = None
+        if groups or "raw" in self.parts:
+            arrangement = self.search("before")
+        for number in range(self.options.rounds if groups or arrangement else 0):
+            self.round(number, groups)
+        if groups and self.options.peers:
+            self.search("after")
+        for part in ("prefixes", "memory", "start", "install"):
+            if part in self.parts:
+                say(f"{part} …")
+                try:
+                    self.result[part] = getattr(self, f"measure_{part}")()
+                except subprocess.CalledProcessError as error:
+                    self.give_up(part, RuntimeError(f"{error}: {(error.stderr or '')[-300:]}"))
+                except (servers.StartError, wrk.RequestError) as error:
+                    self.give_up(part, error)
+                else:
+                    say(f"{part}: {json.dumps(self.result[part])}")
+        self.scratch.cleanup()
+
+    def groups(self) -> list[list[servers.Target]]:
+        """Return the servers to measure in every round; those of a group share the raw measurements around it."""
+        found = []
+        if "ours" in self.parts:
+            found.append([self.ours("ours", self.plain, right=close_to(self.raw.answers()))])
+        for peer in self.peers():
+            found.append([peer])
+        modes = [self.mode(name) for name in MODES if {"modes", f"modes:{name}"} & self.parts]
+        if any(modes):
+            found.append([mode for mode in modes if mode])
+        return found
+
+    def peers(self) -> list[servers.Target]:
+        """Return the peers that were asked for and are installed."""
+        wanted = {name for name in serving_report.PEERS if {"peers", "tune", name} & self.parts}
+        graph = Path(self.scratch.name) / "single.onnx"
+        graph.write_bytes(self.raw.graph)
+        found = []
+        right = close_to(self.raw.answers())
+        known = servers.peers(graph, self.images, right)
+        if "tune" in self.parts:
+            known = servers.other_peers(graph, self.images, right)
+        for peer in known:
+            if peer.name.partition(":")[0] not in wanted:
+                continue
+            if not (servers.PEERS / peer.name.partition(":")[0]).is_dir():
+                self.give_up(peer.name, servers.StartError("not installed: run `sh benchmarks/peers/setup.sh`"))
+            else:
+                found.append(peer)
+        return found
+
+    def ours(self, name: str, bundle: Bundle, **more: Any) -> servers.Target:
+        """Return our server on a bundle."""
+        model = self.options.model or (PLAIN if bundle is self.plain else GATED)
+        return servers.ours(name, model, bundle.card.name, self.images, **more)
+
+    def mode(self, name: str) -> servers.Target | None:
+        """Return our server with the random gated network in one of MODES, or None where the bundle lacks it."""
+        needs = {"random": "gated", "random-batch": "gated", "ensemble": "ensemble"}.get(name, "single")
+        full = f"modes:{name}"
+        if needs not in self.gated.card.variants:
+            self.result["skipped"][full] = f"{self.gated.card.name} has no variant {needs}"
+            return None
+        if name.startswith("random"):
+            scope = "batch" if name.endswith("batch") else "image"
+            return self.ours(full, self.gated, right=plausible, mode="random", settings={"gate_scope": scope})
+        file = f"{needs}.int8.onnx" if name == "int8" else f"{needs}.onnx"
+        if file not in self.gated.card.files:
+            self.result["skipped"][full] = f"{self.gated.card.name} has no {file}"
+            return None
+        expected = Raw(open_model(self.gated_name, only=(file,)).read(file), self.images).answers()
+        settings = {"precision": "int8"} if name == "int8" else {}
+        tolerance = 0.02 if name == "int8" else 1e-5  # int8 kernels may round otherwise in a batch of another size
+        return self.ours(full, self.gated, right=close_to(expected, tolerance), mode=needs, settings=settings)
+
+    def search(self, when: str) -> dict[str, Any]:
+        """Find the fastest way to run the graph, and keep it for the rounds."""
+        tried = self.raw.arrangements(max(0.4, self.options.seconds / 8))
+        say(f"raw {when}: {json.dumps(tried[:3])}")
+        self.result["raw"][when] = tried
+        if when == "before":
+            self.arrangement = {"batch": tried[0]["batch"], "sessions": tried[0]["sessions"]}
+            self.result["raw"]["arrangement"] = self.arrangement
+        return self.arrangement
+
+    def round(self, number: int, groups: list[list[servers.Target]]) -> None:
+        """Measure raw, a server, raw, a server … raw; the servers in another order each time."""
+        shift = number % max(1, len(groups))
+        before = self.raw_cell(number)
+        if 1 in self.options.clients:
+            lone = self.repeated(lambda: self.raw.lone(max(0.5, self.options.seconds / 4)))
+            self.result["raw"].setdefault("lone", []).append(lone)
+            say(f"round {number + 1}: one image on all cores: {json.dumps(lone)}")
+        for group in groups[shift:] + groups[:shift]:
+            cells = []
+            for target in group:
+                if target.about not in self.result["skipped"] and target.name not in self.result["skipped"]:
+                    cells += self.server(target, number)
+            after = self.raw_cell(number)
+            best = max(before, after, key=lambda cell: cell["per_second"])
+            for cell in cells:
+                cell["raw_per_second"] = best["per_second"]
+                cell["quiet"] = cell["quiet"] and before["quiet"] and after["quiet"]
+                cell["ratio"] = round(cell["per_second"] / best["per_second"], 4)
+                cell["processor_ratio"] = round(
+                    best["cpu_ms_each"] / max(1e-9, cell["cpu_ms_each"] + cell["generator_cpu_ms_each"]), 4
+                )
+                say(f"  {json.dumps(cell)}")
+            self.result["cells"] += cells
+            before = after
+
+    def raw_cell(self, number: int) -> dict[str, Any]:
+        """Measure raw ONNX Runtime once."""
+        seconds = max(1.0, self.options.seconds / 2)
+        cell = self.repeated(lambda: self.raw.rate(**self.arrangement, seconds=seconds))
+        say(f"round {number + 1}: raw: {json.dumps(cell)}")
+        self.result["raw"].setdefault("rounds", []).append({"round": number + 1, **cell})
+        return cell
+
+    def server(self, target: servers.Target, number: int) -> list[dict[str, Any]]:
+        """Start a server and measure it at each number of clients."""
+        many = self.options.clients
+        clients = (
+            many if not target.name.startswith("modes:") else [MODES_CLIENTS if MODES_CLIENTS in many else many[-1]]
+        )
+        say(f"round {number + 1}: {target.about}")
+        cells: list[dict[str, Any]] = []
+        try:
+            with servers.running(target) as server:
+                size = server.check()
+                wrk.load(server.url, target.bodies, target.headers, clients=clients[0], seconds=1)
+                for count in clients:
+                    cell = self.repeated(lambda count=count: self.loaded(server, count, self.options.seconds))  # type: ignore[misc]
+                    if abs(cell["bytes_each"] / size - 1) > 0.03:
+                        raise wrk.RequestError(
+                            f"answers under load have {cell['bytes_each']} bytes, expected {size:.0f} as when checked"
+                        )
+                    place = {"server": target.name, "clients": count, "round": number + 1}
+                    cells.append({**place, **cell, "seconds_to_first_answer": server.seconds_to_first_answer})
+                held = machine.memory(server.processes()) | {"processes": len(server.processes())}
+        except (servers.StartError, wrk.RequestError) as error:
+            self.give_up(target.name, error)
+            return []
+        self.result["servers"][target.name] = {"about": target.about, **held}
+        return cells
+
+    def loaded(self, server: servers.Running, clients: int, seconds: float) -> dict[str, Any]:
+        """Load a server once; returns rate, latencies, and processor time per request."""
+        pids = server.processes()
+        busy, start, own = machine.busy_seconds(), time.perf_counter(), time.process_time()
+        cpu, children = machine.cpu_seconds(pids), resource.getrusage(resource.RUSAGE_CHILDREN)
+        target = server.target
+        cell = wrk.load(server.url, target.bodies, target.headers, clients=clients, seconds=round(seconds))
+        cpu, after = machine.cpu_seconds(pids) - cpu, resource.getrusage(resource.RUSAGE_CHILDREN)
+        generator = after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime
+        cell["cpu_ms_each"] = round(1000 * cpu / cell["requests"], 4)
+        cell["generator_cpu_ms_each"] = round(1000 * generator / cell["requests"], 4)
+        cell["foreign_cores"] = machine.foreign(busy, start, cpu + generator + time.process_time() - own)
+        cell["overrun"] = round(max(0.0, cell["seconds"] / max(1, round(seconds)) - 1.1), 2)
+        return cell
+
+    def repeated(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Measure again while other processes disturb, a few times; the quietest counts."""
+        best = measure()
+        tries = 0
+        while disturbance(best) >= machine.QUIET and tries < REPEATS and self.repeats_left > 0:
+            tries += 1
+            self.repeats_left -= 1
+            best = min(best, measure(), key=disturbance)
+        return best | {"repeated": tries, "quiet": disturbance(best) < machine.QUIET}
+
+    def give_up(self, name: str, error: Exception) -> None:
+        """Note that something cannot be measured; a server that refuses a setting is skipped, wrong answers fail."""
+        say(f"skipped {name}: {error}")
+        self.result["skipped"][name] = str(error)[:600]
+        if isinstance(error, wrk.RequestError):
+            self.failed[name] = str(error)[:600]
+
+    def measure_prefixes(self) -> dict[str, Any]:
+        """Let benchmarks/ensembles.py compare ensembles whose paths begin alike with one path."""
+        script = str(Path(__file__).with_name("ensembles.py"))
+        command = [sys.executable, script, "--members", "4", "8", "--batch", "32"]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        measured = json.loads(done.stdout.splitlines()[-1])
+        costs = {row["graph"]: row["batch 32"]["cost"] for row in measured["graphs"]}
+        return {"costs": costs, "measured": measured}
+
+    def measure_memory(self) -> dict[str, Any]:
+        """Load all modes of the random gated network, and watch memory over many requests of all of them."""
+        modes = [
+            "single",
+            *(
+                mode
+                for mode, needs in (("ensemble", "ensemble"), ("random", "gated"))
+                if needs in self.gated.card.variants
+            ),
+        ]
+        target = self.all_modes(modes)
+        try:
+            return self.watch_memory(target, modes)
+        except servers.StartError as error:
+            say(f"not all modes in one process: {error}")
+            self.result["skipped"]["memory: all modes"] = str(error)[:600]
+            return self.watch_memory(self.ours("memory", self.gated, right=plausible), ["single"])
+
+    def all_modes(self, modes: list[str]) -> servers.Target:
+        """Return our server with the choice of modes left to requests, and requests of all of them in rotation."""
+        heads = [servers.open_inference_bodies(self.images, {"mode": mode}) for mode in modes]
+        lengths = [int(headers["Inference-Header-Content-Length"]) for _, headers in heads]
+        bodies = []
+        for image in range(IMAGES):
+            for (made, _), length in zip(heads, lengths, strict=True):
+                body = made[image]  # JSON may end in spaces, so that all heads are of one length
+                bodies.append(body[:length] + b" " * (max(lengths) - length) + body[length:])
+        target = self.ours("memory", self.gated, right=plausible, settings={"allow_mode_choice": "true"})
+        headers = {**target.headers, "Inference-Header-Content-Length": str(max(lengths))}
+        return dataclasses.replace(target, bodies=tuple(bodies), headers=headers)
+
+    def watch_memory(self, target: servers.Target, modes: list[str]) -> dict[str, Any]:
+        """Return what a server holds after its warm-up and after every 10 000 requests."""
+
+        def held() -> dict[str, float]:
+            return machine.memory(server.processes())
+
+        with servers.running(target) as server:
+            started = held()
+            server.check()
+            wrk.load(server.url, target.bodies, target.headers, clients=32, seconds=2)
+            samples = [held() | {"requests": 0}]
+            done, rate = 0, 1000.0
+            while done < FLAT_REQUESTS:
+                due = len(samples) * FLAT_STEP
+                while done < due:  # wrk counts seconds, not requests
+                    seconds = max(1, int((due - done) / rate))
+                    part = wrk.load(server.url, target.bodies, target.headers, clients=32, seconds=min(10, seconds))
+                    done, rate = done + part["requests"], part["per_second"]
+                samples.append(held() | {"requests": done})
+        resident = [sample["resident_mb"] for sample in samples]
+        return {
+            "about": target.about,
+            "modes": modes,
+            "at_start": started,
+            **{key: samples[0][key] for key in ("resident_mb", "pss_mb")},
+            "highest_resident_mb": max(resident),
+            "growth": round(max(resident) / resident[0] - 1, 4),
+            "requests": done,
+            "samples": samples,
+        }
+
+    def measure_start(self) -> dict[str, Any]:
+        """Time several starts up to the first answer, which must be right."""
+        seconds = []
+        target = self.ours("start", self.plain, right=close_to(self.raw.answers()))
+        for _ in range(STARTS):
+            with servers.running(target) as server:
+                seconds.append(server.seconds_to_first_answer)
+        return {"about": target.about, "seconds": seconds, "median": statistics.median(seconds)}
+
+    def measure_install(self) -> dict[str, Any]:
+        """Install the extra serve-cpu into a fresh environment, and weigh it."""
+        extra = "serve-cpu"
+        if f"{extra} = [" not in (ROOT / "pyproject.toml").read_text():
+            raise servers.StartError(f"pyproject.toml has no extra {extra}")
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            pip = [f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check"]
+            subprocess.run([*pip, "install", "--quiet", f"{ROOT}[{extra}]"], check=True, capture_output=True, text=True)
+            listed = subprocess.run([*pip, "list", "--format=json"], check=True, capture_output=True, text=True).stdout
+            packages = next(Path(folder).glob("lib/python3*/site-packages"))
+            installers = ("pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils-precedence")
+            for entry in packages.iterdir():
+                if entry.name.partition("-")[0] in installers or entry.name == "distutils-precedence.pth":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            sizes = {
+                entry.name: sum(file.stat().st_size for file in [entry, *entry.rglob("*")] if file.is_file())
+                for entry in packages.iterdir()
+            }
+        largest = sorted(sizes.items(), key=lambda item: -item[1])[:8]
+        return {
+            "extra": extra,
+            "megabytes": round(sum(sizes.values()) / 1e6, 1),
+            "largest_mb": {name: round(size / 1e6, 1) for name, size in largest},
+            "packages": {entry["name"]: entry["version"] for entry in json.loads(listed)},
+        }
+
+    def document(self) -> dict[str, Any]:
+        """Return everything that was measured, and what it depends on."""
+        document = {
+            "benchmark": "serving",
+            "plain_model": self.plain.card.name,
+            "gated_model": self.gated.card.name,
+            **self.result,
+            "failed": self.failed,
+            "seconds_per_cell": self.options.seconds,
+            "rounds": self.options.rounds,
+            "parts": sorted(self.parts),
+            "load_generator": "wrk",
+            **machine.machine(),
+            "versions": machine.versions("onnxruntime-gpu", "onnxruntime", "numpy", "uvloop", "httptools", "uvicorn"),
+            "date": machine.today(),
+        }
+        return document | {"summary": serving_report.summary(document)}
+
+
+def disturbance(cell: dict[str, Any]) -> float:
+    """Return how many cores others used, or, if that is more, by how much the load generator itself was held up."""
+    return float(max(cell["foreign_cores"] or 0.0, cell.get("overrun", 0.0)))
+
+
+def close_to(expected: np.ndarray, tolerance: float = 1e-5) -> servers.Right:
+    """Return what says whether an image's probabilities are those of a row of `expected`."""
+    return lambda index, answer: (
+        answer.shape == expected.shape[1:] and bool(np.allclose(answer, expected[index], rtol=0, atol=tolerance))
     )
 
 
-def busy_seconds() -> float | None:
-    """Return the processor seconds that all processes used since the machine started; None where nobody knows."""
-    try:
-        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
-    except OSError:
-        return None
-    user, nice, system, _idle, _wait, interrupt, soft = fields[:7]
-    return (user + nice + system + interrupt + soft) / os.sysconf("SC_CLK_TCK")
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the processor seconds that a process used; 0 where nobody knows."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def foreign(busy_before: float | None, start: float, ours: float) -> float | None:
-    """Return how many cores other processes used since `start`; a measurement above a quarter is noisy."""
-    busy = busy_seconds()
-    if busy is None or busy_before is None:
-        return None
-    return round(max(0.0, (busy - busy_before - ours) / (time.perf_counter() - start)), 2)
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor()
+def plausible(_: int, answer: np.ndarray) -> bool:
+    """Say whether an answer is a distribution: all that is known of one along a path that nobody knows."""
+    return answer.size > 1 and bool(np.isfinite(answer).all() and (answer >= 0).all() and abs(answer.sum() - 1) < 1e-4)
 
 
 def say(text: str) -> None:
@@ -381,15 +522,38 @@ def say(text: str) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", help="a catalogue name, local-dir:FOLDER or hf-hub:ORGANISATION/NAME")
-    parser.add_argument("--mode", choices=["single", "ensemble", "random"])
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", nargs="?", help=f"for every part; {PLAIN} and {GATED} (for modes) by default")
+    parser.add_argument("--peers", action="store_true", help="everything but tune")
+    parser.add_argument("--only", type=words, metavar="PART[,PART…]", help="these parts")
+    parser.add_argument("--clients", type=numbers, default=list(CLIENTS), metavar="N[,N…]")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a cell, at least 1")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--generate", help=argparse.SUPPRESS)  # be the load generator for `model`, a URL
-    parser.add_argument("--head-length", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="of noisy cells, in all: on a busy machine it shall end"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there, too")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="print the table of a filed run, measure nothing")
+    options = parser.parse_args()
+    if options.only is None:
+        options.only = [part for part in PARTS if part != "tune"] if options.peers else ["raw", "ours"]
+    return options
+
+
+def words(text: str) -> list[str]:
+    """Read the parts to measure."""
+    known = {*PARTS, *serving_report.PEERS, *(f"modes:{name}" for name in MODES)}
+    found = text.split(",")
+    if wrong := set(found) - known:
+        raise argparse.ArgumentTypeError(f"{sorted(wrong)} is unknown, expected some of {', '.join(sorted(known))}")
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    """Read numbers of clients."""
+    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":
