@@ -311,14 +311,23 @@ def _initial_network(recipe: Recipe, architecture: Architecture) -> nn.Module:
     """Build what is trained, drawing from torch's global generator.
 
     Raises:
-        BadInput: `start_from` names a model of another network or data set, or a random gated one.
+        BadInput: `start_from` names a model of another network or data set, of another number of members, or a random
+            gated one.
     """
     if recipe.start_from is None:
         return architecture.build()
     wanted = architecture.member
-    (plain, *_), found = load_members(_weights_of(recipe.start_from).file(PLAIN_WEIGHTS))
+    members, found = load_members(_weights_of(recipe.start_from).file(PLAIN_WEIGHTS))
     if found != wanted:
         raise BadInput(f"start_from={recipe.start_from!r} is {found}, expected {wanted}")
+    if len(members) != recipe.members:
+        raise BadInput(
+            f"start_from={recipe.start_from!r} has {len(members)} members, expected members={recipe.members}; copies "
+            "of one network would stay equal"
+        )
+    if recipe.members > 1:
+        return Ensemble(members)
+    (plain,) = members
     if architecture.sharing is None:
         return plain
     return randomly_gate(

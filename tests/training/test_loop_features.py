@@ -311,7 +311,6 @@ def test_members_are_trained_validated_and_loaded_as_an_ensemble(make: MakeRecip
     ("settings", "message"),
     [
         (("members=2", "candidates=2"), "members=2 and candidates=2"),
-        (("members=2", "start_from=standard-resnet20-cifar10"), "would make all 2 members equal"),
         (("ema=1",), "need 0 < ema < 1"),
         (("patience=0",), "need patience >= 1"),
         (("collapse=20",), "20 points of accuracy"),

@@ -18,6 +18,7 @@ from zoo.card import Architecture as CardArchitecture
 from zoo.card import Card, InputFormat, Paths, Training
 from zoo.checkpoint import Architecture, network_state
 from zoo.data import source
+from zoo.derive import Ensemble
 from zoo.errors import BadInput, MissingFile, UnknownName
 from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS, save_members
 from zoo.rgn import RandomGatedNetwork
@@ -68,22 +69,24 @@ def card(architecture: Architecture, gated_layers: tuple[str, ...] = ()) -> Card
     )
 
 
-def plain_bundle(folder: Path, architecture: Architecture = PLAIN) -> tuple[str, dict[str, Tensor]]:
-    """Write a bundle of one plain network; returns how to name it, and its tensors."""
+def plain_bundle(folder: Path, *, members: int = 1) -> tuple[str, list[dict[str, Tensor]]]:
+    """Write a bundle of plain networks; returns how to name it, and the tensors of each."""
     torch.manual_seed(7)
-    network = architecture.build()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(cast(Tensor, module.weight), 0.5, 1.5)
-    save_members(folder / "weights", [network], architecture)
-    write_bundle(folder / "bundle", card(architecture), {PLAIN_WEIGHTS: folder / "weights"})
-    return f"local-dir:{folder / 'bundle'}", network_state(network)
+    folder.mkdir()
+    networks = [PLAIN.build() for _ in range(members)]
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(cast(Tensor, module.weight), 0.5, 1.5)
+    save_members(folder / "weights", networks, PLAIN)
+    write_bundle(folder / "bundle", card(PLAIN), {PLAIN_WEIGHTS: folder / "weights"})
+    return f"local-dir:{folder / 'bundle'}", [network_state(network) for network in networks]
 
 
 @pytest.fixture
 def start(tiny_dataset: str, tmp_path: Path) -> tuple[str, dict[str, Tensor]]:
-    (tmp_path / "start").mkdir()
-    return plain_bundle(tmp_path / "start")
+    model, (state,) = plain_bundle(tmp_path / "start")
+    return model, state
 
 
 def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,6 +148,27 @@ def test_the_start_is_part_of_the_run_and_of_its_seed(
     assert read.start_from == model
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
+
+
+def test_an_ensemble_goes_on_from_an_ensemble_of_as_many(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    model, states = plain_bundle(tmp_path / "start", members=2)
+    settings = (*STILL[:2], "batch_size=100", "members=2", f"start_from={model}")
+    network = train(make_recipe("standard-resnet20-cifar10-cpu", *settings), tmp_path / "run", device="cpu")
+    assert isinstance(network, Ensemble)
+    for member, state in zip(network.members, states, strict=True):
+        for name, tensor in weights(network_state(member)).items():
+            torch.testing.assert_close(tensor, state[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("there", "members"), [(1, 2), (2, 1), (2, 3)])
+def test_a_start_of_another_number_of_members_is_refused(
+    there: int, members: int, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    model, _ = plain_bundle(tmp_path / "start", members=there)
+    made = make_recipe("standard-resnet20-cifar10-cpu", f"start_from={model}", f"members={members}", *STILL[:2])
+    with pytest.raises(BadInput, match=f"has {there} members, expected members={members}; copies of one"):
+        train(made, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

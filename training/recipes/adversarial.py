@@ -148,18 +148,24 @@ def trades_wrn34_cifar10() -> Recipe:
 
 
 def trades_resnet20_cifar10_cpu() -> Recipe:
-    """TRADES of a ResNet-20 in about fifty minutes on two CPU cores: 5 attack steps, 20 epochs.
+    """TRADES of a ResNet-20 in about a quarter of an hour on two CPU cores: 5 attack steps, 6 epochs.
 
-    manygates train trades-resnet20-cifar10-cpu --out RUN        not run
+    It goes on from the bundled model of fast adversarial training, which has the radius but neither the trade-off nor
+    several attack steps.
+
+    manygates train trades-resnet20-cifar10-cpu --out RUN        2 cores of an AMD EPYC (Zen 4)
+    What came out is in the card of the model `trades-resnet20-cifar10`.
     """
     attack = replace(Trades().attack, steps=5, step_size=0.01)
+    phase = Phase(objective=Trades(attack=attack), epochs=6, learning_rate=0.05, schedule="cosine", weight_decay=5e-4)
     return replace(
         trades_wrn34_cifar10(),
         name="trades-resnet20-cifar10-cpu",
-        description="ResNet-20, TRADES at 0.031 with beta 6, trained on two CPU cores",
+        description="ResNet-20, TRADES at 0.031 with beta 6 behind fast adversarial training, on two CPU cores",
         network="resnet20",
-        phases=(Phase(objective=Trades(attack=attack), epochs=20, schedule="cosine", weight_decay=5e-4),),
-        validate_every=5,
+        start_from="fast-at-resnet20-cifar10",
+        phases=(phase,),
+        validate_every=2,
     )
 
 

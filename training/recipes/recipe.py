@@ -69,7 +69,8 @@ class Recipe:
     members: int = 1
     """Separate networks trained together; more than 1 makes an ensemble."""
     start_from: str | None = None
-    """A trained plain model (MODEL) of the same network to copy into every candidate; fresh weights if None."""
+    """A trained plain model (MODEL) of the same network to go on from, copied into every candidate of a random gated
+    one; for several members an ensemble of as many. Fresh weights if None."""
     start_noise: float = 0.1
     """Relative noise on each copy, so that candidates differ from the first step on."""
     phases: tuple[Phase, ...]
@@ -126,8 +127,6 @@ class Recipe:
                 f"got members={self.members} and candidates={self.candidates}: an ensemble has several plain members, "
                 "a random gated network several candidates per layer; set one of them to 1"
             )
-        if self.members > 1 and self.start_from is not None:
-            raise BadInput(f"start_from={self.start_from!r} would make all {self.members} members equal; leave it out")
         if self.augmentation not in AUGMENTATIONS:
             raise UnknownName(self.augmentation, AUGMENTATIONS, kind="augmentation")
         if not 1 <= self.augmix_severity <= 10:
