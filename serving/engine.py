@@ -117,9 +117,15 @@ class Engine:
 
         Raises:
             UnknownName: if a mode is no mode.
-            BadInput: if the model lacks a mode, the precision or the exit, or the device cannot be used.
+            BadInput: if the model lacks a mode, the precision or the exit, the device cannot be used, or int8 was asked
+                for on a GPU.
             BundleError: if a graph is damaged or is not of the form that `zoo` exports.
         """
+        if precision == "int8" and device == "cuda":
+            raise BadInput(
+                "precision int8 was asked for on device cuda, whose provider has no int8 convolutions and would round "
+                "without gaining anything; serve fp32 there, or int8 with device cpu"
+            )
         self.card = bundle.card
         self.mode: Mode = choose_mode(bundle.card, mode)
         self.modes: tuple[Mode, ...] = tuple(

@@ -369,6 +369,11 @@ def test_int8_runs_the_quantised_graphs(tmp_path: Path, make_card, make_graph, i
         Engine(bundle, "fast", precision="int8")  # type: ignore[arg-type]
 
 
+def test_int8_graphs_are_not_served_on_a_gpu(bundle_dir: Path) -> None:
+    with pytest.raises(BadInput, match="precision int8 was asked for on device cuda, .*serve fp32 there"):
+        Engine(Bundle.open(bundle_dir), "single", precision="int8", device="cuda")
+
+
 def test_an_engine_of_several_modes_answers_in_each_as_one_of_that_mode_does(bundle_dir: Path, images) -> None:
     bundle = Bundle.open(bundle_dir)
 
