@@ -370,7 +370,7 @@ def test_int8_runs_the_quantised_graphs(tmp_path: Path, make_card, make_graph, i
 
 
 def test_int8_graphs_are_not_served_on_a_gpu(bundle_dir: Path) -> None:
-    with pytest.raises(BadInput, match="precision int8 was asked for on device cuda, .*serve fp32 there"):
+    with pytest.raises(BadInput, match=r"precision int8 was asked for on device cuda, .*serve fp32 there"):
         Engine(Bundle.open(bundle_dir), "single", precision="int8", device="cuda")
 
 
