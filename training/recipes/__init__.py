@@ -27,6 +27,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         adversarial.pgd_at_preact18_cifar10,
         adversarial.pgd_at_resnet20_cifar10_cpu,
         adversarial.pgd_at_eps4_resnet20_cifar10_cpu,
+        adversarial.pgd_at_lenet_mnist_cpu,
         adversarial.fast_at_preact18_cifar10,
         adversarial.fast_at_resnet20_cifar10_cpu,
         adversarial.free_at_preact18_cifar10,
