@@ -198,6 +198,19 @@ def load_run(run_dir: Path, *, which: str = "last") -> tuple[nn.Module, Architec
     return network.eval(), architecture, from_resolved(_read_json(run_dir / RECIPE, "name"))
 
 
+def epochs_done(run_dir: Path) -> int:
+    """Return how many epochs of all phases together a run has ended; fewer than its recipe's while it goes on.
+
+    Raises:
+        CheckpointError: the run has no checkpoint, or one that does not say it.
+    """
+    _, header = load(run_dir / LAST)
+    try:
+        return Position(**header["position"]).epoch
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{run_dir / LAST} does not say how far the run is ({error})") from error
+
+
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

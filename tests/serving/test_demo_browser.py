@@ -69,6 +69,9 @@ def write_gates(folder: Path) -> str:
         ),
         paths=Paths(single="0" * gates, ensemble=()),
         variants=("single", "gated"),
+        results=tuple(result for result in card.results if result.variant == "single"),
+        lint=tuple(lint for lint in card.lint if lint.variant == "single"),
+        int8=None,
     )
     weights_file = folder.parent / "noisy-gates.safetensors"
     save_network(weights_file, rgn, Architecture(network="resnet20", candidates=2, sharing="independent"))

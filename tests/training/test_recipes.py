@@ -140,7 +140,7 @@ def test_an_override_that_makes_no_sense_is_refused_with_what_was_expected(setti
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnknownName, match=r"recipe 'smok'; did you mean 'smoke'\? \(known: adp3-resnet20-cifar10, "):
+    with pytest.raises(UnknownName, match=r"recipe 'smok'; did you mean 'smoke'\? \(known: adp3-lenet-mnist-cpu, "):
         recipe("smok")
 
 
