@@ -82,111 +82,155 @@ def load(model: str, variant: str = "single") -> nn.Module:
     Raises:
         ManygatesError: no such model or variant, or a bundle that is not what its card says.
     """
-    from zoo.catalogue import open_model
+    from zoo.catalogue import open_model, pin
     from zoo.models import load_variant, weights_file
 
-    card = open_model(model, only=()).card
-    return load_variant(open_model(model, only=(weights_file(card),)), variant)
+    source, card = pin(model)
+    return load_variant(open_model(source, only=(weights_file(card),)), variant)
 
 
 # --- commands: each takes the parsed arguments and returns an exit code ---
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from zoo.catalogue import list_bundled
+    from zoo.catalog import load, on_the_hub
+    from zoo.errors import BadInput
+    from zoo.listing import documents, select, tables
 
-    cards = list_bundled()
+    if arguments.author is not None and not arguments.hub:
+        raise BadInput(f"--author {arguments.author} is for --hub, which asks the hub; `list` alone needs no network")
+    entries = on_the_hub(arguments.author) if arguments.hub else load(_say)
+    found = select(entries, dataset=arguments.dataset, method=arguments.method, sort=arguments.sort)
     if arguments.json:
-        _print_json([_listed(card) for card in cards])
-        return DONE
-    rows: list[tuple[str, ...]] = [("name", "method", "network", "variants", "clean", "eps 0.01", "eps 0.03", "lint")]
-    for card in cards:
-        numbers = [_number(card, "clean", 0.0), _number(card, "whitebox", 0.01), _number(card, "whitebox", 0.03)]
-        lint = f"ALARM: {', '.join(card.suspect)}" if card.suspect else "ok" if card.lint else "-"
-        rows.append((card.name, card.method, card.architecture.name, ",".join(card.variants), *numbers, lint))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print("\nAccuracy of the variant 'single' in per cent, under white-box PGD where an eps is given; see `show NAME`")
-    if any(card.suspect for card in cards):
-        print("ALARM: the robustness linter found that the numbers of these variants may flatter them")
+        _print_json(documents(found))
+    else:
+        print(tables(found), end="")
     return DONE
 
 
-def _listed(card: Card) -> dict[str, Any]:
-    document = json.loads(card.to_json())
-    return {
-        "name": card.name,
-        "description": card.description,
-        "method": card.method,
-        "architecture": card.architecture.name,
-        "dataset": card.dataset,
-        "variants": list(card.variants),
-        "results": document["results"],
-        "lint": document["lint"],
-        "suspect": list(card.suspect),
-    }
+def _catalog_build(arguments: argparse.Namespace) -> int:
+    from zoo.catalog import CATALOG_FILE, build, package_dir, write
+
+    file = arguments.out or package_dir() / CATALOG_FILE
+    entries = build(_recipes())
+    write(entries, file)
+    bundled = sum(entry.where.bundled for entry in entries)
+    _say(f"{file} has what the cards say (models: {len(entries)}, bundled: {bundled})")
+    return DONE
 
 
-def _number(card: Card, protocol: str, eps: float, variant: str = "single") -> str:
-    found = [
-        result.accuracy
-        for result in card.results
-        if (result.protocol, result.variant) == (protocol, variant) and abs(result.eps - eps) < 1e-9
-    ]
-    if not found:
-        return "-"
-    return f"{100 * found[-1]:.2f}" if protocol == "clean" else f"{100 * min(found):.1f}"  # the strongest attack counts
+def _catalog_refresh(arguments: argparse.Namespace) -> int:
+    from zoo.catalog import refresh
+
+    file, entries = refresh(arguments.author)
+    _say(f"{file} has what the hub's cards say now (models: {len(entries)}); `manygates list` shows them")
+    return DONE
+
+
+def _recipes() -> dict[str, dict[str, Any]]:
+    from training.recipes import RECIPES, recipe, resolved
+
+    return {name: resolved(recipe(name)) for name in RECIPES}
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from zoo.catalogue import open_model
+    from zoo.catalogue import HUB_PREFIX, pin
     from zoo.model_card import model_card
 
-    card = open_model(arguments.model, only=()).card
-    if arguments.json:
+    source, card = pin(arguments.model)
+    on_hub = source.startswith(HUB_PREFIX)
+    if arguments.json and on_hub:
+        _print_json({"source": source, **json.loads(card.to_json())})
+    elif arguments.json:
         sys.stdout.write(card.to_json())
     else:
-        text = model_card(card)
-        print(text.split("---\n", 2)[-1].strip() if text.startswith("---") else text)
+        text = model_card(card, source if on_hub else None)
+        print(text.split("---\n", 2)[-1].strip())
+        if on_hub:
+            print(f"\nThis is {source}")
     return DONE
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    from zoo.bundle import write_bundle
-    from zoo.catalogue import open_model
+    from zoo.pull import pull
 
-    bundle = open_model(arguments.model)
-    if arguments.to is None:
-        print(bundle.folder)
+    found = pull(arguments.model, variants=arguments.variant, precision=arguments.precision, out=arguments.out)
+    if arguments.json:
+        files = {
+            name: {"sha256": found.card.files[name].sha256, "size": found.card.files[name].size} for name in found.files
+        }
+        document = {"name": found.card.name, "source": found.source, "folder": str(found.folder), "files": files}
+        _print_json(document)
+    elif arguments.out is None:
+        print(found.folder)
+    if arguments.out is not None:
+        _say(f"{found.card.name} is in {found.folder}, checked; it came from {found.source}")
+    return DONE
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from zoo.catalogue import HUB_PREFIX, open_model, resolve
+    from zoo.errors import BadInput
+    from zoo.hub import plan_push, push
+
+    if resolve(arguments.bundle).kind == "hub":
+        raise BadInput(
+            f"{arguments.bundle} is on the hub already; to publish a copy, first "
+            f"`manygates pull {arguments.bundle} --out DIR`, then push DIR"
+        )
+    plan = plan_push(
+        open_model(arguments.bundle),
+        arguments.repository.removeprefix(HUB_PREFIX),
+        branch=arguments.branch,
+        pull_request=arguments.create_pr,
+        private=arguments.private,
+        message=arguments.message,
+    )
+    if arguments.dry_run:
+        for line in plan.described():
+            print(line)
         return DONE
-    write_bundle(arguments.to, bundle.card, {name: bundle.file(name) for name in bundle.card.files})
-    _say(f"{bundle.card.name} is in {arguments.to}")
+    pushed = push(plan)
+    if pushed.changed:
+        print(pushed.url)
+        _say(f"{plan.bundle.card.name} is {pushed.source}")
+    else:
+        _say(f"{plan.repository} holds the very same files already, as {pushed.source}; nothing was pushed")
     return DONE
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from zoo.card import Check
-    from zoo.catalogue import open_model
+    from zoo.catalogue import open_model, pin
     from zoo.errors import ChecksumMismatch, MissingFile
 
-    listed = open_model(arguments.model, only=()).card.files  # no bundle at all is bad input, not a failed check
+    source, card = pin(arguments.model)  # no bundle at all is bad input, not a failed check
+    skipped = ""
     try:
-        bundle = open_model(arguments.model, only=listed)
+        bundle = open_model(source, only=card.files)
     except (ChecksumMismatch, MissingFile) as error:
         checks = [Check(name="checksums", held=False, detail=str(error))]
     else:
-        from zoo.export import verify_graphs
+        checks = [Check(name="checksums", held=True, detail=f"{len(card.files)} files are what the card says")]
+        if any(name.endswith(".safetensors") for name in card.files):
+            from zoo.export import verify_graphs
 
-        checks = [Check(name="checksums", held=True, detail=f"{len(bundle.card.files)} files are what the card says")]
-        checks += verify_graphs(bundle)
+            checks += verify_graphs(bundle)
+        else:
+            skipped = (
+                "the graphs are not compared with the weights: the bundle holds none (`pull --variant` leaves them)"
+            )
     held = all(check.held for check in checks)
     if arguments.json:
         rows = [{"name": check.name, "held": check.held, "detail": check.detail} for check in checks]
-        _print_json({"model": arguments.model, "held": held, "checks": rows})
+        _print_json({"model": source, "held": held, "checks": rows, "skipped": skipped})
     else:
         for check in checks:
             print(f"{'ok  ' if check.held else 'FAIL'}  {check.name}: {check.detail}")
+        if skipped:
+            print(f"skip  {skipped}")
+        if source != arguments.model:
+            print(f"\nThis is {source}")
     return DONE if held else NOT_HELD
 
 
@@ -590,8 +634,21 @@ def _detected(found: Detection) -> str:
 
 def _report(arguments: argparse.Namespace) -> int:
     from zoo.catalogue import open_model
+    from zoo.errors import BadInput
     from zoo.report import write_report
 
+    if arguments.zoo:
+        if arguments.models:
+            raise BadInput(f"--zoo draws every model, so leave {arguments.models[0]!r} out; or leave --zoo out")
+        from zoo.catalog import cards, load
+        from zoo.report.leaderboard import write_leaderboard
+
+        trained = {entry.name: entry.trained for entry in load(_say)}
+        figures = write_leaderboard(cards(), arguments.out, trained=trained)
+        _say(f"the leaderboard is in {arguments.out}; figures: {', '.join(map(str, figures)) or 'none'}")
+        return DONE
+    if not arguments.models:
+        raise BadInput("report got no model; name one or more, or write --zoo for all of them")
     page = write_report([open_model(model, only=()).card for model in arguments.models], arguments.out)
     _say(f"the report is in {page}; its figures and a Markdown version are beside it")
     return DONE
@@ -849,7 +906,7 @@ def _device(name: str) -> str:
 
 def _run_source(source: str, which: str) -> tuple[nn.Module, Architecture, Training, str, int, int]:
     """Load a training run: network, architecture, its training as the card tells it, name, ensemble size, seed."""
-    from training.loop import load_run, provenance
+    from training.loop import epochs_done, load_run, provenance
     from training.recipes import resolved
     from zoo.card import Training
 
@@ -857,6 +914,8 @@ def _run_source(source: str, which: str) -> tuple[nn.Module, Architecture, Train
     network, architecture, recipe = load_run(run_dir, which=which)
     starts = provenance(run_dir)["starts"]
     phases = " + ".join(str(phase.epochs) for phase in recipe.phases)
+    if (done := epochs_done(run_dir)) < recipe.epochs:
+        phases = f"{done} of {phases}"
     places = ", then ".join(dict.fromkeys(start["hardware"] for start in starts))
     origin = f", from {recipe.start_from}" if recipe.start_from else ""
     training = Training(
@@ -1050,8 +1109,26 @@ def parser() -> argparse.ArgumentParser:
     def json_flag(to: argparse.ArgumentParser) -> None:
         to.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
 
-    added = command("list", _list, "Names of the bundled models with their measured numbers.")
+    added = command("list", _list, "The models of the zoo with their measured numbers; needs no network.")
+    added.add_argument("--dataset", metavar="NAME", help="only models of this data set, such as cifar10")
+    added.add_argument("--method", metavar="NAME", help="only models trained by this method, such as trades")
+    added.add_argument(
+        "--sort",
+        metavar="BY",
+        help="name (the default), method, clean, whitebox, transfer or autoattack; whitebox:8/255 names the radius",
+    )
+    added.add_argument("--hub", action="store_true", help="what is published on the hub now, instead")
+    added.add_argument("--author", metavar="ORG", help="with --hub: whose models")
     json_flag(added)
+
+    added = command("catalog", _catalog_build, "Write what `list` reads: from the package's cards, or from the hub.")
+    actions = added.add_subparsers(dest="action", required=True, metavar="ACTION")
+    action = actions.add_parser("build", help="write zoo/catalog.json from the cards in zoo/bundles and zoo/cards")
+    action.add_argument("--out", type=Path, metavar="FILE", help="another file than the package's")
+    action.set_defaults(run=_catalog_build)
+    action = actions.add_parser("refresh", help="keep what the hub's cards say in the cache, where `list` finds it")
+    action.add_argument("--author", metavar="ORG", help="whose models")
+    action.set_defaults(run=_catalog_refresh)
 
     added = command("show", _show, "One model's card.")
     added.add_argument("model", metavar="MODEL")
@@ -1059,7 +1136,26 @@ def parser() -> argparse.ArgumentParser:
 
     added = command("pull", _pull, "Fetch a model, verify it and say where it is, or copy it to a folder.")
     added.add_argument("model", metavar="MODEL")
-    added.add_argument("--to", type=Path, metavar="DIR", help="folder that will hold the bundle")
+    added.add_argument(
+        "--variant",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="V",
+        help="only the graphs of these variants, and no weights: what the server needs",
+    )
+    added.add_argument("--precision", choices=PRECISIONS, help="only the graphs of this precision")
+    added.add_argument("--out", "--to", type=Path, metavar="DIR", help="folder that will hold the bundle")
+    json_flag(added)
+
+    added = command("push", _push, "Publish a bundle on the Hugging Face hub, in one commit; needs `hf auth login`.")
+    added.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder, or a bundled model")
+    added.add_argument("repository", metavar="ORGANISATION/NAME", help="created if there is none")
+    added.add_argument("--create-pr", action="store_true", help="propose the change in a pull request")
+    added.add_argument("--private", action="store_true", help="if the repository is created: only you may read it")
+    added.add_argument("--branch", metavar="BRANCH", help="main by default; created if there is none")
+    added.add_argument("--message", metavar="TEXT", help="of the commit")
+    added.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
 
     added = command("verify", _verify, "Checksums, and every graph against the weights.")
     added.add_argument("model", metavar="MODEL")
@@ -1172,8 +1268,11 @@ def parser() -> argparse.ArgumentParser:
     json_flag(added)
 
     added = command("report", _report, "Draw what the cards of models say, side by side: HTML, Markdown and figures.")
-    added.add_argument("models", nargs="+", metavar="MODEL")
-    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for report.html and the rest")
+    added.add_argument("models", nargs="*", metavar="MODEL")
+    added.add_argument("--zoo", action="store_true", help="the leaderboard of all models, as a page of Markdown")
+    added.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for report.html and the rest; --zoo: a .md file"
+    )
 
     added = command("attack", _attack, "Attack a model on one picture and keep what came out.")
     added.add_argument("model", metavar="MODEL")

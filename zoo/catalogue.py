@@ -5,19 +5,18 @@ card.json), or `hf-hub:ORGANISATION/NAME[@REVISION]`.
 """
 
 import importlib.resources
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zoo.bundle import CARD_FILE, README_FILE, Bundle
+from zoo.bundle import CARD_FILE, Bundle
 from zoo.card import Card
-from zoo.errors import BadInput, BundleError, MissingFile, UnknownName
+from zoo.errors import BadInput, BundleError, ManygatesError, UnknownName
+from zoo.hub import HUB_PREFIX as HUB_PREFIX
+from zoo.hub import fetch, parse_repository, pinned
 
 LOCAL_PREFIX = "local-dir:"
-HUB_PREFIX = "hf-hub:"
-_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +47,9 @@ def resolve(model: str) -> Source:
     Raises:
         BadInput: if it is empty, a malformed repository, or looks like a folder that holds no card.
         UnknownName: if it is no name in the catalogue; the message lists those.
+
+    A model that is in the catalogue and not bundled is no name either: BadInput says how to pull or train it. It is not
+    fetched by that name, because anybody may publish a model under any name; a repository says whose it is.
     """
     if model.startswith(LOCAL_PREFIX):
         place = model.removeprefix(LOCAL_PREFIX)
@@ -55,7 +57,8 @@ def resolve(model: str) -> Source:
             raise BadInput(f"{model!r} names no folder, expected {LOCAL_PREFIX}FOLDER")
         return Source(kind="local", folder=Path(place).expanduser())
     if model.startswith(HUB_PREFIX):
-        return _hub_source(model)
+        repository, revision = parse_repository(model.removeprefix(HUB_PREFIX))
+        return Source(kind="hub", repository=repository, revision=revision)
     if model in _bundled_names():
         return Source(kind="bundled", folder=bundled_dir() / model)
     if model and (Path(model).expanduser() / CARD_FILE).is_file():
@@ -65,7 +68,7 @@ def resolve(model: str) -> Source:
             f"{model!r} is no name in the catalogue and no folder with a {CARD_FILE}; write {LOCAL_PREFIX}FOLDER for a "
             f"bundle on this machine or {HUB_PREFIX}ORGANISATION/NAME for one on the hub"
         )
-    raise UnknownName(model, _bundled_names(), kind="model")
+    raise _not_here(model)
 
 
 def open_model(model: str, *, only: Iterable[str] | None = None) -> Bundle:
@@ -82,9 +85,24 @@ def open_model(model: str, *, only: Iterable[str] | None = None) -> Bundle:
     source = resolve(model)
     wanted = None if only is None else tuple(only)
     if source.kind == "hub":
-        return Bundle.open(_fetch(source, wanted), only=wanted)
+        assert source.repository is not None
+        return fetch(source.repository, source.revision, wanted)
     assert source.folder is not None
     return Bundle.open(source.folder, only=wanted)
+
+
+def pin(model: str) -> tuple[str, Card]:
+    """Return a name of the very version of `model` that is there now, and its card.
+
+    A model of the hub gets its commit: what is opened by the returned name is of one version, and asks the hub for
+    nothing that is in the cache.
+
+    Raises:
+        ManygatesError: as `open_model`.
+    """
+    bundle = open_model(model, only=())
+    source = resolve(model)
+    return (model if source.repository is None else pinned(source.repository, bundle)), bundle.card
 
 
 def _bundled_names() -> list[str]:
@@ -94,53 +112,19 @@ def _bundled_names() -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if (entry / CARD_FILE).is_file())
 
 
+def _not_here(model: str) -> ManygatesError:
+    """Say how to get a model that the catalogue knows, or which ones there are."""
+    from zoo import catalog  # it needs this module
+
+    entries = catalog.load()
+    entry = catalog.entry(model)
+    if entry is not None:
+        return BadInput(f"{model!r} is in the catalogue and does not come with manygates: {entry.how_to_get()}")
+    return UnknownName(model, {*_bundled_names(), *(entry.name for entry in entries)}, kind="model")
+
+
 def _bundled_card(name: str) -> Card:
     card = Bundle.open(bundled_dir() / name, only=()).card
     if card.name != name:
         raise BundleError(f"the bundled folder {name!r} holds the card of {card.name!r}; rename one of them")
     return card
-
-
-def _hub_source(model: str) -> Source:
-    repository, _, revision = model.removeprefix(HUB_PREFIX).partition("@")
-    if not _HUB_NAME.fullmatch(repository) or (model.endswith("@")):
-        raise BadInput(f"{model!r} names no repository, expected {HUB_PREFIX}ORGANISATION/NAME or …/NAME@REVISION")
-    return Source(kind="hub", repository=repository, revision=revision or None)
-
-
-def _fetch(source: Source, wanted: tuple[str, ...] | None) -> Path:
-    """Download the card, then exactly the files it lists (and that are wanted), from one commit."""
-    folder = _snapshot(source, [CARD_FILE], source.revision)
-    if not (folder / CARD_FILE).is_file():
-        raise MissingFile(
-            f"{HUB_PREFIX}{source.repository} holds no {CARD_FILE}, so it is not a manygates bundle; check the name"
-        )
-    listed = Bundle.open(folder, only=()).card.files
-    names = [name for name in listed if wanted is None or name in wanted]
-    # the snapshot's folder is named after its commit, so a push in between cannot mix two versions
-    return _snapshot(source, [CARD_FILE, README_FILE, *names], folder.name)
-
-
-def _snapshot(source: Source, names: list[str], revision: str | None) -> Path:
-    import huggingface_hub  # lazily: a bundled or local model needs no HTTP client
-    from huggingface_hub import errors
-
-    assert source.repository is not None
-    try:
-        return Path(huggingface_hub.snapshot_download(source.repository, revision=revision, allow_patterns=names))
-    except errors.LocalEntryNotFoundError as error:
-        raise BadInput(
-            f"cannot fetch {HUB_PREFIX}{source.repository}: the hub cannot be reached (or HF_HUB_OFFLINE is set) and "
-            "the model is not in the local cache; connect once, or use local-dir:FOLDER"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise BadInput(
-            f"{HUB_PREFIX}{source.repository} has no revision {revision!r}; name a branch, tag or commit after '@'"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise BadInput(
-            f"the hub has no repository {source.repository!r} that you may read; check the name, and if it is private "
-            "or gated log in with `hf auth login`"
-        ) from error
-    except (OSError, ValueError) as error:  # the hub's other errors are subclasses of these
-        raise BadInput(f"cannot fetch {HUB_PREFIX}{source.repository}: {error}; try again later") from error

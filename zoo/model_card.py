@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from zoo.card import INT8, Card, Check, Int8, Result
 
+TAG = "manygates"
+"""By which the hub's list of models finds ours."""
 _HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "mnist": "ylecun/mnist"}
 _GATED_VARIANTS = {
     "single": "one derived path, as a plain network",
@@ -14,8 +17,13 @@ _GATED_VARIANTS = {
 _PLAIN_VARIANTS = {"single": "one network", "ensemble": "several networks; the mean of their probabilities"}
 
 
-def model_card(card: Card) -> str:
-    """Return the README of a bundle: the hub's YAML front matter, the measured results, how to use it, its limits."""
+def model_card(card: Card, source: str | None = None) -> str:
+    """Return the README of a bundle: the hub's YAML front matter, the measured results, how to use it, its limits.
+
+    Args:
+        card: of the bundle.
+        source: how a reader names the model in a command, like `hf-hub:ORGANISATION/NAME`; its bare name by default.
+    """
     parts = [
         "\n".join(_front_matter(card)),
         f"# {card.name}\n\n{card.description}",
@@ -23,7 +31,7 @@ def model_card(card: Card) -> str:
         "## Measured results\n\n" + "\n\n".join(filter(None, (_lint(card), _results(card)))),
         *([] if card.int8 is None else [_int8(card, card.int8)]),
         *([_suspicion(card)] if card.suspicion else []),
-        _usage(card),
+        _usage(card, source or card.name),
         _training(card),
         _limits(card),
     ]
@@ -42,7 +50,7 @@ def _front_matter(card: Card) -> Iterator[str]:
     yield "library_name: manygates"
     yield "pipeline_tag: image-classification"
     yield "tags:"
-    for tag in ("manygates", "adversarial-robustness", "onnx", card.method, card.architecture.name):
+    for tag in (TAG, "adversarial-robustness", "onnx", card.method, card.architecture.name):
         yield f"- {_quoted(tag)}"
     yield "datasets:"
     yield f"- {_quoted(dataset)}"
@@ -61,7 +69,21 @@ def _front_matter(card: Card) -> Iterator[str]:
             yield "    - type: accuracy"
             yield f"      name: {_quoted(_metric_name(result))}"
             yield f"      value: {result.accuracy}"
+            yield f"      args: {json.dumps(_terms(result))}"
     yield "---"
+
+
+def _terms(result: Result) -> dict[str, Any]:
+    """Return what tells this result from others of the model, for programs that read the front matter."""
+    return {
+        "variant": result.variant,
+        "protocol": result.protocol,
+        "attack": result.attack,
+        "norm": result.norm,
+        "eps": result.eps_fraction,
+        "images": result.images,
+        "interval": list(result.interval),
+    }
 
 
 def _metric_name(result: Result) -> str:
@@ -239,11 +261,11 @@ def _failed(result: Result) -> list[Check]:
     return [check for check in result.checks if not check.held]
 
 
-def _usage(card: Card) -> str:
+def _usage(card: Card, source: str) -> str:
     blocks = [
         "## Use",
-        f"Serve it (no torch needed):\n\n    pip install 'manygates[serve]'\n    manygates serve {card.name}",
-        f"Load it in Python:\n\n    import manygates\n    network = manygates.load({card.name!r})",
+        f"Serve it (no torch needed):\n\n    pip install 'manygates[serve]'\n    manygates serve {source}",
+        f"Load it in Python:\n\n    import manygates\n    network = manygates.load({source!r})",
         "From another place the name is `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME`. The graphs are plain ONNX: "
         f"the input `images` is float32 [batch, {card.input.channels}, {card.input.height}, {card.input.width}], "
         "the outputs are `logits` and `probabilities`; normalisation is inside.",

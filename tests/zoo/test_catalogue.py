@@ -1,16 +1,12 @@
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub import constants, errors
 
-from zoo import catalogue
+from zoo import catalog, catalogue
 from zoo.bundle import write_bundle
 from zoo.card import Card
-from zoo.catalogue import Source, list_bundled, open_model, resolve
+from zoo.catalogue import Source, list_bundled, open_model, pin, resolve
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile, UnknownName
 
 FILES = {"rgn.safetensors": b"weights", "single.onnx": b"one", "ensemble.onnx": b"many", "gated.onnx": b"all"}
@@ -27,30 +23,6 @@ def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-class Hub:
-    """A hub that holds one repository, as `huggingface_hub.snapshot_download` shows it."""
-
-    def __init__(self, folder: Path, cache_dir: Path) -> None:
-        self.folder = folder
-        self.snapshot_dir = cache_dir / ("c" * 40)
-        self.asked: list[tuple[str, str | None, list[str]]] = []
-
-    def snapshot_download(self, repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        self.asked.append((repository, revision, allow_patterns))
-        self.snapshot_dir.mkdir(parents=True, exist_ok=True)
-        for name in allow_patterns:
-            if (self.folder / name).exists():
-                (self.snapshot_dir / name).write_bytes((self.folder / name).read_bytes())
-        return str(self.snapshot_dir)
-
-
-@pytest.fixture
-def hub(bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    hub = Hub(bundled / NAME, tmp_path / "cache")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
-    return hub
-
-
 def test_a_bundled_model_is_found_by_its_name(bundled: Path) -> None:
     assert [card.name for card in list_bundled()] == [NAME]
     assert resolve(NAME) == Source(kind="bundled", folder=bundled / NAME)
@@ -60,6 +32,7 @@ def test_a_bundled_model_is_found_by_its_name(bundled: Path) -> None:
 def test_an_empty_catalogue_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "bundled_dir", lambda: tmp_path / "none")
     assert list_bundled() == []
+    monkeypatch.setattr(catalog, "load", lambda warn=None: ())
     with pytest.raises(UnknownName, match="none is known here"):
         resolve("anything")
 
@@ -126,57 +99,18 @@ def test_a_malformed_repository_is_refused(model: str) -> None:
         resolve(model)
 
 
-def test_only_what_is_wanted_is_fetched_and_all_from_one_commit(hub: Hub) -> None:
-    bundle = open_model("hf-hub:org/name@main", only=("single.onnx",))
-    assert bundle.read("single.onnx") == b"one"
-    assert hub.asked == [
-        ("org/name", "main", ["card.json"]),
-        ("org/name", "c" * 40, ["card.json", "README.md", "single.onnx"]),
-    ]
-    assert not (hub.snapshot_dir / "rgn.safetensors").exists()
+def test_a_model_that_the_catalogue_knows_and_does_not_hold_says_how_to_get_it(bundled: Path, monkeypatch) -> None:
+    """It is not fetched by its name alone: anybody may publish a model under any name."""
+    golden = Card.from_json((Path(__file__).parent / "golden_card.json").read_text(encoding="utf-8"))
+    entry = catalog.entry_of(replace(golden, name="far"), "0" * 64, {}, bundled=False, repository="org/far", commit="c")
+    monkeypatch.setattr(catalog, "load", lambda warn=None: (entry,))
+    with pytest.raises(BadInput, match=r"'far' is in the catalogue .*: `manygates pull hf-hub:org/far` fetches it"):
+        resolve("far")
+    with pytest.raises(UnknownName, match=rf"did you mean 'far'\? \(known: {NAME}, far\)"):
+        resolve("fare")
 
 
-def test_without_a_wish_exactly_the_listed_files_are_fetched(hub: Hub) -> None:
-    (hub.folder / "pytorch_model.bin").touch()
-    open_model("hf-hub:org/name")
-    assert sorted(hub.asked[1][2]) == sorted(["card.json", "README.md", *FILES])
-
-
-def test_a_repository_without_a_card_is_no_bundle(hub: Hub) -> None:
-    (hub.folder / "card.json").unlink()
-    with pytest.raises(MissingFile, match=r"hf-hub:org/name holds no card\.json"):
-        open_model("hf-hub:org/name")
-
-
-def http_error(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
-    """An error of the hub without the response it would carry, which nobody here looks at."""
-    error = kind.__new__(kind)
-    Exception.__init__(error, "from the hub")
-    return error
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (errors.LocalEntryNotFoundError("offline"), "cannot be reached .* not in the local cache"),
-        (http_error(errors.RepositoryNotFoundError), "no repository 'org/name' that you may read"),
-        (http_error(errors.GatedRepoError), "private or gated log in"),
-        (http_error(errors.RevisionNotFoundError), "no revision 'v9'"),
-        (errors.HFValidationError("odd"), "cannot fetch hf-hub:org/name: odd"),
-        (OSError("No space left on device"), "cannot fetch hf-hub:org/name: No space left"),
-    ],
-)
-def test_an_error_of_the_hub_says_what_to_do(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> str:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(BadInput, match=said):
-        open_model("hf-hub:org/name@v9")
-
-
-def test_offline_an_uncached_model_is_an_error_and_touches_no_network(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BadInput, match="HF_HUB_OFFLINE"):
-        open_model("hf-hub:org/name")
+def test_a_model_on_this_machine_is_pinned_to_where_it_is(bundled: Path) -> None:
+    source = f"local-dir:{bundled / NAME}"
+    assert pin(source) == (source, open_model(NAME).card)
+    assert pin(NAME)[0] == NAME

@@ -18,7 +18,21 @@ from zoo.errors import BadInput
 from zoo.report import check_report_target, markdown_table, write_report
 from zoo.report.content import report_of
 from zoo.report.entries import Entry, entries_of
-from zoo.report.figures import INK, MUTED, PAGE, SERIES, VARIABLES, Bars, Heat, Lines, Series, Spread, Style, render
+from zoo.report.figures import (
+    INK,
+    MUTED,
+    PAGE,
+    SERIES,
+    VARIABLES,
+    Bars,
+    Heat,
+    Lines,
+    Scatter,
+    Series,
+    Spread,
+    Style,
+    render,
+)
 from zoo.report.wording import accuracy, apart, plain, slug, terms, usual_terms
 
 pytest.importorskip("matplotlib", reason="the figures of a report need manygates[report]")
@@ -677,6 +691,7 @@ def test_figures_of_few_and_many_series_are_drawn_without_a_warning(number: int)
         Bars(categories=names, series=series),
         Spread(axis="accuracy", series=(*series, replace(series[0], values=(None,)))),
         Heat(row_axis="made on", column_axis="on", rows=names, columns=names, values=((0.1, None, 1.0),) * 3),
+        Scatter(across="clean", up="robust", series=series, tags=(("1", "2", "a name"),) * number),
     ]
     for index, drawing in enumerate(drawings):
         rendered = render(drawing, name=f"figure-{index}", title="A title " * 20, alt="alt")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,15 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CACHE_VARIABLE = "MANYGATES_CACHE"
-
-
-def cache_dir() -> Path:
-    """Return the folder for what can be made again: `MANYGATES_CACHE`, else `manygates` in the user's cache."""
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "manygates"
+from zoo.cache import cache_dir
 
 
 def digest_of(terms: Mapping[str, Any]) -> str:

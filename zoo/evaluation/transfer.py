@@ -28,12 +28,13 @@ from zoo.attacks.budget import LinfBudget
 from zoo.attacks.gradient import InputDiversity, pgd
 from zoo.attacks.skip_gradient import skip_gradient
 from zoo.bundle import Bundle
+from zoo.cache import cache_dir
 from zoo.card import Result
 from zoo.catalogue import open_model
 from zoo.data import Images
 from zoo.derive import Ensemble
 from zoo.errors import BadInput, ChecksumMismatch, ManygatesError, MissingFile
-from zoo.evaluation.ledger import cache_dir, digest_of
+from zoo.evaluation.ledger import digest_of
 from zoo.evaluation.run import BATCH, Run, ready, share, table
 from zoo.files import sha256_of, write_json_atomic
 from zoo.models import member_networks, weights_file

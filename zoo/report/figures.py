@@ -108,7 +108,19 @@ class Heat:
     values: tuple[tuple[float | None, ...], ...]
 
 
-Drawing = Lines | Bars | Spread | Heat
+@dataclass(frozen=True, kw_only=True)
+class Scatter:
+    """One accuracy against another; each point may have a short name."""
+
+    across: str
+    up: str
+    series: tuple[Series, ...]
+    """`at` is across, `values` is up, `ranges` are those of the values."""
+    tags: tuple[tuple[str, ...], ...]
+    """Of each series, the names of its points."""
+
+
+Drawing = Lines | Bars | Spread | Heat | Scatter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +201,7 @@ def _height(drawing: Drawing) -> float:
 
 
 def _wanted_height(drawing: Drawing) -> float:
-    if isinstance(drawing, Lines):
+    if isinstance(drawing, (Lines, Scatter)):
         return 3.4 + 0.19 * math.ceil(len(drawing.series) / _legend_columns(drawing.series))
     if isinstance(drawing, Spread):
         return 1.1 + 0.55 * len(drawing.series)
@@ -279,6 +291,67 @@ def _draw_bars(figure: Figure, drawing: Bars) -> None:
     _legend(figure, axes, drawing.series)
 
 
+def _draw_scatter(figure: Figure, drawing: Scatter) -> None:
+    axes = figure.add_subplot()
+    points: list[tuple[float, float, str]] = []
+    for series, tags in zip(drawing.series, drawing.tags, strict=True):
+        known = [index for index, value in enumerate(series.values) if value is not None]
+        values = [_number(series.values[index]) for index in known]
+        axes.plot(
+            [series.at[index] for index in known],
+            values,
+            linestyle="none",
+            color=series.style.ink,
+            marker=_MARKERS[series.style.dash % len(_MARKERS)],
+            markersize=6,
+            markerfacecolor=series.style.fill,
+            label=_legible(series.label, 70),
+            zorder=3,
+        )
+        for index, value in zip(known, values, strict=True):
+            points.append((series.at[index], value, tags[index]))
+            if series.ranges:
+                axes.vlines(series.at[index], *series.ranges[index], color=series.style.ink, linewidth=1.1, zorder=2)
+    _share_axis(axes, "x", whole=False)
+    _share_axis(axes, "y")
+    axes.set_xlabel(_legible(drawing.across, 70))
+    axes.set_ylabel(_legible(drawing.up, 46))
+    axes.grid(axis="both", linewidth=0.6)
+    axes.set_axisbelow(True)
+    _legend(figure, axes, drawing.series)
+    _tag(figure, axes, points)
+
+
+def _tag(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write a name beside each point, on the side where it covers the fewest others."""
+    figure.draw_without_rendering()  # settles where the axes are
+    at = [tuple(map(float, axes.transData.transform((across, up)))) for across, up, _ in points]
+    taken = [(x, y, 4.0) for x, y in at]
+    for (x, y), (across, up, tag) in zip(at, points, strict=True):
+        half = 2.4 * len(tag)
+        sides = [(side * (6 + half), height) for height in (0.0, 8.0, -8.0) for side in (1, -1)]
+
+        def covers(side: tuple[float, float], x: float = x, y: float = y, half: float = half) -> int:
+            return sum(
+                abs(x + side[0] - other) < half + width and abs(y + side[1] - height) < 8
+                for other, height, width in taken
+            )
+
+        side = min(sides, key=covers)
+        taken.append((x + side[0], y + side[1], half))
+        axes.annotate(
+            _legible(tag, 8),
+            (across, up),
+            xytext=side,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color=INK,
+            zorder=5,
+        )
+
+
 def _draw_spread(figure: Figure, drawing: Spread) -> None:
     import numpy as np
 
@@ -354,6 +427,7 @@ _DRAW: dict[type[Any], Callable[[Any, Any], None]] = {
     Bars: _draw_bars,
     Spread: _draw_spread,
     Heat: _draw_heat,
+    Scatter: _draw_scatter,
 }
 
 

@@ -27,19 +27,19 @@ def markdown_table(cards: Sequence[Card]) -> str:
     entries = entries_of(cards)
     blocks = []
     for grid in summary_grids(entries, compact=True):
-        said = [f"{_text(grid.caption)}."]
-        said += [f"{_text(group.text)}: {_text(group.detail)}." for group in grid.groups if group.detail]
-        blocks += ["\n".join(_table(grid, groups_below=True)), " ".join(said)]
-    blocks += [_text(line) for line in legend(entries)]
+        said = [f"{escaped(grid.caption)}."]
+        said += [f"{escaped(group.text)}: {escaped(group.detail)}." for group in grid.groups if group.detail]
+        blocks += ["\n".join(table_lines(grid, groups_below=True)), " ".join(said)]
+    blocks += [escaped(line) for line in legend(entries)]
     return "\n\n".join(blocks) + "\n"
 
 
 def markdown_of(report: Report) -> str:
     """Return a whole report as Markdown; its figures are the files in `figures/`."""
-    blocks = [f"# {_text(report.title)}", _text(report.subtitle)]
+    blocks = [f"# {escaped(report.title)}", escaped(report.subtitle)]
     for section in report.sections:
-        blocks.append(f"## {_text(section.title)}")
-        blocks += [_text(section.intro)] if section.intro else []
+        blocks.append(f"## {escaped(section.title)}")
+        blocks += [escaped(section.intro)] if section.intro else []
         for exhibit in section.exhibits:
             blocks += _exhibit(exhibit)
     return "\n\n".join(blocks) + "\n"
@@ -47,22 +47,22 @@ def markdown_of(report: Report) -> str:
 
 def _exhibit(exhibit: Exhibit) -> Iterator[str]:
     if exhibit.title:
-        yield f"### {_text(exhibit.title)}"
+        yield f"### {escaped(exhibit.title)}"
     if exhibit.picture is not None:
-        yield f"![{_text(exhibit.picture.alt)}](figures/{exhibit.picture.name}.svg)"
+        yield f"![{escaped(exhibit.picture.alt)}](figures/{exhibit.picture.name}.svg)"
     for grid in exhibit.grids:
         if len(exhibit.grids) > 1:
-            yield f"{_text(grid.caption)}:"
-        yield "\n".join(_table(grid))
+            yield f"{escaped(grid.caption)}:"
+        yield "\n".join(table_lines(grid))
     if exhibit.remarks:
-        yield "\n".join(f"- {_text(remark)}" for remark in exhibit.remarks)
+        yield "\n".join(f"- {escaped(remark)}" for remark in exhibit.remarks)
     for command in exhibit.commands:
-        yield f"{_text(capital(command.about))}:"
+        yield f"{escaped(capital(command.about))}:"
         # indented on one line: nothing in it can end the block
         yield f"    {plain(command.line)}"
 
 
-def _table(grid: Grid, *, groups_below: bool = False) -> Iterator[str]:
+def table_lines(grid: Grid, *, groups_below: bool = False) -> Iterator[str]:
     """Yield the lines of a table; a group's name goes into each of its columns.
 
     Args:
@@ -90,13 +90,13 @@ def _align(grid: Grid, index: int) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    details = "; ".join(_text(detail) for detail in (cell.detail, cell.apart) if detail)
-    return f"{_text(cell.text)} ({details})" if details else _text(cell.text)
+    details = "; ".join(escaped(detail) for detail in (cell.detail, cell.apart) if detail)
+    return f"{escaped(cell.text)} ({details})" if details else escaped(cell.text)
 
 
-def _text(text: str) -> str:
+def escaped(text: str) -> str:
     """Escape what Markdown or the HTML inside it would take for its own."""
-    escaped = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    escaped = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escaped)
+    safe = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    safe = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", safe)
     # at the start of a line these would open a heading, a list or a rule
-    return re.sub(r"^([#+=-])", r"\\\1", escaped)
+    return re.sub(r"^([#+=-])", r"\\\1", safe)

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from fractions import Fraction
 
 from zoo.card import Result
 
@@ -135,6 +136,12 @@ def corruptions(result: Result) -> str:
 def eps(result: Result) -> str:
     """Write an attack's eps; empty where there is none."""
     return f"ε {result.eps_fraction}" if result.eps else ""
+
+
+def eps_text(value: Fraction) -> str:
+    """Write a radius as people do: 0.01, 0.3, and 8/255 where no short decimal is exact."""
+    decimal = f"{float(value):.4g}"
+    return decimal if Fraction(decimal) == value else str(value)
 
 
 def _step_size(result: Result) -> str:
