@@ -41,7 +41,7 @@ from zoo import data, paths
 from zoo.attacks import LinfBudget, fgsm, pgd, to_grid
 from zoo.bundle import Bundle
 from zoo.card import Card, Result
-from zoo.catalogue import list_bundled, open_model
+from zoo.catalogue import list_bundled, open_model, pin
 from zoo.derive import Ensemble, folded_copy, mean_probability
 from zoo.errors import BadImage, BadInput, ManygatesError, MissingFile, UnknownName
 from zoo.models import load_rgn, member_networks, weights_file
@@ -224,14 +224,14 @@ class Shelf:
         self._bundles: dict[str, Bundle] = {}
         self._loaded: dict[tuple[str, str], Contestant] = {}
         for model in models or [card.name for card in list_bundled()]:
-            card = open_model(model, only=()).card
+            source, card = pin(model)
             if card.name in self._bundles:
                 raise BadInput(f"{card.name!r} is to be shown twice; name each model once")
             if weights_file(card) not in card.files:
                 raise MissingFile(
                     f"{card.name!r} holds no {weights_file(card)}, but an attack needs gradients; export it anew"
                 )
-            self._bundles[card.name] = open_model(model, only=(weights_file(card),))
+            self._bundles[card.name] = open_model(source, only=(weights_file(card),))
         if not self._bundles:
             raise BadInput("no model to attack: none comes with this installation; name one, like local-dir:FOLDER")
 

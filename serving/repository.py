@@ -22,7 +22,7 @@ from serving.service import Model, Service
 from serving.settings import ModelSettings, ModelTable, Settings
 from zoo.bundle import CARD_FILE
 from zoo.card import Card
-from zoo.catalogue import LOCAL_PREFIX, open_model, resolve
+from zoo.catalogue import LOCAL_PREFIX, open_model, pin, resolve
 from zoo.errors import BadInput, BundleError, ManygatesError
 
 logger = logging.getLogger("manygates.serving")
@@ -262,7 +262,7 @@ def load(model: ModelSettings, settings: Settings, *, version: str = VERSION) ->
     source, found = _versioned(model.source)
     version = found or version
     fingerprint = _fingerprint(source)
-    card = open_model(source, only=()).card
+    source, card = pin(source)  # of the hub: card and graphs from one commit
     chosen = choose_mode(card, model.mode or None)
     more = [choose_mode(card, mode) for mode in modes_of(card)] if model.allow_mode_choice else []
     if model.precision == "int8":
