@@ -20,6 +20,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         ensemble_in_one.eio_resnet20_cifar10_release,
         ensemble_in_one.eio_adv_resnet20_cifar10,
         ensemble_in_one.eio_resnet20_cifar10_cpu,
+        ensemble_in_one.eio_adv_resnet20_cifar10_cpu,
         standard.standard_resnet20_cifar10,
         standard.standard_resnet20_cifar10_cpu,
         standard.baseline3_resnet20_cifar10,
