@@ -134,10 +134,14 @@ def _recipes() -> dict[str, dict[str, Any]]:
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    from zoo import catalog
     from zoo.catalogue import HUB_PREFIX, pin
     from zoo.model_card import model_card
 
-    source, card = pin(arguments.model)
+    known = catalog.entry(arguments.model)
+    unbundled = known if known is not None and not known.where.bundled else None
+    filed = catalog.card_of(arguments.model) if unbundled is not None else None
+    source, card = (arguments.model, filed) if filed is not None else pin(arguments.model)
     on_hub = source.startswith(HUB_PREFIX)
     if arguments.json and on_hub:
         _print_json({"source": source, **json.loads(card.to_json())})
@@ -148,6 +152,8 @@ def _show(arguments: argparse.Namespace) -> int:
         print(text.split("---\n", 2)[-1].strip())
         if on_hub:
             print(f"\nThis is {source}")
+        if filed is not None and unbundled is not None:
+            print(f"\nIt does not come with manygates: {unbundled.how_to_get()}")
     return DONE
 
 

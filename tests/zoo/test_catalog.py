@@ -574,3 +574,16 @@ def test_refresh_and_list_on_the_command_line(
     assert "hf-hub:org/further" in capsys.readouterr().out
     assert manygates.main(["list", "--method", "nothing"]) == 2
     assert "unknown method" in capsys.readouterr().err
+
+
+def test_show_prints_the_card_of_a_model_that_is_not_bundled_and_how_to_get_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = "baseline3-resnet20-cifar10"
+    assert manygates.main(["show", name]) == 0
+    shown = capsys.readouterr().out
+    assert f"# {name}\n" in shown
+    assert "| clean | ensemble | none |" in shown
+    assert "It does not come with manygates: `manygates train standard-resnet20-cifar10-cpu " in shown
+    assert manygates.main(["show", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == name
