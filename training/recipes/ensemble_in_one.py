@@ -102,12 +102,11 @@ def eio_adv_resnet20_cifar10() -> Recipe:
 
 
 def eio_adv_resnet20_cifar10_cpu() -> Recipe:
-    """The adversarial option on two CPU cores: 3 epochs from copies of the bundled model of fast adversarial training.
+    """The adversarial option, for two CPU cores: 3 epochs from copies of the bundled model of fast adversarial training.
 
     2 paths, 3 distillation steps, and 2 attack steps of 5/255 instead of 10 of 2/255.
 
-    manygates train eio-adv-resnet20-cifar10-cpu --out RUN        2 cores of an AMD EPYC (Zen 4), about half an hour
-    What came out is in the card of the model `eio-adv-resnet20-cifar10`.
+    manygates train eio-adv-resnet20-cifar10-cpu --out RUN        2 cores, estimated at half an hour; not run
     """
     objective = EnsembleInOne.release(
         paths=2, distillation_steps=3, adversarial=Attack(steps=2, step_size=5 / 255, batch_norm="train_frozen")

@@ -214,8 +214,7 @@ def trs3_lenet_mnist_cpu() -> Recipe:
     The weights of both terms are 2, larger than the released ones, with which the claim of the method is not seen on
     digits (docs/experiments.md).
 
-    manygates train trs3-lenet-mnist-cpu --out RUN        2 cores of an AMD EPYC (Zen 4)
-    What came out is in the card of the model `trs3-lenet-mnist`.
+    manygates train trs3-lenet-mnist-cpu --out RUN        2 cores, estimated; not run
     """
     base = Trs.mnist(lambda_a=2.0, lambda_b=2.0)
     objective = replace(base, smoothness=replace(base.smoothness, steps=3))
