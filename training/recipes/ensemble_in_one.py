@@ -102,7 +102,7 @@ def eio_adv_resnet20_cifar10() -> Recipe:
 
 
 def eio_adv_resnet20_cifar10_cpu() -> Recipe:
-    """The adversarial option, for two CPU cores: 3 epochs from copies of the bundled model of fast adversarial training.
+    """The adversarial option, for two CPU cores: 3 epochs from the bundled model of fast adversarial training.
 
     2 paths, 3 distillation steps, and 2 attack steps of 5/255 instead of 10 of 2/255.
 
