@@ -205,6 +205,35 @@ def test_a_graph_that_disagrees_with_its_weights_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("error", "held"), [(0.0, True), (1e-4, False)])
+def test_large_logits_may_differ_by_what_float32_rounds_away_and_no_more(
+    error: float, held: bool, tiny_dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = export.onnx_graphs.plain_graphs
+
+    def louder(*arguments: object, **options: object) -> dict[str, bytes]:
+        graphs = honest(*arguments, **options)  # type: ignore[arg-type]
+        model = onnx.load_from_string(graphs["single"])
+        for tensor in model.graph.initializer:
+            if tensor.name.startswith("classifier.weight"):
+                tensor.CopyFrom(
+                    numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1 + error), tensor.name)
+                )
+        return {**graphs, "single": model.SerializeToString()}
+
+    monkeypatch.setattr(export.onnx_graphs, "plain_graphs", louder)
+    architecture = Architecture(network="resnet8", options={"width": 4}, dataset=tiny_dataset)
+    network = built(architecture)
+    with torch.no_grad():
+        network.get_submodule("classifier").weight.mul_(1e4)
+    if held:
+        checks = verify_graphs(export_members(tmp_path / "plain", [network], architecture, DESCRIPTION))
+        assert all(check.held for check in checks)
+    else:
+        with pytest.raises(BundleError, match=r"single\.onnx answers as its weights: "):
+            export_members(tmp_path / "plain", [network], architecture, DESCRIPTION)
+
+
 def test_a_failed_export_leaves_the_bundle_that_was_there(
     gated: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
