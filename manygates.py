@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from serving.settings import Settings
-    from zoo.card import Card, Detection, Finding, Result, Training
+    from zoo.card import Card, Detection, Finding, Result, Table, Training
     from zoo.checkpoint import Architecture
     from zoo.rgn import RandomGatedNetwork
 
@@ -351,7 +351,9 @@ def _together(arguments: argparse.Namespace) -> int:
     from zoo.rgn import RandomGatedNetwork
 
     check_target(arguments.out)
-    members, first = [], None
+    members: list[nn.Module] = []
+    logs: list[Table] = []
+    first = None
     for source in (arguments.source, *arguments.members):
         if not _is_run(source):
             raise BadInput(f"{source!r} is no training run (a folder with a recipe.json); an ensemble is made of runs")
@@ -366,12 +368,15 @@ def _together(arguments: argparse.Namespace) -> int:
         else:
             first[3].append(training.seed)
         members.append(network)
+        logs += training.logs
     assert first is not None
     architecture, training, name, seeds = first
     summary = (
         f"{len(members)} networks trained separately (seeds {', '.join(map(str, seeds))}); each: {training.summary}"
     )
-    training = dataclasses.replace(training, summary=summary, recipe={**training.recipe, "seeds": seeds})
+    training = dataclasses.replace(
+        training, summary=summary, recipe={**training.recipe, "seeds": seeds}, logs=tuple(logs)
+    )
     description = Description(
         name=arguments.name or f"{name}-ensemble",
         description=arguments.description or f"{len(members)} separately trained {architecture.network}, averaged",
@@ -912,7 +917,7 @@ def _device(name: str) -> str:
 
 def _run_source(source: str, which: str) -> tuple[nn.Module, Architecture, Training, str, int, int]:
     """Load a training run: network, architecture, its training as the card tells it, name, ensemble size, seed."""
-    from training.loop import epochs_done, load_run, provenance
+    from training.loop import epochs_done, load_run, log, provenance
     from training.recipes import resolved
     from zoo.card import Training
 
@@ -931,6 +936,7 @@ def _run_source(source: str, which: str) -> tuple[nn.Module, Architecture, Train
         versions=starts[-1]["versions"],
         date=starts[-1]["date"],
         summary=f"{phases} epochs{origin} on {places} ({which} checkpoint)",
+        logs=log(run_dir),
     )
     return network, architecture, training, recipe.name, recipe.ensemble_paths, recipe.seed
 

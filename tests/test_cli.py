@@ -150,6 +150,12 @@ def test_a_run_becomes_a_bundle_that_says_where_it_comes_from(run: Path, model: 
     assert card.training.seed == 0
     assert card.training.summary.startswith("3 + 1 epochs on ")
     assert card.training.summary.endswith("(last checkpoint)")
+    assert [log.rows for log in card.training.logs] == [
+        ("1 standard", "2 standard", "3 standard", "4 ensemble_in_one"),
+    ]
+    shown = done("show", f"local-dir:{model}").out
+    assert "| epoch | steps |" in shown
+    assert "| 4 ensemble_in_one |" in shown
 
 
 def test_the_best_checkpoint_and_another_name_can_be_exported(run: Path, model: Path, tmp_path: Path) -> None:
@@ -810,6 +816,7 @@ def test_runs_become_an_ensemble_of_separately_trained_networks(
     assert "pair: single, ensemble" in said.err
     card = document_of(tmp_path / "both")
     assert card["training"]["summary"].startswith("2 networks trained separately (seeds 7, 8)")
+    assert [log["rows"] for log in card["training"]["logs"]] == [["1 standard"], ["1 standard"]]
     done("verify", tmp_path / "both")
     matrix = done(
         "evaluate", tmp_path / "both", "--protocol", "transfer-matrix", "--variant", "ensemble", "--eps", "0.05",

@@ -44,6 +44,7 @@ from training.recipes import Phase, Recipe, from_resolved, resolved
 from zoo import data, paths
 from zoo.attacks import LinfBudget, average_exits, pgd
 from zoo.bundle import Bundle
+from zoo.card import Table
 from zoo.catalogue import open_model
 from zoo.checkpoint import (
     Architecture,
@@ -209,6 +210,40 @@ def epochs_done(run_dir: Path) -> int:
         return Position(**header["position"]).epoch
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{run_dir / LAST} does not say how far the run is ({error})") from error
+
+
+def log(run_dir: Path) -> tuple[Table, ...]:
+    """Return what a run wrote per epoch, as a card keeps it; nothing if it has ended no epoch.
+
+    Returns:
+        One table "log": a row `EPOCH METHOD` per epoch, a column per number with six digits, None where the epoch has
+        none, as for held-out accuracy (shares of 1) between validations; `seconds` counts from the beginning.
+
+    Raises:
+        CheckpointError: the log cannot be read.
+    """
+    try:
+        lines = list(csv.DictReader(io.StringIO((run_dir / LOG).read_text(encoding="utf-8"))))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{run_dir / LOG} cannot be read ({error}); put it back, or take it away") from error
+    columns = tuple(column for column in COLUMNS[2:] if any(line.get(column) for line in lines))
+    try:
+        rows = tuple(f"{line['epoch']} {line['objective']}" for line in lines)
+        values = tuple(
+            tuple(float(f"{float(line[column]):.6g}") if line[column] else None for column in columns) for line in lines
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{run_dir / LOG} is not what a run writes ({error!r}), expected columns {', '.join(COLUMNS)}; "
+            "put it back, or take it away"
+        ) from error
+    return (
+        (Table(name="log", row_axis="epoch", column_axis="", rows=rows, columns=columns, values=values),)
+        if rows
+        else ()
+    )
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

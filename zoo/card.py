@@ -17,7 +17,7 @@ from typing import Any
 import zoo.paths
 from zoo.errors import BadPath, BundleError
 
-SCHEMA = 4
+SCHEMA = 5
 NORMS = ("linf", "l2")
 VERDICTS = ("ok", "alarm", "skipped")
 VARIANTS = ("single", "ensemble", "gated")
@@ -122,37 +122,13 @@ class Exit:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
-    """Where the weights come from."""
-
-    recipe: Mapping[str, Any]
-    """The resolved recipe, free-form JSON."""
-    seed: int
-    commit: str
-    versions: Mapping[str, str]
-    date: str
-    summary: str
-
-    def __post_init__(self) -> None:
-        _expect_date("training.date", self.date)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Check:
-    """One sanity check of an evaluation, and whether it held."""
-
-    name: str
-    held: bool
-    detail: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Numbers behind a result: a transfer matrix, accuracy against steps, accuracy per corruption and severity."""
+    """Numbers behind a result: a transfer matrix, accuracy against steps, accuracy per corruption and severity; or the
+    log of a run."""
 
     name: str
     """What the numbers are: "transfer", "steps", "corruptions", "sources", "draws", "paths", "attacks", "exits",
-    "budgeted"."""
+    "budgeted", "log"."""
     row_axis: str
     column_axis: str
     rows: tuple[str, ...]
@@ -169,6 +145,34 @@ class Table:
             shape,
             f"{len(self.rows)} rows of {len(self.columns)} numbers",
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Where the weights come from."""
+
+    recipe: Mapping[str, Any]
+    """The resolved recipe, free-form JSON."""
+    seed: int
+    commit: str
+    versions: Mapping[str, str]
+    date: str
+    summary: str
+    logs: tuple[Table, ...] = ()
+    """What the run wrote per epoch, as a table "log" with a row `EPOCH METHOD` for each; a table per separately trained
+    member. Empty if the log was not kept."""
+
+    def __post_init__(self) -> None:
+        _expect_date("training.date", self.date)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """One sanity check of an evaluation, and whether it held."""
+
+    name: str
+    held: bool
+    detail: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -572,7 +576,15 @@ def _from_third(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "schema": 4, "int8": None, "suspicion": []}
 
 
-_UPGRADES = {1: _from_first, 2: _from_second, 3: _from_third}
+def _from_fourth(document: dict[str, Any]) -> dict[str, Any]:
+    """Turn a card of schema 4 into one of schema 5, which added the logs of the training."""
+    training = document.get("training")
+    if isinstance(training, dict):
+        training = {**training, "logs": []}
+    return {**document, "schema": 5, "training": training}
+
+
+_UPGRADES = {1: _from_first, 2: _from_second, 3: _from_third, 4: _from_fourth}
 
 
 def check_file_name(name: str) -> None:

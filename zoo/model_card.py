@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from zoo.card import INT8, Card, Check, Int8, Result
+from zoo.card import INT8, Card, Check, Int8, Result, Table
 
 TAG = "manygates"
 """By which the hub's list of models finds ours."""
@@ -289,10 +289,24 @@ def _training(card: Card) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in training.versions.items())
     recipe = json.dumps(dict(training.recipe), indent=2, ensure_ascii=False)
     indented = "\n".join(f"    {line}" for line in recipe.splitlines())
+    logs = "".join(f"\n\n{_log(table)}" for table in training.logs)
+    if logs:
+        logs = f"\n\nThe log of the run; held-out accuracy is on training images that were kept apart:{logs}"
     return (
         f"## Training\n\n{training.summary}. Seed {training.seed}, commit `{training.commit}`, {training.date}"
-        f"{', with ' + versions if versions else ''}.\n\nThe resolved recipe:\n\n{indented}"
+        f"{', with ' + versions if versions else ''}.{logs}\n\nThe resolved recipe:\n\n{indented}"
     )
+
+
+def _log(table: Table) -> str:
+    lines = [
+        "| " + " | ".join(_cell(name.replace("_", " ")) for name in (table.row_axis, *table.columns)) + " |",
+        "|" + "---|" * (1 + len(table.columns)),
+    ]
+    for row, values in zip(table.rows, table.values, strict=True):
+        cells = ("" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}" for value in values)
+        lines.append("| " + " | ".join((_cell(row), *cells)) + " |")
+    return "\n".join(lines)
 
 
 def _limits(card: Card) -> str:

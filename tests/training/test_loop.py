@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from training.distributed import World
-from training.loop import COLUMNS, _Loop, architecture_of, learning_rate, load_run, train
+from training.loop import COLUMNS, _Loop, architecture_of, learning_rate, load_run, log, train
 from training.objectives import EnsembleInOne, Standard
 from training.recipes import Phase, Recipe, recipe, resolved
 from zoo import checkpoint
+from zoo.card import Table
 from zoo.checkpoint import network_state
 from zoo.errors import BadInput, CheckpointError, UnknownName
 from zoo.rgn import RandomGatedNetwork
@@ -59,6 +60,14 @@ def test_a_run_leaves_its_recipe_origin_log_and_weights(smoke: Recipe, tmp_path:
     assert all(0 <= float(row["held_out_clean"]) <= 1 and float(row["loss"]) > 0 for row in rows)
     assert all(0 <= float(row["held_out_robust"]) <= 1 for row in rows)
 
+    (kept,) = log(run_dir)
+    assert kept.rows == ("1 standard", "2 standard", "3 ensemble_in_one")
+    assert kept.columns == tuple(name for name in COLUMNS[2:] if any(row[name] for row in rows))
+    written = [[float(row[name]) for name in kept.columns if row[name]] for row in rows]
+    assert [[value for value in values if value is not None] for values in kept.values] == [
+        pytest.approx(values, rel=1e-5) for values in written
+    ]
+
     loaded, architecture, read = load_run(run_dir)
     assert read == smoke
     assert architecture == architecture_of(smoke)
@@ -68,6 +77,29 @@ def test_a_run_leaves_its_recipe_origin_log_and_weights(smoke: Recipe, tmp_path:
     best, _, _ = load_run(run_dir, which="best")
     assert network_state(best).keys() == expected.keys()
     assert list((run_dir / "events").iterdir())
+
+
+def test_the_log_of_a_run_has_a_row_per_epoch_and_gaps_where_nothing_was_validated(tmp_path: Path) -> None:
+    assert log(tmp_path) == ()
+    header = "epoch,objective,steps,loss,accuracy,held_out_clean,seconds"
+    (tmp_path / "log.csv").write_text(f"{header}\n1,standard,382,0.2500001234,,,66.5\n2,trades,764,0.125,,0.875,4000\n")
+    assert log(tmp_path) == (
+        Table(
+            name="log",
+            row_axis="epoch",
+            column_axis="",
+            rows=("1 standard", "2 trades"),
+            columns=("steps", "loss", "held_out_clean", "seconds"),
+            values=((382.0, 0.25, None, 66.5), (764.0, 0.125, 0.875, 4000.0)),
+        ),
+    )
+
+
+@pytest.mark.parametrize("text", ["epoch,loss\n1,0.5\n", "epoch,objective,loss\n1,standard,little\n"])
+def test_a_log_that_no_run_wrote_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text(text)
+    with pytest.raises(CheckpointError, match=r"log\.csv is not what a run writes"):
+        log(tmp_path)
 
 
 @pytest.mark.slow

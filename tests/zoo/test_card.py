@@ -66,12 +66,14 @@ def test_a_card_cannot_be_changed_in_place() -> None:
 def test_a_card_of_the_first_schema_is_read_as_one_of_today() -> None:
     document = json.loads(GOLDEN)
     document["schema"] = 1
+    del document["training"]["logs"]
     del document["lint"]
     for result in document["results"]:
         del result["norm"], result["draws"], result["tables"]
     del document["exits"], document["suspicion"], document["int8"]
     card = Card.from_json(json.dumps(document))
-    assert card.schema == 4
+    assert card.schema == 5
+    assert card.training.logs == ()
     assert card.suspicion == ()
     assert card.int8 is None
     assert card.lint == ()
@@ -82,15 +84,25 @@ def test_a_card_of_the_first_schema_is_read_as_one_of_today() -> None:
 def test_a_card_of_the_second_schema_is_read_as_one_of_today() -> None:
     document = json.loads(GOLDEN)
     document["schema"] = 2
-    del document["exits"], document["suspicion"], document["int8"]
-    assert Card.from_json(json.dumps(document)).to_json() == changed_golden(suspicion=[], int8=None)
+    del document["exits"], document["suspicion"], document["int8"], document["training"]["logs"]
+    training = {**document["training"], "logs": []}
+    assert Card.from_json(json.dumps(document)).to_json() == changed_golden(suspicion=[], int8=None, training=training)
 
 
 def test_a_card_of_the_third_schema_is_read_as_one_of_today() -> None:
     document = json.loads(GOLDEN)
     document["schema"] = 3
-    del document["suspicion"], document["int8"]
-    assert Card.from_json(json.dumps(document)).to_json() == changed_golden(suspicion=[], int8=None)
+    del document["suspicion"], document["int8"], document["training"]["logs"]
+    training = {**document["training"], "logs": []}
+    assert Card.from_json(json.dumps(document)).to_json() == changed_golden(suspicion=[], int8=None, training=training)
+
+
+def test_a_card_of_the_fourth_schema_is_read_as_one_of_today() -> None:
+    document = json.loads(GOLDEN)
+    document["schema"] = 4
+    del document["training"]["logs"]
+    training = {**document["training"], "logs": []}
+    assert Card.from_json(json.dumps(document)).to_json() == changed_golden(training=training)
 
 
 def early(*costs: int, **changes: Any) -> str:
@@ -165,14 +177,14 @@ def test_a_result_of_an_int8_graph_has_a_variant_of_its_own() -> None:
 
 
 def test_a_newer_schema_says_to_upgrade() -> None:
-    with pytest.raises(BundleError, match="schema 5, this version reads up to 4; upgrade"):
-        Card.from_json('{"schema": 5, "whatever": "the future brings"}')
+    with pytest.raises(BundleError, match="schema 6, this version reads up to 5; upgrade"):
+        Card.from_json('{"schema": 6, "whatever": "the future brings"}')
 
 
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("schema", 0, "schema is 0, expected 4"),
+        ("schema", 0, "schema is 0, expected 5"),
         ("exits", ..., "lacks the key 'exits', expected an array"),
         ("schema", "1", "schema is '1', expected an integer"),
         ("name", ..., "lacks the key 'name', expected a string"),
