@@ -135,21 +135,27 @@ def _recipes() -> dict[str, dict[str, Any]]:
 
 def _show(arguments: argparse.Namespace) -> int:
     from zoo import catalog
-    from zoo.catalogue import HUB_PREFIX, pin
+    from zoo.catalogue import HUB_PREFIX, LOCAL_PREFIX, pin, resolve
+    from zoo.errors import BadInput
     from zoo.model_card import model_card
+    from zoo.report.wording import printable
 
-    known = catalog.entry(arguments.model)
-    unbundled = known if known is not None and not known.where.bundled else None
+    unbundled = None
+    try:
+        resolve(arguments.model)
+    except BadInput:  # perhaps a model whose card alone comes with manygates
+        known = catalog.entry(arguments.model)
+        unbundled = known if known is not None and not known.where.bundled else None
     filed = catalog.card_of(arguments.model) if unbundled is not None else None
-    source, card = (arguments.model, filed) if filed is not None else pin(arguments.model)
+    source, card = (f"{LOCAL_PREFIX}models/{filed.name}", filed) if filed is not None else pin(arguments.model)
     on_hub = source.startswith(HUB_PREFIX)
     if arguments.json and on_hub:
         _print_json({"source": source, **json.loads(card.to_json())})
     elif arguments.json:
         sys.stdout.write(card.to_json())
     else:
-        text = model_card(card, source if on_hub else None)
-        print(text.split("---\n", 2)[-1].strip())
+        text = model_card(card, source if on_hub or filed is not None else None)
+        print(printable(text.split("---\n", 2)[-1].strip()))
         if on_hub:
             print(f"\nThis is {source}")
         if filed is not None and unbundled is not None:

@@ -1,7 +1,6 @@
 """The bundle: a folder with a card, its graphs and its weights, the same on disk, in the wheel and on the hub."""
 
 import hashlib
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -176,12 +175,9 @@ def write_bundle(folder: Path | str, card: Card, files: Mapping[str, bytes | Pat
     with replace_directory(folder) as new_dir:
         entries = {}
         for name, content in files.items():
-            place = new_dir / name
-            if isinstance(content, bytes):
-                place.write_bytes(content)
-            else:
-                shutil.copyfile(content, place)
-            entries[name] = FileEntry(sha256=sha256_of(place), size=place.stat().st_size)
+            read = content if isinstance(content, bytes) else Path(content).read_bytes()
+            (new_dir / name).write_bytes(read)
+            entries[name] = FileEntry(sha256=hashlib.sha256(read).hexdigest(), size=len(read))
         card = replace(card, files=entries)
         (new_dir / CARD_FILE).write_text(card.to_json(), encoding="utf-8", newline="\n")
         (new_dir / README_FILE).write_text(model_card(card), encoding="utf-8", newline="\n")

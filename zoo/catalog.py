@@ -144,7 +144,7 @@ class Entry:
     bytes: int
     """Of all files."""
     weights: str
-    """SHA-256 of the weights: two models are the same if this is."""
+    """SHA-256 of the weights; empty if the card lists none."""
     where: Where
     trained: Trained
     results: tuple[Measured, ...]
@@ -170,7 +170,8 @@ class Entry:
         """Say in commands how to get a model that is not bundled."""
         ways = []
         if self.where.repository is not None:
-            ways.append(f"`manygates pull {zoo.catalogue.HUB_PREFIX}{self.where.repository}` fetches it")
+            at = f"@{self.where.commit}" if self.where.commit else ""
+            ways.append(f"`manygates pull {zoo.catalogue.HUB_PREFIX}{self.where.repository}{at}` fetches it")
         if self.where.commands:
             ways.append(f"`{' && '.join(self.where.commands)}` trains it and writes its bundle")
         return ", or ".join(ways) or "no recipe of this version makes it"
@@ -492,7 +493,9 @@ def load(warn: Callable[[str], None] | None = None) -> tuple[Entry, ...]:
     """Return what is known of all models, by name: the package's catalogue with what `refresh` found on the hub.
 
     A bundled model's numbers are those of the card that stands beside it, whatever the catalogue says. A model on the
-    hub with the weights of one of the package is that one; with others it is a further model, called by its repository.
+    hub is one of the package if its card is, byte for byte: a card has the digest of every file, so it does not matter
+    who published it. Any other is a further model, called by its repository; a stranger's numbers never stand beside a
+    name of the package.
 
     Args:
         warn: is told, in one sentence, of a file that cannot be used; the list is then without it.
@@ -501,12 +504,11 @@ def load(warn: Callable[[str], None] | None = None) -> tuple[Entry, ...]:
     others = []
     for found in _filed(cached_file(), warn):
         known = entries.get(found.name)
-        if known is None or known.weights != found.weights or not found.weights:
+        if known is None or known.card != found.card:
             others.append(found)
         else:
-            newer = found if found.date > known.date and not known.where.bundled else known
             where = replace(known.where, repository=found.where.repository, commit=found.where.commit)
-            entries[found.name] = replace(newer, where=where, trained=known.trained)
+            entries[found.name] = replace(known, where=where)
     return tuple(sorted([*entries.values(), *others], key=lambda entry: (entry.name, entry.source)))
 
 

@@ -26,6 +26,7 @@ HUB_PREFIX = "hf-hub:"
 PATIENCE = 0.7
 """Seconds without an answer after which we say that we are trying."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _BLANK = frozenset({".gitattributes", README_FILE})
 """What a repository holds that nobody has put anything into."""
@@ -33,8 +34,8 @@ _BLANK = frozenset({".gitattributes", README_FILE})
 logger = logging.getLogger(__name__)
 
 
-class _Unreadable(BadInput):
-    """A repository that does not exist, or that one may not read; the hub does not say which."""
+class _Refused(BadInput):
+    """The hub answers, and what it says of a repository is no: not there, not to be read, blocked."""
 
 
 # --- fetching ---
@@ -47,9 +48,12 @@ def parse_repository(text: str) -> tuple[str, str | None]:
         BadInput: if it is not of that form.
     """
     repository, at, revision = text.partition("@")
-    if not _HUB_NAME.fullmatch(repository) or (at and not revision):
+    legal = _HUB_NAME.fullmatch(repository) is not None
+    legal &= not (repository.endswith(".git") or "--" in repository or ".." in repository or len(repository) > 96)
+    if not legal or (at and not revision):
         raise BadInput(
-            f"{HUB_PREFIX + text!r} names no repository, expected {HUB_PREFIX}ORGANISATION/NAME or …/NAME@REVISION"
+            f"{HUB_PREFIX + text!r} names no repository, expected {HUB_PREFIX}ORGANISATION/NAME or …/NAME@REVISION, "
+            "of letters, digits, '-', '_' and '.', without '--', '..' or '.git' at the end"
         )
     return repository, revision or None
 
@@ -75,7 +79,7 @@ def fetch(repository: str, revision: str | None = None, only: Iterable[str] | No
     """
     folder = _fetch_card(repository, revision)
     source = f"{HUB_PREFIX}{repository}@{folder.name}"
-    card = _opened(folder, ()).card
+    card = _card_in(folder, source)
     wanted = None if only is None else tuple(only)
     names = [name for name in card.files if wanted is None or name in wanted]
     if names:
@@ -83,6 +87,7 @@ def fetch(repository: str, revision: str | None = None, only: Iterable[str] | No
         # the folder is named after its commit, so a push in between cannot mix two versions
         _snapshot(repository, folder.name, [CARD_FILE, *names])
     if absent := [name for name in names if not (folder / name).is_file()]:
+        _check_answer(repository, folder.name, absent)
         raise MissingFile(f"{source} holds no {', '.join(absent)}, which its card lists; its owner must push it again")
     return _opened(folder, wanted)
 
@@ -95,7 +100,7 @@ def pinned(repository: str, bundle: Bundle) -> str:
 def hub_cards(author: str | None = None) -> list[tuple[str, str, Card]]:
     """Return the repository, commit and card of every bundle on the hub, sorted by repository; nothing else is fetched.
 
-    A repository whose card cannot be read (broken, newer, private) is left out with a warning on the log.
+    A repository whose card cannot be read (broken, newer, private, blocked) is left out with a warning on the log.
 
     Args:
         author: an organisation or user; None is everybody.
@@ -115,16 +120,17 @@ def hub_cards(author: str | None = None) -> list[tuple[str, str, Card]]:
     for repository, commit in listed:
         try:
             folder = _fetch_card(repository, commit)
-            found.append((repository, folder.name, _opened(folder, ()).card))
-        except (BundleError, _Unreadable) as error:
+            found.append((repository, folder.name, _card_in(folder, f"{HUB_PREFIX}{repository}@{folder.name}")))
+        except (BundleError, _Refused) as error:
             logger.warning("left out: %s", error)
     return found
 
 
 def _fetch_card(repository: str, revision: str | None) -> Path:
     """Fetch the card alone; returns the folder of its commit in the cache."""
-    folder = _snapshot(repository, revision, [CARD_FILE], quiet=True)
+    folder = _snapshot(repository, revision, [CARD_FILE], first=True)
     if not (folder / CARD_FILE).is_file():
+        _check_answer(repository, revision, [CARD_FILE])
         _discard(folder, ())
         raise MissingFile(
             f"{HUB_PREFIX}{repository} holds no {CARD_FILE}, so it is not a manygates bundle; check the name"
@@ -133,8 +139,35 @@ def _fetch_card(repository: str, revision: str | None) -> Path:
         removed = _discard(folder, [CARD_FILE], everywhere=True)
         raise ChecksumMismatch(
             f"{folder / CARD_FILE} is not what the hub sent: it was damaged or changed in the cache, and {removed}"
+            f"{_again()}"
         )
     return folder
+
+
+def _card_in(folder: Path, source: str) -> Card:
+    """Read the card of a commit in the cache; an error names the repository, not the cache."""
+    try:
+        return _opened(folder, ()).card
+    except ChecksumMismatch:
+        raise
+    except BundleError as error:
+        raise type(error)(f"the card of {source}: {str(error).removeprefix(f'{folder}: ')}") from error
+
+
+def _check_answer(repository: str, revision: str | None, names: list[str]) -> None:
+    """Make sure that it is the hub that says that files are not there, and not a cache that holds only some.
+
+    Raises:
+        BadInput: if the hub cannot be asked.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    doing = _fetching(repository, revision)
+    if constants.HF_HUB_OFFLINE:
+        raise BadInput(f"cannot {doing}: {_without_network(repository, revision, names)}")
+    with _translated(doing, repository, revision, names):
+        huggingface_hub.file_exists(repository, names[0], revision=revision)
 
 
 def _opened(folder: Path, only: tuple[str, ...] | None) -> Bundle:
@@ -147,7 +180,7 @@ def _opened(folder: Path, only: tuple[str, ...] | None) -> Bundle:
         damaged = [name for name, place in places.items() if _is_damaged(place)]
         if damaged:
             removed = _discard(folder, damaged, everywhere=True)
-            said = f"In the cache {', '.join(damaged)} is not what the hub sent, and {removed}"
+            said = f"In the cache {', '.join(damaged)} is not what the hub sent, and {removed}{_again()}"
         else:
             linked = all(place.is_symlink() for place in places.values())  # else the cache cannot tell
             removed = _discard(folder, [CARD_FILE, README_FILE, *card.files])
@@ -158,13 +191,24 @@ def _opened(folder: Path, only: tuple[str, ...] | None) -> Bundle:
         raise ChecksumMismatch(f"{error}. {said}") from error
 
 
-def _snapshot(repository: str, revision: str | None, names: list[str], *, quiet: bool = False) -> Path:
-    """Bring files into the cache; returns the folder of their commit. Bars are drawn on a terminal, unless `quiet`."""
+def _snapshot(repository: str, revision: str | None, names: list[str], *, first: bool = False) -> Path:
+    """Bring files into the cache; returns the folder of their commit.
+
+    Args:
+        repository: `organisation/name`.
+        revision: a branch, tag or commit.
+        names: the files.
+        first: nothing was asked of the hub yet, so it is said if it does not answer; no bars are drawn.
+    """
     import huggingface_hub  # lazily: a bundled or local model needs no HTTP client
 
-    doing = f"fetch {HUB_PREFIX}{repository}" + (f"@{revision}" if revision else "")
-    with _translated(doing, repository, revision, names), _waiting(doing), _bars(wanted=not quiet):
+    doing = _fetching(repository, revision)
+    with _translated(doing, repository, revision, names), _waiting(doing, wanted=first), _bars(wanted=not first):
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=names))
+
+
+def _fetching(repository: str, revision: str | None) -> str:
+    return f"fetch {HUB_PREFIX}{repository}" + (f"@{revision}" if revision else "")
 
 
 @contextmanager
@@ -232,7 +276,14 @@ def _discard(folder: Path, names: Iterable[str], *, everywhere: bool = False) ->
         _remove(folder, names, everywhere)
     except OSError as error:  # a cache that is mounted read-only
         return f"cannot be removed from it ({error.strerror}): replace the cache {folder.parents[2]}"
-    return "is removed; the same command fetches it again"
+    return "is removed"
+
+
+def _again() -> str:
+    from huggingface_hub import constants
+
+    where = " where there is a network (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+    return f"; the same command fetches it again{where}"
 
 
 def _remove(folder: Path, names: Iterable[str], everywhere: bool) -> None:
@@ -241,7 +292,7 @@ def _remove(folder: Path, names: Iterable[str], everywhere: bool) -> None:
         blob = place.parent / place.readlink() if place.is_symlink() else None
         if blob is not None:
             target = blob.resolve()
-            others = [link for link in repository_dir.glob("snapshots/*/*") if link.resolve() == target]
+            others = [link for link in repository_dir.glob("snapshots/**/*") if link.resolve() == target]
             for link in others if everywhere else ():
                 link.unlink(missing_ok=True)
             if everywhere or others == [place]:
@@ -277,7 +328,8 @@ class Push:
     message: str
     parent: str | None
     """The commit that was looked at; the push is refused if there is a newer one. None in a new repository."""
-    files: Mapping[str, Path | bytes]
+    files: Mapping[str, bytes]
+    """What is sent: the very bytes that were checked."""
     removed: tuple[str, ...]
     """Files of the previous version that this one no longer has."""
 
@@ -287,9 +339,7 @@ class Push:
         place = f"{self.repository}, branch {self.branch}" + (" (created)" if self.creates_branch else "")
         how = "propose in a pull request" if self.pull_request else "commit"
         lines = [f"{made} {place}", f"{how}: {self.message}"]
-        for name, content in self.files.items():
-            size = len(content) if isinstance(content, bytes) else content.stat().st_size
-            lines.append(f"  {size:>12,} bytes  {name}")
+        lines += [f"  {len(content):>12,} bytes  {name}" for name, content in self.files.items()]
         return [*lines, *(f"  {'remove':>12}        {name}" for name in self.removed)]
 
 
@@ -337,14 +387,16 @@ def plan_push(
     if info is not None and private and not info.private:
         raise BadInput(f"{name} exists and is public; --private is for a repository that is created, leave it out")
     there = info is not None and branch is not None and _head(name, branch)
+    if pull_request and branch is not None and not there:
+        raise BadInput(f"{name} has no branch {branch!r} to propose a change to; push without --create-pr creates it")
     head = there or info  # a new branch begins as the main one
     removed: tuple[str, ...] = ()
     if head is not None and head.sha is not None:
         present = {sibling.rfilename for sibling in head.siblings or ()}
         removed = _check_same_model(name, head.sha, present, bundle.card)
     card = bundle.card
-    files: dict[str, Path | bytes] = {file: bundle.file(file) for file in card.files}
-    files[CARD_FILE] = bundle.folder / CARD_FILE
+    files = {file: bundle.read(file) for file in card.files}
+    files[CARD_FILE] = (bundle.folder / CARD_FILE).read_bytes()
     files[README_FILE] = model_card(card, f"{HUB_PREFIX}{name}").encode()
     return Push(
         bundle=bundle,
@@ -374,12 +426,15 @@ def push(plan: Push) -> Pushed:
     _check_can_push(plan.repository)
     doing = f"push to {plan.repository}"
     if plan.creates_repository:
-        with _translated(doing, plan.repository):
+        with _translated(doing, plan.repository, refusals={403: "the token may not create a repository there"}):
             api.create_repo(plan.repository, private=plan.private)
         doing += ", which was created and is still empty"
-    with _translated(doing, plan.repository, plan.branch), _bars():
-        if plan.creates_branch:
+    refusals = {403: "the token may not write there; use one that may, or propose the change with --create-pr"}
+    if plan.creates_branch:
+        with _translated(doing, plan.repository, refusals=refusals):
             api.create_branch(plan.repository, branch=plan.branch)
+        doing += f", whose branch {plan.branch} was created and is still as the main one"
+    with _translated(doing, plan.repository, plan.branch, refusals=refusals), _bars():
         operations: list[Any] = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in plan.files.items()
         ]
@@ -423,8 +478,8 @@ def _check_can_push(repository: str) -> None:
         raise BadInput(f"cannot push to {repository}: HF_HUB_OFFLINE is set; unset it where there is a network")
     if huggingface_hub.get_token() is None:
         raise BadInput(
-            f"cannot push to {repository}: there is no token for {constants.ENDPOINT}; make one that may write at "
-            f"{constants.ENDPOINT}/settings/tokens and log in with `hf auth login`, or set HF_TOKEN"
+            f"cannot push to {repository}: there is no token for {_endpoint()}; make one that may write at "
+            f"{_endpoint()}/settings/tokens and log in with `hf auth login`, or set HF_TOKEN"
         )
 
 
@@ -457,15 +512,17 @@ def _holds_card(info: Any) -> bool:
 
 
 @contextmanager
-def _waiting(doing: str) -> Iterator[None]:
+def _waiting(doing: str, *, wanted: bool = True) -> Iterator[None]:
     """Say that we are trying if the hub does not answer at once."""
-    from huggingface_hub import constants
+    if not wanted:
+        yield
+        return
 
     def say() -> None:
         logger.warning(
             "manygates: still trying to reach %s, to %s; without it, HF_HUB_OFFLINE=1 uses what is in the cache, and "
             "local-dir:FOLDER a folder",
-            constants.ENDPOINT,
+            _endpoint(),
             doing,
         )
 
@@ -478,9 +535,47 @@ def _waiting(doing: str) -> Iterator[None]:
         timer.cancel()
 
 
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return _without_credentials(constants.ENDPOINT)
+
+
+def _without_credentials(text: str) -> str:
+    """Take `user:password@` out of every address."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+
+
 @contextmanager
-def _translated(doing: str, repository: str, revision: str | None = None, names: Iterable[str] = ()) -> Iterator[None]:
-    """Turn the errors of the hub, the network and the disk into one of ours that says what to do."""
+def _translated(
+    doing: str,
+    repository: str,
+    revision: str | None = None,
+    names: Iterable[str] = (),
+    refusals: Mapping[int, str] | None = None,
+) -> Iterator[None]:
+    """Turn the errors of the hub, the network and the disk into one of ours that says what to do.
+
+    Args:
+        doing: what was tried, behind "cannot".
+        repository: `organisation/name`.
+        revision: of it.
+        names: the files that were asked for.
+        refusals: what certain answers mean here, by status, instead of what they usually mean.
+    """
+    try:
+        with _told(doing, repository, revision, names, refusals or {}):
+            yield
+    except BadInput as error:
+        if (text := _without_credentials(str(error))) != str(error):
+            raise type(error)(text) from None  # the cause would show it
+        raise
+
+
+@contextmanager
+def _told(
+    doing: str, repository: str, revision: str | None, names: Iterable[str], refusals: Mapping[int, str]
+) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     transport_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of the HTTP client it uses
@@ -489,17 +584,20 @@ def _translated(doing: str, repository: str, revision: str | None = None, names:
     except ManygatesError:
         raise
     except errors.RevisionNotFoundError as error:
-        raise BadInput(
+        raise _Refused(
             f"{HUB_PREFIX}{repository} has no revision {revision!r}; name a branch, tag or commit after '@'"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise _Unreadable(
+        raise _Refused(
             f"the hub has no repository {repository!r} that you may read; check the name, and if it is private or "
             "gated log in with `hf auth login`"
         ) from error
     except errors.HfHubHTTPError as error:
-        raise BadInput(f"cannot {doing}: {_refusal(error)}") from error
+        raise _Refused(f"cannot {doing}: {_refusal(error, refusals)}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, transport_error) as error:
+        cause = error.__cause__
+        if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code in (401, 403, 429):
+            raise _Refused(f"cannot {doing}: {_refusal(cause, refusals)}") from error
         raise BadInput(f"cannot {doing}: {_without_network(repository, revision, names, error)}") from error
     except (OSError, ValueError, RuntimeError) as error:  # the hub's other errors are subclasses of these
         if isinstance(error, OSError) and error.errno in NO_SPACE:
@@ -507,42 +605,51 @@ def _translated(doing: str, repository: str, revision: str | None = None, names:
                 f"cannot {doing}: {error.strerror} ({constants.HF_HUB_CACHE}); no incomplete file is kept. Make room "
                 "(`hf cache prune`), or set HF_HOME to a folder on another disk"
             ) from error
+        if isinstance(error, OSError) and error.errno in _NO_FOLDER:
+            raise BadInput(
+                f"cannot {doing}: the cache {constants.HF_HUB_CACHE} cannot be used ({error.strerror}); set HF_HOME to "
+                "a folder that can be written"
+            ) from error
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         advice = "try again later" + (", or with HF_HUB_DISABLE_XET=1" if isinstance(error, RuntimeError) else "")
         raise BadInput(f"cannot {doing}: {first_line}; {advice}") from error
 
 
-def _refusal(error: Any) -> str:
+def _refusal(error: Any, refusals: Mapping[int, str]) -> str:
     """Say what the hub's answer means, and what to do."""
     status = error.response.status_code
     said = error.server_message or str(error).strip().splitlines()[0]
     advice = {
         401: "the token is not valid; log in again with `hf auth login`",
-        403: "the token may not do this; use one that may write there, or propose the change with --create-pr",
+        403: "it may not be read, or not by you; see its page on the hub, and if it is gated log in there first",
         409: "somebody else did the same at this moment; try again",
         412: "there is a newer version than the one that was compared; look at it, then push again",
         429: "too many requests; wait a few minutes",
+        **refusals,
     }.get(status, "try again later" if status >= 500 else "check the name and the token")
     return f"the hub answers {status} ({said}): {advice}"
 
 
-def _without_network(repository: str, revision: str | None, names: Iterable[str], error: Exception) -> str:
-    """Say what is missing, and how to do without a network."""
+def _without_network(
+    repository: str, revision: str | None, names: Iterable[str], error: Exception | None = None
+) -> str:
+    """Say what is missing, and how to do without a network; `error` says why there is none."""
     import huggingface_hub
     from huggingface_hub import constants, errors
 
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or error is None:
         reason = "HF_HUB_OFFLINE is set"
     else:
         cause = error.__cause__ or error
         answered = isinstance(cause, errors.HfHubHTTPError)
         said = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        reason = f"{constants.ENDPOINT} {'does not answer as it should' if answered else 'cannot be reached'} ({said})"
+        reason = f"{_endpoint()} {'does not answer as it should' if answered else 'cannot be reached'} ({said})"
     if not names:
         return f"{reason}; try again where there is a network. `manygates list` needs none"
     cached = {name: huggingface_hub.try_to_load_from_cache(repository, name, revision=revision) for name in names}
     missing = [name for name, place in cached.items() if not isinstance(place, str)]
+    source = f"{HUB_PREFIX}{repository}" + (f"@{revision}" if revision else "")
     return (
         f"{reason}, and the cache {constants.HF_HUB_CACHE} lacks {', '.join(missing)}. Where there is a network: "
-        f"`manygates pull {HUB_PREFIX}{repository} --out FOLDER`; bring FOLDER here and name it local-dir:FOLDER"
+        f"`manygates pull {source} --out FOLDER`; bring FOLDER here and name it local-dir:FOLDER"
     )

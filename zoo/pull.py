@@ -1,15 +1,13 @@
 """Fetching a model, whole or only what some of its variants need, and copying it into a folder of one's own."""
 
-import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from zoo.bundle import EARLY_EXIT_FILE, Bundle, check_target, int8_file, write_bundle
+from zoo.bundle import CARD_FILE, EARLY_EXIT_FILE, Bundle, check_target, int8_file, write_bundle
 from zoo.card import INT8, Card
 from zoo.catalogue import open_model, pin
 from zoo.errors import BadInput, UnknownName
-from zoo.hub import NO_SPACE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +34,12 @@ def pull(model: str, *, variants: Sequence[str] = (), precision: str | None = No
 
     Raises:
         UnknownName: the model has no such variant.
-        BadInput: it has no int8 graph of a variant, or `out` holds something else, or the disk is full.
+        BadInput: it has no int8 graph of a variant, or `out` holds something else that would be lost, another model or
+            more files of this one among it, or cannot be written.
         ManygatesError: as `open_model`.
     """
     if out is not None:
-        check_target(out)
+        _check_out(out)
     source, card = pin(model)
     for variant in variants:
         if variant not in card.variants:
@@ -92,18 +91,39 @@ def _rounded(card: Card, chosen: Sequence[str], named: bool) -> tuple[str, ...]:
     return tuple(variant for variant in chosen if variant in there)
 
 
+def _check_out(out: Path) -> None:
+    try:
+        check_target(out)
+    except OSError as error:  # a name that no file can have
+        raise BadInput(f"cannot write to {out}: {error.strerror}; choose another place") from error
+
+
+def _check_not_lost(out: Path, card: Card, files: Sequence[str]) -> None:
+    """Check that a bundle in the way is an earlier copy of the same files, which this one may replace.
+
+    Raises:
+        BadInput: if it is of another model, or holds a file that this copy does not.
+    """
+    if not (out / CARD_FILE).is_file():
+        return
+    old = Bundle.open(out, verify=False, only=()).card
+    lost = sorted(set(old.files) - set(files))
+    if old.name != card.name or lost:
+        what = f"the model {old.name!r}" if old.name != card.name else f"{', '.join(lost)}, which this copy lacks"
+        raise BadInput(f"{out} holds {what}, and would lose it; choose another folder, or remove that one first")
+
+
 def _put(source: str, bundle: Bundle, card: Card, files: tuple[str, ...], out: Path | None) -> Pulled:
     """Copy the files of a bundle, unless they may stay where they are."""
     if out is not None:
+        _check_not_lost(out, card, files)
         try:
-            copy = write_bundle(out, card, {name: bundle.file(name) for name in files})
+            copy = write_bundle(out, card, {name: bundle.read(name) for name in files})
         except OSError as error:
-            if error.errno in NO_SPACE or error.errno == errno.EROFS:
-                size = sum(bundle.card.files[name].size for name in files)
-                raise BadInput(
-                    f"cannot write {size / 1e6:.1f} MB to {out}: {error.strerror}; nothing is left there, choose "
-                    "another place"
-                ) from error
-            raise
+            size = sum(bundle.card.files[name].size for name in files)
+            raise BadInput(
+                f"cannot write {size / 1e6:.1f} MB to {out}: {error.strerror}; nothing is left there, choose "
+                "another place"
+            ) from error
         return Pulled(source=source, card=copy.card, folder=out, files=files)
     return Pulled(source=source, card=bundle.card, folder=bundle.folder, files=files)

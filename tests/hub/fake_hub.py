@@ -134,7 +134,7 @@ class FakeHub:
                 tags = info["tags"]
                 assert isinstance(tags, list)
                 if query.get("filter") in (None, *tags):
-                    yield info
+                    yield info if "full" in query else {key: info[key] for key in ("id", "modelId", "private", "tags")}
 
     def _info(self, name: str, commit: str) -> dict[str, object]:
         files = self.repositories[name].commits[commit]
@@ -173,6 +173,8 @@ class FakeHub:
         if repository is None:
             return error(401 if not token else 404, "RepoNotFound", "Repository not found")
         verb, revision = (rest[0], rest[1]) if rest else ("revision", "main")
+        if verb == "branch" and token != WRITER:
+            return error(403, "", "Forbidden: you must have write access")
         if verb == "branch":
             repository.references[revision] = repository.references["main"]
             return as_json({})

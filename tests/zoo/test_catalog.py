@@ -57,6 +57,13 @@ def card(name: str, *results: Result, **changes: Any) -> Card:
     return replace(GOLDEN, name=name, **fields)
 
 
+def whole(name: str) -> Card:
+    """A card that lists the graph of each variant."""
+    found = card(name, CLEAN)
+    graph = FileEntry(sha256="a" * 64, size=1)
+    return replace(found, files={**found.files, **{f"{variant}.onnx": graph for variant in found.variants}})
+
+
 def plain(name: str, *results: Result, run: str = "standard-resnet20-cifar10-cpu", **changes: Any) -> Card:
     """A card of a plain network, trained by a recipe of that name."""
     network = replace(
@@ -347,34 +354,38 @@ def test_a_bundle_that_was_added_or_removed_since_is_told_by_its_folder(
     assert [entry.name for entry in catalog.load()] == ["new"]
 
 
-def test_a_model_on_the_hub_with_the_same_weights_is_the_same_model(
+def test_a_model_on_the_hub_with_the_same_card_is_the_same_model(
     package: Path, recipes: catalog.Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(package, plain("mine", CLEAN), bundled=False)
     file_it(package, recipes)
-    assert catalog.load()[0].where.repository is None
-    publish(monkeypatch, plain("mine", CLEAN, replace(attacked(0.3), date="2027-01-01")))
+    before = catalog.load()[0]
+    assert before.where.repository is None
+    publish(monkeypatch, plain("mine", CLEAN))
     file, found = catalog.refresh()
     assert file.is_file()
     assert len(found) == 1
     (entry,) = catalog.load()
     assert (entry.where.repository, entry.where.commit) == ("org/mine", "c" * 40)
-    assert entry.where.commands, "what trains it stays known"
-    assert len(entry.results) == 2, "the hub's card is newer"
-    assert "manygates pull hf-hub:org/mine" in entry.how_to_get()
+    assert replace(entry, where=before.where) == before
+    assert f"manygates pull hf-hub:org/mine@{'c' * 40}" in entry.how_to_get()
     assert "manygates train standard-resnet20-cifar10-cpu" in entry.how_to_get()
 
 
-def test_the_numbers_of_a_bundled_model_are_never_the_hub_s(
-    package: Path, recipes: catalog.Recipes, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bundled", [True, False])
+def test_a_stranger_s_numbers_never_stand_beside_a_name_of_the_package(
+    bundled: bool, package: Path, recipes: catalog.Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(package, card("mine", CLEAN))
+    """Name and weights' digest of every model are public: a card that has both proves nothing."""
+    put(package, card("mine", CLEAN), bundled=bundled)
     file_it(package, recipes)
-    publish(monkeypatch, card("mine", replace(CLEAN, accuracy=0.99, interval=(0.98, 1.0), date="2027-01-01")))
+    publish(monkeypatch, card("mine", replace(CLEAN, accuracy=0.99, interval=(0.98, 1.0), date="2030-01-01")))
     catalog.refresh()
-    (entry,) = catalog.load()
-    assert entry.results[0].accuracy == 0.8
-    assert entry.where.bundled
+    stranger, ours = catalog.load()
+    assert (stranger.source, stranger.results[0].accuracy) == ("hf-hub:org/mine", 0.99)
+    assert (ours.source, ours.results[0].accuracy, ours.where.repository) == ("mine", 0.8, None)
+    assert ours.where.bundled == bundled
+    assert catalog.entry("mine") == ours
 
 
 def test_another_model_of_the_same_name_is_called_by_its_repository(
@@ -389,7 +400,7 @@ def test_another_model_of_the_same_name_is_called_by_its_repository(
     assert ours is not None
     assert ours.where.bundled
     assert further is not None
-    assert further.how_to_get() == "`manygates pull hf-hub:org/further` fetches it"
+    assert further.how_to_get() == f"`manygates pull hf-hub:org/further@{'c' * 40}` fetches it"
     assert catalog.entry("nobody") is None
 
 
@@ -576,6 +587,29 @@ def test_refresh_and_list_on_the_command_line(
     assert "unknown method" in capsys.readouterr().err
 
 
+def test_show_lets_no_command_of_a_card_reach_the_terminal(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    evil = replace(whole("model"), description="red \x1b[31m\x1b]0;title\x07 and \u202etfel")
+    (tmp_path / "model" / "card.json").write_text(evil.to_json(), encoding="utf-8")
+    assert manygates.main(["show", str(tmp_path / "model")]) == 0
+    shown = capsys.readouterr().out
+    assert "red \ufffd[31m\ufffd]0;title\ufffd and \ufffdtfel" in shown
+    assert not set("\x1b\x07\u202e") & set(shown)
+
+
+def test_show_takes_the_folder_that_the_other_commands_would_take(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name = "baseline3-resnet20-cifar10"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "card.json").write_text(replace(whole(name), description="Mine.").to_json(), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert manygates.main(["show", name]) == 0
+    assert "Mine." in capsys.readouterr().out
+
+
 def test_show_prints_the_card_of_a_model_that_is_not_bundled_and_how_to_get_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -585,5 +619,6 @@ def test_show_prints_the_card_of_a_model_that_is_not_bundled_and_how_to_get_it(
     assert f"# {name}\n" in shown
     assert "| clean | ensemble | none |" in shown
     assert "It does not come with manygates: `manygates train standard-resnet20-cifar10-cpu " in shown
+    assert f"manygates serve local-dir:models/{name}\n" in shown
     assert manygates.main(["show", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == name

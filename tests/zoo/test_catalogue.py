@@ -104,7 +104,7 @@ def test_a_model_that_the_catalogue_knows_and_does_not_hold_says_how_to_get_it(b
     golden = Card.from_json((Path(__file__).parent / "golden_card.json").read_text(encoding="utf-8"))
     entry = catalog.entry_of(replace(golden, name="far"), "0" * 64, {}, bundled=False, repository="org/far", commit="c")
     monkeypatch.setattr(catalog, "load", lambda warn=None: (entry,))
-    with pytest.raises(BadInput, match=r"'far' is in the catalogue .*: `manygates pull hf-hub:org/far` fetches it"):
+    with pytest.raises(BadInput, match=r"'far' is in the catalogue .*: `manygates pull hf-hub:org/far@c` fetches it"):
         resolve("far")
     with pytest.raises(UnknownName, match=rf"did you mean 'far'\? \(known: {NAME}, far\)"):
         resolve("fare")

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import logging
+import shutil
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +112,7 @@ def test_a_repository_may_have_a_revision(text: str, parsed: tuple[str, str | No
     assert parse_repository(text) == parsed
 
 
-@pytest.mark.parametrize("text", ["", "name", "a/b/c", "../x", "o/n@", "o/n x", "@v1"])
+@pytest.mark.parametrize("text", ["", "name", "a/b/c", "../x", "o/n@", "o/n x", "@v1", "o/a--b", "o/a..b", "o/a.git"])
 def test_what_names_no_repository_is_refused(text: str) -> None:
     with pytest.raises(BadInput, match="names no repository, expected hf-hub:ORGANISATION/NAME"):
         parse_repository(text)
@@ -222,6 +224,17 @@ def test_a_damaged_file_goes_from_all_commits_that_share_it(hub: Any, published:
     assert fetch("org/name", first.folder.name).read("gated.onnx") == b"all"
 
 
+def test_a_file_that_another_program_links_to_elsewhere_in_the_cache_stays(hub: Any, published: Any) -> None:
+    hub.put("org/name", {**published.main, "onnx/single.onnx": b"shared"})
+    other = Path(huggingface_hub.hf_hub_download("org/name", "onnx/single.onnx"))
+    hub.put("org/name", {**published.main, "gated.onnx": b"shared"})
+    with pytest.raises(
+        ChecksumMismatch, match=r"gated\.onnx .* The hub itself holds it so: .* This revision is removed$"
+    ):
+        fetch("org/name")
+    assert other.read_bytes() == b"shared"
+
+
 def test_a_file_that_is_not_asked_for_is_not_looked_at(hub: Any, published: Any) -> None:
     folder = fetch("org/name").folder
     (folder / "gated.onnx").resolve().write_bytes(b"ill")
@@ -252,10 +265,10 @@ def http_error(kind: type[errors.HfHubHTTPError], status: int = 500) -> errors.H
     return kind("from the hub\nwith details", response=httpx2.Response(status, request=request))
 
 
-def unreachable() -> Exception:
+def unreachable(status: int = 404) -> Exception:
     """What the client raises where something else than a hub answers: a page that asks for a login, say."""
     error = errors.LocalEntryNotFoundError("gone")
-    error.__cause__ = http_error(errors.HfHubHTTPError, 404)
+    error.__cause__ = http_error(errors.HfHubHTTPError, status)
     return error
 
 
@@ -272,6 +285,8 @@ def unreachable() -> Exception:
         (http_error(errors.HfHubHTTPError, 418), "check the name and the token"),
         (httpx2.ConnectError("refused"), r"cannot be reached \(refused\), and the cache"),
         (httpx2.ReadTimeout(""), r"cannot be reached \(ReadTimeout\), and the cache"),
+        (unreachable(403), r"the hub answers 403 \(from the hub\): it may not be read, or not by you"),
+        (PermissionError(13, "Permission denied"), r"the cache .* cannot be used \(Permission denied\); set HF_HOME"),
         (unreachable(), r"does not answer as it should \(from the hub\), and the cache"),
         (errors.HFValidationError("odd"), "cannot fetch hf-hub:org/name@v9: odd; try again later"),
         (OSError(28, "No space left on device"), "No space left on device .*; no incomplete file is kept. Make room"),
@@ -307,6 +322,69 @@ def test_offline_an_uncached_model_is_an_error_and_touches_no_network(hub: Any, 
     with pytest.raises(BadInput, match=r"HF_HUB_OFFLINE is set, and the cache .* lacks card\.json"):
         open_model("hf-hub:org/name")
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("missing", [["card.json"], ["rgn.safetensors", "gated.onnx"]])
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_cache_that_holds_a_part_does_not_speak_for_the_hub(
+    missing: list[str], offline: bool, hub: Any, published: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fetch("org/name").folder
+    for name in missing:
+        (folder / name).unlink()
+    shutil.rmtree(cache / "trees", ignore_errors=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+
+    def refuse(request: httpx2.Request) -> httpx2.Response:
+        raise httpx2.ConnectError("refused")
+
+    set_client_factory(lambda: httpx2.Client(transport=httpx2.MockTransport(refuse)))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's own attempts
+    why = "HF_HUB_OFFLINE is set" if offline else r"https://huggingface\.co cannot be reached \(.*refused\)"
+    with pytest.raises(BadInput, match=rf"{why}, and the cache .* lacks {missing[0]}.*Where there is a network"):
+        fetch("org/name", folder.name)
+    assert (folder / "single.onnx").is_file(), "what is there stays there"
+
+
+def test_what_to_fetch_elsewhere_is_the_very_revision(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    set_client_factory(huggingface_hub.utils._http.default_client_factory)
+    with pytest.raises(BadInput, match="`manygates pull hf-hub:org/name@v2 --out FOLDER`"):
+        fetch("org/name", "v2")
+
+
+def test_offline_a_damaged_file_is_fetched_again_elsewhere(
+    hub: Any, published: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fetch("org/name").folder
+    (folder / "gated.onnx").resolve().write_bytes(b"ill")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ChecksumMismatch, match=r"the same command fetches it again where there is a network"):
+        fetch("org/name", folder.name)
+
+
+def test_a_card_that_cannot_be_used_names_the_repository_and_not_the_cache(hub: Any, published: Any) -> None:
+    commit = hub.put("org/name", {**published.main, "card.json": b'{"schema": 99}'}).references["main"]
+    with pytest.raises(BundleError, match=rf"^the card of hf-hub:org/name@{commit}: card\.json has schema 99"):
+        fetch("org/name")
+
+
+def test_credentials_in_the_address_of_a_mirror_are_not_shown(
+    hub: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "https://user:s3cret@mirror.example")
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+
+    def fail(*_: Any, **__: Any) -> str:
+        time.sleep(0.1)
+        raise httpx2.ConnectError("refused by https://user:s3cret@mirror.example/api")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(BadInput, match=r"https://mirror\.example cannot be reached") as caught:
+        fetch("org/name")
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+    assert "https://mirror.example" in caplog.text
+    assert "s3cret" not in caplog.text
 
 
 def test_a_slow_hub_is_mentioned_once_and_a_quick_one_never(
@@ -347,13 +425,26 @@ def test_cards_of_the_hub_are_listed_with_their_commits(
 ) -> None:
     hub.put("them/newer", contents(bundle) | {"card.json": b'{"schema": 99}'})
     hub.put("them/same", contents(bundle))
+    hub.put("them/blocked", contents(bundle))
+    hub.put("them/odd", contents(bundle))
     commits = {name: repository.references["main"] for name, repository in hub.repositories.items()}
+    answers = {"them/blocked": (403, ""), "them/odd": (404, "RevisionNotFound")}
+
+    def refuse(method: str, path: str) -> Any:
+        for name, (status, code) in answers.items():
+            if name in path:
+                said = {"X-Error-Code": code, "X-Error-Message": "Access to this resource is disabled."}
+                return _fake_hub().Answer(status, b"{}", said)
+        return None
+
+    hub.before = refuse
     assert hub_cards() == [
         ("org/name", commits["org/name"], bundle.card),
         ("them/same", commits["them/same"], bundle.card),
     ]
     assert "left out: " in caplog.text
     assert "schema 99" in caplog.text
+    assert "them/blocked: the hub answers 403 (Access to this resource is disabled.): it may not be read" in caplog.text
     assert [repository for repository, _, _ in hub_cards("them")] == ["them/same"]
     assert {path.rpartition("/")[2] for path in hub.asked("GET", "/resolve/")} == {"card.json"}
 
@@ -380,6 +471,74 @@ def test_a_push_and_a_pull_give_the_same_bundle(hub: Any, token: None, bundle: B
     found = pull(pushed.source, out=tmp_path / "copy")
     assert found.card == bundle.card
     assert Bundle.open(found.folder).card == bundle.card
+
+
+@pytest.mark.parametrize("part", [(), ("single",)])
+def test_a_copy_that_is_written_wrongly_is_no_copy(
+    part: tuple[str, ...], bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def crooked(place: Path, content: bytes) -> int:
+        return write(place, content[:-1] + b"?" if place.suffix == ".onnx" else content)
+
+    monkeypatch.setattr(Path, "write_bytes", crooked)
+    with pytest.raises(ChecksumMismatch, match=r"\.onnx has sha256"):
+        pull(str(bundle.folder), variants=part, out=tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_copy_replaces_an_earlier_one_of_the_same_files_and_nothing_else(bundle: Bundle, tmp_path: Path) -> None:
+    other = write_bundle(tmp_path / "other", replace(bundle.card, name="another"), FILES)
+    out = tmp_path / "copy"
+    pull(str(bundle.folder), variants=("single",), out=out)
+    pull(str(bundle.folder), out=out)  # more than before
+    pull(str(bundle.folder), out=out)
+    before = {place.name: place.read_bytes() for place in out.iterdir()}
+    with pytest.raises(BadInput, match=r"copy holds ensemble\.onnx, gated\.onnx, rgn\.safetensors, which this"):
+        pull(str(bundle.folder), variants=("single",), out=out)
+    with pytest.raises(BadInput, match=f"holds the model {bundle.card.name!r}, and would lose it; choose another"):
+        pull(str(other.folder), out=out)
+    assert {place.name: place.read_bytes() for place in out.iterdir()} == before
+
+
+def test_a_place_that_cannot_be_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="File name too long; choose another place"):
+        pull(str(bundle.folder), out=tmp_path / ("x" * 300))
+
+
+def test_a_new_branch_is_not_made_for_a_proposal(hub: Any, token: None, published: Any, bundle: Bundle) -> None:
+    with pytest.raises(BadInput, match="org/name has no branch 'v2' to propose a change to"):
+        plan_push(bundle, "org/name", branch="v2", pull_request=True)
+    assert "v2" not in published.references
+
+
+def test_a_push_that_fails_behind_a_new_branch_says_what_is_left(
+    hub: Any, token: None, published: Any, bundle: Bundle
+) -> None:
+    plan = plan_push(bundle, "org/name", branch="v2")
+    hub.before = lambda method, path: _fake_hub().Answer(500) if "/commit/" in path else None
+    with pytest.raises(BadInput, match="whose branch v2 was created and is still as the main one: the hub answers 500"):
+        push(plan)
+
+
+def test_what_a_token_may_not_do_is_said_of_what_was_tried(
+    hub: Any, published: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    with pytest.raises(BadInput, match=r"403 .*: the token may not create a repository there$"):
+        push(plan_push(bundle, "org/new"))
+    with pytest.raises(
+        BadInput, match=r"403 .*: the token may not write there; .* propose the change with --create-pr$"
+    ):
+        push(plan_push(bundle, "org/name", branch="v2"))
+
+
+def test_what_is_pushed_is_what_was_checked(hub: Any, token: None, bundle: Bundle) -> None:
+    plan = plan_push(bundle, "org/new")
+    (bundle.folder / "single.onnx").write_bytes(b"ill")
+    push(plan)
+    assert hub.repositories["org/new"].main["single.onnx"] == b"one"
 
 
 def test_a_plan_writes_nothing_and_says_everything(hub: Any, token: None, published: Any, bundle: Bundle) -> None:

@@ -36,9 +36,16 @@ _JOINERS = "\u200c\u200d"
 
 def plain(text: str) -> str:
     """Return one line of printable text: any white space becomes a blank, what cannot be printed U+FFFD."""
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """Return text with its lines, in which what cannot be printed (a terminal's commands, say) is U+FFFD."""
     shown = (
-        "\ufffd" if unicodedata.category(character) in _UNPRINTABLE and character not in _JOINERS else character
-        for character in " ".join(text.split())
+        "\ufffd"
+        if unicodedata.category(character) in _UNPRINTABLE and character not in _JOINERS and character != "\n"
+        else character
+        for character in text
     )
     return "".join(shown)
 
