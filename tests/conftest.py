@@ -14,6 +14,9 @@ import pytest
 DATA_VARIABLE = "MANYGATES_DATA"
 REPOSITORIES = ("uoft-cs/cifar10", "ylecun/mnist")
 
+# for the processes that tests start: on cores that other tests use too, threads that wait for each other take minutes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def _missing_data() -> str | None:
     """Say why the real data sets cannot be read here, by the rule of `zoo.data`; None if they can."""
