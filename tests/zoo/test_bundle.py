@@ -173,6 +173,16 @@ def test_the_readme_is_a_model_card_that_the_hub_understands(folder: Path, card:
     assert f"manygates serve {card.name}" in text
 
 
+def test_the_readme_has_the_log_of_the_run_and_says_what_its_columns_are(card: Card) -> None:
+    text = model_card(card)
+    assert "| epoch | loss | held out clean | seconds |\n|---|---|---|---|\n" in text
+    assert "| 1 standard | 0.5 |  | 66.5 |\n| 2 ensemble_in_one | 0.25 | 0.875 | 4000 |\n" in text
+    assert "10 steps of PGD at eps 0.01 from the image itself" in text
+    odd = replace(card.training, recipe={"validation_eps": "much"})
+    assert "at eps of the recipe from" in model_card(replace(card, training=odd))
+    assert "log of the run" not in model_card(replace(card, training=replace(card.training, logs=())))
+
+
 def test_a_hostile_description_stays_text(card: Card, tmp_path: Path) -> None:
     strange = replace(card, description="a\n---\nb: [", dataset='x": y\n- z', results=())
     text = (write_bundle(tmp_path / "bundle", strange, FILES).folder / "README.md").read_text(encoding="utf-8")
