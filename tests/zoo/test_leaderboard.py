@@ -236,6 +236,13 @@ def test_how_long_was_trained_stands_against_the_published_time(tmp_path: Path) 
     assert rows["unknown the network"]["trained"] == "1 + 18 epochs"
 
 
+@pytest.mark.parametrize("begun", ["other-model", "local-dir:models/other-model", "hf-hub:org/other-model"])
+def test_a_model_that_went_on_from_another_says_so(begun: str, tmp_path: Path) -> None:
+    run = replace(GOLDEN.training, recipe={"phases": [{"epochs": 6}], "start_from": begun})
+    (row,) = named(write(tmp_path, card("one", training=run))).values()
+    assert row["trained"] == "6 epochs, from other-model"
+
+
 def test_a_model_without_numbers_is_named_and_has_no_row(tmp_path: Path) -> None:
     page = write(tmp_path, card("one"), replace(card("blank"), results=()))
     assert list(named(page)) == ["one the network"]

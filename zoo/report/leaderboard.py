@@ -215,11 +215,12 @@ class _Board:
         known = self.trained.get(card.name)
         epochs = epochs_of(card.training.recipe)
         said = f"{_epochs(epochs)} epochs" if epochs else MISSING
-        if known is None or known.published is None:
-            return said
-        same = known.published.network == card.architecture.name
-        scale = _epochs(known.published.epochs)
-        return f"{said} of {scale}" if same else f"{said} (published: {scale}, {known.published.network})"
+        if known is not None and known.published is not None:
+            same = known.published.network == card.architecture.name
+            scale = _epochs(known.published.epochs)
+            said += f" of {scale}" if same else f" (published: {scale}, {known.published.network})"
+        begun = card.training.recipe.get("start_from")
+        return f"{said}, from {begun.rpartition('/')[2]}" if isinstance(begun, str) else said
 
     def _legend(self) -> Iterator[str]:
         if self.key is not None:
