@@ -219,6 +219,15 @@ class PurifiedWithoutCare(Wrapped):
         return self.network(images + 0.01 * gradient.sign())
 
 
+class Decoyed(Wrapped):
+    """A class that is always nearly the answer and never is, with a steep slope that leads nowhere."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits, pixels = self.network(images), images.flatten(1)
+        lure = 0.04 * (300 * (pixels[:, ::2].mean(1) - pixels[:, 1::2].mean(1))).sin()
+        return torch.cat([logits, (logits.max(1).values - 0.05 + lure)[:, None]], dim=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Defect:
     plant: Callable[[nn.Module], Model]
@@ -230,6 +239,7 @@ class Defect:
 DEFECTS = {
     "logits x 1000": Defect(plant=Scaled, raises={"G1", "G2"}, leaves=("O1", "R1", "G3", "W1")),
     "softmax": Defect(plant=Softmax, raises={"O1"}, leaves=("G1", "G2", "R1")),
+    "a decoy": Defect(plant=Decoyed, raises={"G2"}, leaves=("O1", "R1", "B1", "M1", "D1")),
     "saturated softmax": Defect(plant=SaturatedSoftmax, raises={"O1", "G1"}, leaves=("R1",)),
     "log of a saturated softmax": Defect(plant=LogOfSaturatedSoftmax, raises={"O1", "G1"}, leaves=("R1",)),
     "8 levels": Defect(plant=Quantised, raises=MASKING, leaves=("O1", "R1", "B1", "M1", "D1")),

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.attacks.apgd import apgd_targeted
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.gradient import fgsm, pgd
 from zoo.attacks.grid import to_grid
@@ -61,6 +62,8 @@ NOISES = 16
 REPEATED_IMAGES, REPEATS = 8, 8
 """R1 asks so often, because a model of two paths answers alike half the time."""
 SLOPE_IMAGES, SLOPE_POINTS = 50, 12
+NEAREST = 3
+"""G2 goes towards so many classes, in the order of their logits."""
 PLANTED_IMAGES, INNER_POINTS = 32, 32
 EOT_IMAGES, EOT_STEPS, EOT_DRAWS, FRESH_DRAWS = 50, 10, 16, 20
 
@@ -81,7 +84,8 @@ OUTSIDE = 1e-6
 BLACK_BOX_ALONE = 0.01
 """W1: broken by queries, noise or transfer and by no gradient (AutoAttack's flag allows none)."""
 LOSS_GAP = 0.05
-"""G2: broken by a scale-free loss and not by cross-entropy; honest models show 1 to 4 points."""
+"""G2: broken by a scale-free loss, or towards another class, and not by cross-entropy; honest models show 1 to 4
+points."""
 EXPLAINED, UNEXPLAINED_IMAGES = 0.1, 0.5
 """G3: part of a true change that gradients must account for, and the share of images where they may fail to."""
 NOTABLE = 1e-3
@@ -440,7 +444,23 @@ class Evidence:
         losses: dict[str, str | Loss] = {"margin": "margin", f"cross-entropy of logits / {self.scale:.3g}": rescaled}
         if self.classes > 2:
             losses["DLR"] = "dlr"
-        return {name: self._spread(name, left, loss) for name, loss in losses.items()}
+        found = {name: self._spread(name, left, loss) for name, loss in losses.items()}
+        if self.classes > 2:
+            found[f"margin to each of {min(NEAREST, self.classes - 1)} classes"] = self._towards_each(left)
+        return found
+
+    def _towards_each(self, mask: Tensor) -> Tensor:
+        """Attack the images of a mask towards each of the nearest classes in turn; return which are broken."""
+        result, rows = torch.zeros_like(mask), mask.nonzero()[:, 0]
+        budget, generator = LinfBudget(eps=self.eps, steps=STEPS), self.generator("towards each")
+        for part in _parts(rows):
+            if len(part):
+                images, labels = self.images[part], self.labels[part]
+                found = apgd_targeted(
+                    self.net, images, labels, budget, loss="margin", num_targets=NEAREST, generator=generator
+                )
+                result[part] = self.wrong(found, labels)
+        return result
 
     @cached_property
     def white_box(self) -> Tensor:
@@ -689,7 +709,7 @@ def _g2(evidence: Evidence) -> Answer:
     most = max(_count(broken) for broken in evidence.other_losses.values())
     each = ", ".join(f"{name} {_count(broken)}" for name, broken in evidence.other_losses.items())
     return _exceeds(most, evidence.number, LOSS_GAP), (
-        f"cross-entropy leaves {left} of {evidence.number}; of these PGD-{STEPS} breaks by {each} ({evidence.ball})"
+        f"cross-entropy leaves {left} of {evidence.number}; of these {STEPS} steps break by {each} ({evidence.ball})"
     )
 
 
@@ -1035,8 +1055,8 @@ CHECKS: tuple[Check, ...] = (
     Check(
         code="G2",
         name="losses agree at every scale of logits",
-        meaning="Logits so large, or so shaped, that cross-entropy has no useful gradient; report the margin or DLR "
-        "loss.",
+        meaning="Logits so large, or so shaped, that cross-entropy has no useful gradient, or one that leads to a "
+        "class that cannot be reached; report the margin or DLR loss, towards each class in turn (AutoAttack).",
         ask=_g2,
     ),
     Check(
