@@ -770,16 +770,21 @@ def test_a_warning_of_autoattack_survives_an_interruption(tmp_path: Path, monkey
     assert "the model is random" in result.checks[0].detail
 
 
-def test_square_that_breaks_what_gradients_leave_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("alone", "said"), [(1, set()), (5, {"gradients find what Square finds"})])
+def test_square_that_breaks_what_gradients_leave_is_found_out(
+    alone: int, said: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image in a hundred is allowed, also where the shares 0.77 and 0.76 differ by more than 0.01 in floats."""
+
     def fake(model: object, images: Tensor, labels: Tensor, budget: object, *, seed: int) -> AutoAttackResult:
-        right = torch.ones(len(images), dtype=torch.bool)
-        after = dict.fromkeys(ATTACKS[:-1], right) | {"square": torch.arange(len(images)) >= 5}
-        return AutoAttackResult(adversarial=images, clean=right, robust=after, flags=())
+        number = torch.arange(len(images))
+        after = dict.fromkeys(ATTACKS[:-1], number >= 23) | {"square": number >= 23 + alone}
+        return AutoAttackResult(adversarial=images, clean=number >= 0, robust=after, flags=())
 
     monkeypatch.setattr(autoattacked, "autoattack", fake)
     request = Request(protocol="autoattack", eps=(Fraction(1, 100),), images=100)
     (result,) = evaluate(plain(tmp_path, "mean_colour"), request)
-    assert failed(result) == {"gradients find what Square finds"}
+    assert failed(result) == said
 
 
 def test_paths_are_compared_as_random_gates(alike: Bundle) -> None:

@@ -59,7 +59,7 @@ def autoattacked(run: Run) -> list[Result]:
         left = run.judged(stage, images, judge, size=BATCH)
         values = left.double().mean(0)[None]
         warnings = _warnings(run, stage, len(images))
-        alone = share(left[:, SQUARE]) - share(left[:, SQUARE + 1])
+        alone = int((left[:, SQUARE] & ~left[:, SQUARE + 1]).sum())
         results.append(
             run.result(
                 attack="AutoAttack",
@@ -76,8 +76,8 @@ def autoattacked(run: Run) -> list[Result]:
                     ),
                     Check(
                         name="gradients find what Square finds",
-                        held=alone <= SQUARE_ALONE,
-                        detail=f"Square alone breaks {alone:.3f} of {len(images)} images with 5,000 queries",
+                        held=alone <= SQUARE_ALONE * len(images),
+                        detail=f"Square alone breaks {alone} of {len(images)} images with 5,000 queries",
                     ),
                 ],
                 tables=[table("attacks", ("eps", "after"), [str(eps)], ["clean", *ATTACKS], values)],
