@@ -45,6 +45,7 @@ _MAX_SHOWN: Final = 80
 _IN_STREAM: Final = 64  # requests of one stream at a time
 _HEALTH_SECONDS: Final = 0.2  # between two looks of a watcher
 _QUIET_SECONDS: Final = 0.02  # without a request, before gRPC stops
+_PROMPT_SECONDS: Final = 0.25  # in which a message has to come that counts as what it turns out to be
 _QUIET_LOOKS: Final = 25
 _MAX_WATCHERS: Final = 64  # of health, which needs no key and never ends
 _DATATYPES: Final = {np.dtype(np.float32): "FP32", np.dtype(np.int64): "INT64", np.dtype(np.bool_): "BOOL"}
@@ -74,7 +75,7 @@ _HTTP_PATHS: Final = {
 async def running(application: Application) -> AsyncIterator[None]:
     """Serve gRPC inside the block, on the address of HTTP and the settings' port for gRPC.
 
-    On leaving it no new calls are taken, and those in flight have the settings' time to drain.
+    On leaving it no new calls are taken, and those in flight have what is left of the time to drain.
 
     Raises:
         BadInput: if the address cannot be used, or a file of the settings for TLS.
@@ -89,9 +90,16 @@ async def running(application: Application) -> AsyncIterator[None]:
     try:
         yield
     finally:
+        service = application.service
         await calls.refuse_more()
         calls.stopping.set()
-        await server.stop(grace=settings.drain_timeout)
+        stopping = asyncio.ensure_future(server.stop(grace=service.time_to_drain))
+        hurried = asyncio.ensure_future(service.hurried.wait())
+        await asyncio.wait({stopping, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        if not stopping.done():
+            await server.stop(grace=0)
+        hurried.cancel()
+        await stopping
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:
@@ -180,6 +188,8 @@ class _Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         self._settings = application.settings
         self._refusing = False
         self._refused = 0
+        self._slow = 0
+        """Calls whose message has begun and not come at once."""
         self._open: Counter[str] = Counter()
         """Calls without an end, by method: they must not use up all that there may be."""
         answers: dict[str, Answer] = {
@@ -214,7 +224,7 @@ class _Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         if handler is None:
             return None
         method = path.rpartition("/")[2]
-        if self._refusing and method in ("ModelInfer", "ModelStreamInfer"):
+        if (self._refusing or self._service.closing) and method in ("ModelInfer", "ModelStreamInfer"):
             self._refused += 1
             stopping = busy(503, "not_ready", "the server is stopping; try again, it may be another")
             return grpc.stream_unary_rpc_method_handler(self._refusal(method, stopping))
@@ -279,14 +289,34 @@ class _Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         return call
 
     async def _receive(self, call: _Call) -> bytes:
-        """Read a call's message within the limits of size and time."""
+        """Read a call's message within the limits of size and time.
+
+        How much of a message has come is not to be seen before all of it has. So what does not come at once counts as
+        large as it may become, and there are never more of those than the server may hold.
+        """
+        slow = refused = False
+
+        def take_time() -> None:
+            nonlocal slow, refused
+            slow = self._slow < max(1, self._settings.max_total_body_bytes // self._settings.max_body_bytes)
+            refused = not slow
+            self._slow += slow
+            if refused:
+                limit.reschedule(asyncio.get_running_loop().time())
+
+        prompt = asyncio.get_running_loop().call_later(_PROMPT_SECONDS, take_time)
         try:
-            async with asyncio.timeout(self._settings.body_timeout):
+            async with asyncio.timeout(self._settings.body_timeout) as limit:
                 body = await call.context.read()
         except TimeoutError as error:
+            if refused:
+                raise busy(503, "too_many_bytes", "too many messages are being sent slowly; try again later") from error
             raise RequestError(
                 408, "body_timeout", f"no message came within {self._settings.body_timeout:g} seconds; send faster"
             ) from error
+        finally:
+            prompt.cancel()
+            self._slow -= slow
         if body is grpc.aio.EOF:
             raise bad_request(f"the call ended without a message; send one {call.method}Request")
         assert isinstance(body, bytes)

@@ -65,6 +65,7 @@ class Repository:
         if self._folder is not None and not self._folder.is_dir():
             raise BadInput(f"model_repository is {settings.model_repository!r}, expected a folder of bundles")
         self._lock = asyncio.Lock()
+        self._loading: set[asyncio.Future[None]] = set()
         self._find()
 
     def load_all(self) -> list[Model]:
@@ -77,7 +78,8 @@ class Repository:
         models: list[Model] = []
         for entry in self._entries:
             try:
-                model = self._load(entry)
+                model, fingerprint = self._load(entry)
+                self._loaded(entry, model, fingerprint)
             except ManygatesError as error:
                 if not entry.of_folder:
                     raise
@@ -100,6 +102,18 @@ class Repository:
         Raises:
             RequestError: 404 if there is none of this name, 400 if it cannot be loaded.
         """
+        # a client that gives up stops nothing in the middle: what is served and what the index says stay the same
+        task = asyncio.ensure_future(self._load_named(service, name))
+        self._loading.add(task)
+        task.add_done_callback(self._ended)
+        await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Future[None]) -> None:
+        self._loading.discard(task)
+        if not task.cancelled():
+            task.exception()  # told whoever still waits, and in the log and the index
+
+    async def _load_named(self, service: Service, name: str) -> None:
         async with self._lock:
             await asyncio.to_thread(self._find)
             failure: ManygatesError | None = None
@@ -165,7 +179,8 @@ class Repository:
     async def _renew(self, service: Service, entry: Entry) -> None:
         before = (entry.name, entry.version) if entry.state == "READY" else None
         try:
-            model = await asyncio.to_thread(self._load, entry)
+            model, fingerprint = await asyncio.to_thread(self._load, entry)
+            self._loaded(entry, model, fingerprint)
         except ManygatesError as error:
             service.metrics.loaded(entry.name or entry.settings.source, "failed")
             self._failed(entry, error)
@@ -176,13 +191,17 @@ class Repository:
         service.metrics.loaded(model.card.name, "loaded")
         logger.info("loaded %s", described(model))
 
-    def _load(self, entry: Entry) -> Model:
+    def _load(self, entry: Entry) -> tuple[Model, str]:
+        """Load a model, perhaps on a thread beside the event loop; returns it and its card's fingerprint."""
         try:
-            model, fingerprint = load(entry.settings, self._settings, version=entry.version)
+            return load(entry.settings, self._settings, version=entry.version)
         except OSError as error:  # it is being written, or may not be read
             raise BundleError(
                 f"{_folder_of(entry)} cannot be read ({error.strerror or error}); expected a bundle"
             ) from error
+
+    def _loaded(self, entry: Entry, model: Model, fingerprint: str) -> None:
+        """Note that a model is about to be served."""
         for other in self._entries:
             names = (other.name, other.version) == (model.card.name, model.version)
             if other is not entry and other.state == "READY" and names:
@@ -190,7 +209,6 @@ class Repository:
         entry.name, entry.version = model.card.name, model.version
         entry.state, entry.reason, entry.unloaded = "READY", "", False
         entry.fingerprint = fingerprint
-        return model
 
     def _failed(self, entry: Entry, error: ManygatesError) -> None:
         reason = self._without_paths(error)

@@ -17,7 +17,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -30,6 +31,8 @@ logger = logging.getLogger("manygates.serving")
 _BULK_EVERY: Final = 4
 _GUESS_SECONDS: Final = 0.001
 """What an image is thought to cost before any was measured."""
+_LAST_BATCH_SECONDS: Final = 3.0
+"""How long the end waits for a batch that is in a model."""
 
 
 class QueueFull(Exception):  # noqa: N818 -- says what happened
@@ -51,6 +54,16 @@ class DeadlineExceeded(Exception):  # noqa: N818 -- says what happened
 class PredictionFailed(Exception):  # noqa: N818 -- says what happened
     """The model failed on the batch that the request was in; the cause is logged and chained."""
 
+
+class _Gone:
+    """Stands for a model that was replaced."""
+
+    def predict(self, *_: Any, **__: Any) -> Prediction:
+        """Answer nothing: whoever waited for this batch has been told already."""
+        raise Draining
+
+
+GONE: Final = _Gone()
 
 Outcome = Prediction | Exception
 Done = Callable[[Outcome], None]
@@ -153,6 +166,8 @@ class Scheduler:
         self._threads: list[threading.Thread] = []
         self._clock = 0.0
         """The virtual time: of the queue that was served last."""
+        self.stuck = False
+        """Whether a worker was still in a model when `stop` gave it up: the interpreter cannot end in peace."""
 
     @property
     def running(self) -> bool:
@@ -162,17 +177,23 @@ class Scheduler:
     def start(self) -> None:
         """Start the worker threads; must be called on the event loop that will submit."""
         self._loop = asyncio.get_running_loop()
+        self._in_flight, self.stuck = 0, False
         for number in range(self._workers):
             thread = threading.Thread(target=self._work, name=f"predict-{number}", daemon=True)
             thread.start()
             self._threads.append(thread)
 
     def stop(self) -> None:
-        """Stop the threads; every queue must have been closed before."""
+        """Stop the threads; every queue must have been closed before. A batch in a model is waited for, not long."""
+        with suppress(Empty):
+            while True:  # what no worker has begun is for nobody any more
+                self._jobs.get_nowait()
         for _ in self._threads:
             self._jobs.put(None)
-        for thread in self._threads if not self._in_flight else []:
-            thread.join()
+        deadline = time.perf_counter() + _LAST_BATCH_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.perf_counter()))
+        self.stuck = any(thread.is_alive() for thread in self._threads)
         self._threads.clear()
         self._loop = None
 
@@ -436,6 +457,11 @@ class Queue:
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
             self._sweep_timer = None
+        self.abandon()
+        self._scheduler.remove(self)
+
+    def abandon(self) -> None:
+        """Tell whoever still waits that no answer will come."""
         for lanes in list(self._lanes.values()):
             for lane in lanes:
                 while lane:
@@ -443,7 +469,10 @@ class Queue:
         for job in list(self._computing.values()):
             for part in job.parts:
                 self._fail(part.ticket, Draining())
-        self._scheduler.remove(self)
+
+    def release(self) -> None:
+        """Let go of the predictor of a closed queue, however long somebody keeps the queue itself."""
+        self._predictor = GONE
 
     def take(self, max_rows: int, wide: bool, *, full: bool = False) -> "_Job | None":
         """Take up to `max_rows` rows of one plan off the queue, oldest first; None if all turned out to be late.
@@ -510,6 +539,8 @@ class Queue:
     def finish(self, job: _Job, outcome: Prediction | BaseException, seconds: float) -> None:
         """Hand a batch's answers to their requests; on the loop."""
         self._computing.pop(id(job), None)
+        if isinstance(outcome, Draining):
+            return
         if isinstance(outcome, BaseException):
             logger.error("a batch of %d requests failed", len(job.parts), exc_info=outcome)
             for part in job.parts:

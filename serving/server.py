@@ -1,8 +1,10 @@
 """The server process: sockets, signals, start and stop around the application."""
 
+import asyncio
 import importlib
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
@@ -109,9 +111,20 @@ def _serve(settings: Settings) -> None:
         logger.info("manygates serves %s at %s", names, url)
     else:
         print(f"manygates serves {names} at {url} (Ctrl-C stops)", file=sys.stderr, flush=True)
+    _log_models(application)
+    server.run(sockets=[listener])
+    if application.service.scheduler.stuck and threading.current_thread() is threading.main_thread():
+        # a thread that the interpreter finds in a model at its end makes it abort
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _log_models(application: Application) -> None:
+    """Say what is served; a function of its own, so that no frame keeps a model that is replaced."""
     for served in application.service.everything():
         logger.info("serving %s", described(served.model))
-    server.run(sockets=[listener])
 
 
 def allow_open_files(number: int) -> None:
@@ -203,6 +216,8 @@ class Server(uvicorn.Server):
         self._application = application
         self._exit_at: float | None = None
         self._hung_up = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """Set while it shuts down."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain on the first signal, and stop at once on the second.
@@ -215,6 +230,20 @@ class Server(uvicorn.Server):
             self._exit_at = time.monotonic() + self._application.settings.drain_delay
         else:
             self.should_exit = self.force_exit = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._application.service.hurry)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Give the requests in flight, of every protocol, the same time to drain; none after a second signal."""
+        service = self._application.service
+        self._loop = asyncio.get_running_loop()
+        service.close_by(time.monotonic() + self._application.settings.drain_timeout)
+        if self.force_exit:
+            service.hurry()
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn then leaves the application as it is, with its threads and sockets
+            service.hurry()
+            await self.lifespan.shutdown()
 
     def handle_hang_up(self, sig: int, frame: FrameType | None) -> None:
         """Read keys and certificate again, soon, on SIGHUP."""

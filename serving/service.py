@@ -4,9 +4,11 @@ REST, gRPC and whatever comes next read requests in their own form and ask here.
 """
 
 import asyncio
+import dataclasses
 import functools
 import importlib.metadata
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,6 +23,7 @@ from serving.gates import give_memory_back
 from serving.metrics import Metrics, ModelMetrics
 from serving.protocol import NOTHING_ASKED, VERSION, Asked, Codec
 from serving.scheduler import (
+    GONE,
     DeadlineExceeded,
     Done,
     Draining,
@@ -113,16 +116,19 @@ class Served:
             details={"mode": model.mode, **dict(model.details)},
         )
         self._max_batch = settings.max_batch
-        self.successor: Served | None = None
-        """What takes requests instead of this, once it was loaded again."""
+        self._service = service
+        self.replaced = False
+        """Whether it was loaded again, so that another takes its requests."""
 
     @property
     def latest(self) -> "Served":
         """What a request is to be answered by whose body has come only now."""
-        served = self
-        while served.successor is not None:
-            served = served.successor
-        return served
+        return self._service.current(self) if self.replaced else self
+
+    def release(self) -> None:
+        """Let go of the model once it is closed, however long a quiet connection remembers what it asked last."""
+        self.queue.release()
+        self.model = dataclasses.replace(self.model, predictor=GONE)
 
     def configuration(self) -> dict[str, Any]:
         """Return what the protocol's extension calls the model's configuration: how it is batched and run."""
@@ -160,6 +166,9 @@ class Service:
         self._served: dict[str, dict[str, Served]] = {}
         self._draining = False
         self._started = False
+        self._deadline: float | None = None
+        self.hurried = asyncio.Event()
+        """Set when nobody wants to wait for the requests in flight any more."""
         self._closing: set[asyncio.Task[None]] = set()
         for model in models:
             if model.version in self._served.get(model.card.name, {}):
@@ -188,6 +197,32 @@ class Service:
     def begin_drain(self) -> None:
         """Say that we are not ready any more, so that no new clients are sent here; requests are still answered."""
         self._draining = True
+
+    def close_by(self, deadline: float) -> None:
+        """Give the requests in flight until `deadline` (of `time.monotonic`), on whatever protocol they came."""
+        self._draining = True
+        self._deadline = deadline
+
+    @property
+    def closing(self) -> bool:
+        """Whether only requests in flight are still answered."""
+        return self._deadline is not None
+
+    @property
+    def time_to_drain(self) -> float:
+        """How many seconds requests in flight still have once they are to end."""
+        return self.settings.drain_timeout if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def hurry(self) -> None:
+        """Answer nothing any more: whoever waits is told so now; on the event loop."""
+        self.close_by(time.monotonic())
+        self.hurried.set()
+        for served in self.everything():
+            served.queue.abandon()
+
+    def current(self, served: Served) -> Served:
+        """Return what is served under this model's name and version now; itself if nothing is."""
+        return self._served.get(served.name, {}).get(served.version, served)
 
     def description(self) -> dict[str, Any]:
         """Return what the protocol calls the server's metadata."""
@@ -240,11 +275,14 @@ class Service:
     async def stop(self) -> None:
         """Finish the requests in flight for at most the settings' time to drain, and stop the workers."""
         self._draining = True
-        await asyncio.gather(*(served.queue.close(self.settings.drain_timeout) for served in self.everything()))
+        seconds = self.time_to_drain
+        await asyncio.gather(*(served.queue.close(seconds) for served in self.everything()))
         if self._closing:
             await asyncio.gather(*self._closing)
         self.scheduler.stop()
         self._started = False
+        self._deadline = None
+        self.hurried.clear()
 
     def put(self, model: Model) -> None:
         """Serve a model from now on; in place of one of this name and version, which answers what it has taken."""
@@ -254,7 +292,7 @@ class Service:
             served.queue.open()
         self._put(served)
         if old is not None:
-            old.successor = served
+            old.replaced = True
             if self._started:
                 self._close(old)
 
@@ -330,9 +368,13 @@ class Service:
         self.generation += 1
 
     def _close(self, served: Served) -> None:
-        task = asyncio.get_running_loop().create_task(served.queue.close(self.settings.drain_timeout))
+        task = asyncio.get_running_loop().create_task(self._retire(served))
         self._closing.add(task)
         task.add_done_callback(self._closed)
+
+    async def _retire(self, served: Served) -> None:
+        await served.queue.close(self.settings.drain_timeout)
+        served.release()
 
     def _closed(self, task: asyncio.Task[None]) -> None:
         self._closing.discard(task)

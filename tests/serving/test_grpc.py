@@ -539,8 +539,8 @@ def test_health_knows_the_server_the_service_and_the_models(tiny_application, se
 # --- streams
 
 
-def _never() -> Iterator[bytes]:
-    time.sleep(1)
+def _never(seconds: float = 1) -> Iterator[bytes]:
+    time.sleep(seconds)
     yield from ()
 
 
@@ -710,6 +710,26 @@ def test_a_call_without_a_message_is_refused_and_one_whose_message_does_not_come
             call(iter(()), timeout=10)
         with refused("DEADLINE_EXCEEDED", "no message came within 0.2 seconds"):
             call(_never(), timeout=10)
+
+
+def test_messages_that_come_slowly_are_as_many_as_the_server_may_hold(tiny_application, serve, images) -> None:
+    """How much of a message has come is not to be seen before all of it has."""
+    limits = {"max_body_bytes": 2**20, "max_total_body_bytes": 2 * 2**20}
+    with serve(tiny_application("single", grpc_port=0, body_timeout=3, **limits)) as client:
+
+        def start(method: str) -> Any:
+            return client.channel.stream_unary(f"/{SERVICE}/{method}").future(_never(6), timeout=10)
+
+        held = [start("ModelInfer"), start("ServerLive")]
+        time.sleep(1)
+        with refused("UNAVAILABLE", "too many messages are being sent slowly"):
+            start("ServerLive").result()
+        assert len(client.call("ModelInfer", infer_request(images)).outputs) == 2, "one that comes at once is answered"
+        for call in held:
+            with refused("DEADLINE_EXCEEDED", "no message came within 3 seconds"):
+                call.result()
+        with refused("DEADLINE_EXCEEDED", "no message came within 3 seconds"):
+            start("ServerLive").result()
 
 
 def test_streams_and_watchers_cannot_use_up_all_calls(tiny_application, serve, images) -> None:

@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
+from serving import repository
 from serving.app import Application
 from serving.repository import Repository
 from serving.server import build
@@ -490,14 +491,23 @@ def test_a_model_is_unloaded_loaded_and_loaded_again_on_request(write, tmp_path:
     run(main)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{", b'{"parameters": {"config": "{}"}}', b"[" * 100_000])
-def test_a_model_is_loaded_as_the_operator_configured_it(write, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"[]", 400),
+        (b"{", 400),
+        (b'{"parameters": {"config": "{}"}}', 400),
+        (b"[" * 10_000, 400),
+        (b"[" * 100_000, 413),
+    ],
+)
+def test_a_model_is_loaded_as_the_operator_configured_it(write, content: bytes, status: int) -> None:
     folder = write("repository/tiny", 1).parent
 
     async def main() -> None:
         async with serving(settings_for(folder, allow_repository_changes=True)) as server:
             answer = await server.client.post("/v2/repository/models/tiny/load", content=content)
-            assert answer.status_code == 400
+            assert answer.status_code == status
             assert await server.scale() == 1
 
     run(main)
@@ -589,6 +599,38 @@ def test_what_a_replaced_or_unloaded_model_has_taken_is_answered(card, load_mode
         assert answers == [1] * 4 + [2] * 4
         await service.stop()
         assert not service._closing
+
+    run(main)
+
+
+def test_a_client_that_gives_up_stops_no_load_in_the_middle(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write("repository/tiny", 1).parent
+    entered, opened = threading.Event(), threading.Event()
+    load = repository.load
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        entered.set()
+        assert opened.wait(10)
+        return load(*arguments, **options)
+
+    async def main() -> None:
+        async with serving(settings_for(folder, allow_repository_changes=True)) as server:
+            assert (await server.ask("tiny/unload")).status_code == 200
+            monkeypatch.setattr(repository, "load", slow)
+            service, known = server.application.service, server.application.repository
+            task = asyncio.create_task(known.load(service, "tiny"))
+            while not entered.is_set():
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await server.index())["tiny", "1"][0] == "UNAVAILABLE", "what is not served yet is not READY"
+            unloading = asyncio.create_task(server.ask("tiny/unload"))
+            await asyncio.sleep(0.05)
+            assert not unloading.done(), "one change at a time"
+            opened.set()
+            assert (await unloading).status_code == 200, "it was served by then"
+            assert (await server.index())["tiny", "1"][0] == "UNAVAILABLE"
 
     run(main)
 

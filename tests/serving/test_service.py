@@ -1,7 +1,10 @@
 """The core that every protocol shares: models, versions, failures, start and stop."""
 
 import asyncio
+import gc
 import threading
+import time
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -215,6 +218,56 @@ def test_a_request_error_is_what_it_is(model) -> None:
     assert error.grpc_code == "INVALID_ARGUMENT"
     assert RequestError(418, "teapot", "").grpc_code == "UNKNOWN"
     assert set(GRPC_CODES) >= {400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504}
+
+
+def test_a_model_that_was_replaced_or_dropped_is_let_go_of_whoever_remembers_it(model) -> None:
+    async def main() -> None:
+        service = Service([model(Fixed(0))], Settings(threads=1))
+        service.start()
+        remembered, engines = [], []
+        for number in range(1, 4):
+            remembered.append(service.find("tiny"))
+            engines.append(weakref.ref(remembered[-1].model.predictor))
+            await service.predict(remembered[-1], IMAGE)
+            service.put(model(Fixed(number)))
+        assert {old.latest for old in remembered} == {service.find("tiny")}
+        remembered.append(service.find("tiny"))
+        engines.append(weakref.ref(remembered[-1].model.predictor))
+        service.drop("tiny")
+        while service._closing:
+            await asyncio.sleep(0.001)
+        await service.stop()
+        gc.collect()
+        assert [engine() for engine in engines] == [None] * 4
+
+    asyncio.run(main())
+
+
+def test_the_time_to_drain_is_one_for_all_and_over_when_nobody_wants_to_wait(model) -> None:
+    async def main() -> None:
+        gate = Gate()
+        service = Service([model(gate)], Settings(threads=1, drain_timeout=30))
+        service.start()
+        assert service.time_to_drain == 30
+        waiting = asyncio.create_task(service.predict(service.find("tiny"), IMAGE))
+        while not gate.entered.is_set():
+            await asyncio.sleep(0.001)
+        service.close_by(time.monotonic() + 20)
+        assert service.closing
+        assert not service.ready
+        assert 19 < service.time_to_drain <= 20
+        stopping = asyncio.create_task(service.stop())
+        await asyncio.sleep(0.02)
+        assert not stopping.done()
+        service.hurry()
+        assert service.time_to_drain == 0
+        with pytest.raises(RequestError, match="the server is starting or stopping"):
+            await waiting
+        gate.opened.set()
+        await asyncio.wait_for(stopping, 5)
+        assert not service.scheduler.stuck
+
+    asyncio.run(main())
 
 
 def test_readiness_is_of_every_model_and_goes_when_the_drain_begins(model) -> None:
