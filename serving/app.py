@@ -5,6 +5,7 @@ be a tenth of the cost. Everything else is Starlette's.
 """
 
 import asyncio
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -24,7 +25,7 @@ from starlette.datastructures import QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -38,6 +39,7 @@ from serving.exits import read_confidence, read_exit
 from serving.metrics import CONTENT_TYPE
 from serving.protocol import HEADER_LENGTH, Asked, json_headers
 from serving.repository import Repository
+from serving.scheduler import DeadlineExceeded
 from serving.service import Model, Served, Service
 from serving.settings import Settings
 from zoo.errors import BadImage, BadInput, UnsupportedImage
@@ -48,6 +50,8 @@ logger = logging.getLogger("manygates.serving")
 _DECODERS = 2
 _MAX_DECODING = 64
 _MAX_TEXT_FIELD = 4096
+_MAX_SMALL_BODY = 64 * 2**10
+"""Of calls that take a few words of JSON: it is parsed on the event loop."""
 _BOUNDARY = re.compile(r""";\s*boundary=(?:"([^"\\]{1,70})"|([^\s;,"\\]{1,70}))\s*(?:;|$)""", re.ASCII | re.IGNORECASE)
 # what clients send that were not told what the body is; the last is curl's default
 _UNTOLD = ("", "application/octet-stream", "application/x-www-form-urlencoded")
@@ -222,12 +226,16 @@ class Application:
                 Route(f"{prefix}/stats", self._model_stats),
                 Route(f"{prefix}/infer", self._unknown_infer, methods=["POST"]),
             ]
+        if self.settings.demo:  # whose mount answers below it only
+            routes.append(Route("/demo", _to_folder))
         handlers: dict[Any, Any] = {
             RequestError: self._answer_error,
             HTTPException: self._answer_http_exception,
             Exception: self._answer_defect,
         }
-        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self.running)
+        application = Starlette(routes=routes, exception_handlers=handlers, lifespan=self.running)
+        application.router.redirect_slashes = False
+        return application
 
     async def _infer(self, served: Served, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer an inference request that did not take the short way of `serving.connection`."""
@@ -282,15 +290,19 @@ class Application:
         content = json.dumps({"error": str(error)}).encode()
         return error.status, json_headers(len(content)) + error.headers, content
 
-    async def _body(self, sizes: "_Sizes", receive: Receive) -> bytes:
-        """Read a body within the limits of size and time; what is held must be given back, see `_Sizes.held`."""
-        limit = self.settings.max_body_bytes
+    async def _body(self, sizes: "_Sizes", receive: Receive, limit: int | None = None) -> bytes:
+        """Read a body within the limits of size and time; what is held must be given back, see `_Sizes.held`.
+
+        `limit` is in bytes; None takes the settings'.
+        """
+        fix = "send fewer images at a time" if limit is None else "send a few words of JSON, or nothing"
+        limit = self.settings.max_body_bytes if limit is None else limit
         if sizes.content_encoding is not None:
             raise RequestError(
                 415, "content_encoding", f"Content-Encoding is {sizes.content_encoding!r}, expected none; send it plain"
             )
         if sizes.content_length is not None and sizes.content_length > limit:
-            raise _too_large(sizes.content_length, limit)
+            raise _too_large(sizes.content_length, limit, fix)
         body, more = bytearray(), True
         try:
             async with asyncio.timeout(self.settings.body_timeout):
@@ -304,7 +316,7 @@ class Application:
                     else:
                         body += piece
                     if len(body) > limit:
-                        raise _too_large(len(body), limit)
+                        raise _too_large(len(body), limit, fix)
                     self._hold(sizes, len(piece))
         except TimeoutError as error:
             raise RequestError(
@@ -334,10 +346,16 @@ class Application:
         try:
             body = await self._body(sizes, request.receive)
             started = time.perf_counter()
-            images = await self._decode_image(served, await _image_file(request.headers, body))
+            content = await _image_file(request.headers, body)
+            images = await self._decode_image(served, content, asked.timeout)
             if served.latest is not served and served.latest.model.card.input == served.model.card.input:
                 served = served.latest
                 asked = served.codec.asked(_parameters(request.query_params))
+            if asked.timeout is not None:
+                left = asked.timeout - (time.perf_counter() - started)
+                if left <= 0:
+                    raise self.service.failure(served, DeadlineExceeded())
+                asked = dataclasses.replace(asked, timeout=left)
             answer = await self._predict(served, images, asked, request.scope, request.receive)
         except _ClientGone:
             return Response(status_code=499)
@@ -367,14 +385,17 @@ class Application:
             }
         )
 
-    async def _decode_image(self, served: Served, content: bytes) -> NDArray[np.float32]:
-        """Decode on one of a few threads: a large JPEG takes longer than many predictions."""
+    async def _decode_image(self, served: Served, content: bytes, timeout: float | None) -> NDArray[np.float32]:
+        """Decode within `timeout` seconds on one of a few threads: a large JPEG takes longer than many predictions."""
         if self._decoders is None:
             raise busy(503, "not_ready", "the server is starting or stopping; try again, it may be another")
         if self._decoders.waiting >= _MAX_DECODING:
             raise busy(429, "queue_full", f"{_MAX_DECODING} images are being decoded; try again in a second")
         try:
-            return await self._decoders.run(functools.partial(decode_image, content, served.model.card.input))
+            async with asyncio.timeout(timeout):
+                return await self._decoders.run(functools.partial(decode_image, content, served.model.card.input))
+        except TimeoutError as error:
+            raise self.service.failure(served, DeadlineExceeded()) from error
         except UnsupportedImage as error:
             raise RequestError(415, "unsupported_image", str(error)) from error
         except BadImage as error:
@@ -456,7 +477,7 @@ class Application:
         """Read a small JSON object; no body is an empty one."""
         sizes = _Sizes(request.scope)
         try:
-            body = await self._body(sizes, request.receive)
+            body = await self._body(sizes, request.receive, min(_MAX_SMALL_BODY, self.settings.max_body_bytes))
         finally:
             self.held_bytes -= sizes.held
         if not body:
@@ -595,6 +616,10 @@ async def _image_field(headers: HeaderMap, body: bytes) -> bytes:
         await form.close()
 
 
+async def _to_folder(request: Request) -> Response:
+    return RedirectResponse(request.url.replace(path=f"{request.url.path}/"))
+
+
 def _note(scope: Scope, served: Served, asked: Asked, rows: int) -> None:
     """Leave what was answered for the log of requests and the trace."""
     scope["manygates.answered"] = {"model": served.name, "rows": rows}
@@ -641,11 +666,11 @@ def _stopped() -> RequestError:
     return busy(503, "not_ready", "the server stopped before this was answered; try again, it may be another")
 
 
-def _too_large(length: int, limit: int) -> RequestError:
+def _too_large(length: int, limit: int, fix: str) -> RequestError:
     return RequestError(
         413,
         "body_too_large",
-        f"the body has at least {length} bytes, expected at most {limit}; send fewer images at a time",
+        f"the body has at least {length} bytes, expected at most {limit}; {fix}",
         [(b"connection", b"close")],
     )
 

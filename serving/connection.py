@@ -9,7 +9,10 @@ model, a refused key) takes the ASGI application's way and is answered there.
 
 import asyncio
 import json
+import ssl
 import time
+import weakref
+from collections.abc import Collection
 from typing import Any, Final, NamedTuple, Protocol
 
 import httptools
@@ -379,7 +382,7 @@ class Connection(HttpToolsProtocol):
     def _enter(self, cycle: _HotCycle, body: bytes) -> None:
         """Read a whole request and queue it."""
         served = cycle.call.served
-        if served.successor is not None:  # it was loaded again while the body came
+        if served.replaced:  # it was loaded again while the body came
             served = served.latest
             cycle.call = cycle.call._replace(served=served)
         cycle.started = time.perf_counter()
@@ -505,7 +508,8 @@ class Connection(HttpToolsProtocol):
             f"content-type: text/plain; charset=utf-8\r\ncontent-length: {len(message)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(STATUS_LINE[status] + headers.encode() + message.encode())
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS cannot
+            self.transport.write_eof()
         self._timer = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def _expect_rest(self) -> None:
@@ -552,3 +556,41 @@ def connections_of(
         "max_total_body_bytes": max_total_body_bytes,
     }
     return type("Connection", (Connection,), fields)
+
+
+def limit_handshakes(context: ssl.SSLContext, connections: Collection[object], most: int, timeout: float) -> None:
+    """Close a connection before its TLS handshake if there are `most` in theirs and among `connections` already.
+
+    A `Connection` is told of its transport after the handshake only, so it cannot count those that never begin one.
+    `timeout` is how many seconds the event loop gives a handshake.
+    """
+    begun: weakref.WeakKeyDictionary[ssl.SSLObject, float] = weakref.WeakKeyDictionary()
+
+    def full() -> bool:
+        return len(begun) + len(connections) >= most
+
+    class Counted(ssl.SSLObject):
+        """One connection's TLS."""
+
+        def __new__(cls) -> "Counted":
+            now = time.monotonic()
+            if full():  # asyncio leaves what was broken off to the garbage collector, which may come late
+                for gone in [one for one, since in begun.items() if now - since > timeout]:
+                    del begun[gone]
+            if full():
+                raise ConnectionAbortedError("too many connections")
+            new = super().__new__(cls)
+            begun[new] = now
+            return new
+
+        def do_handshake(self) -> None:
+            try:
+                super().do_handshake()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise
+            except BaseException:
+                begun.pop(self, None)
+                raise
+            begun.pop(self, None)
+
+    context.sslobject_class = Counted

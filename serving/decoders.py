@@ -7,8 +7,9 @@ takes long would hold up a server that was told to stop. These are daemons.
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +17,12 @@ from numpy.typing import NDArray
 Work = Callable[[], NDArray[np.float32]]
 
 
-class _Job(NamedTuple):
+@dataclass(slots=True)
+class _Job:
     """One file to decode, and who waits for it."""
 
-    work: Work
+    work: Work | None
+    """None once nobody waits: the file is not held until a thread is free."""
     future: "asyncio.Future[NDArray[np.float32]]"
 
 
@@ -44,10 +47,12 @@ class Decoders:
         """Return or raise what `work` does. A caller that is cancelled gives up its place."""
         future: asyncio.Future[NDArray[np.float32]] = self._loop.create_future()
         self._waiting.add(future)
-        self._jobs.put(_Job(work, future))
+        job = _Job(work, future)
+        self._jobs.put(job)
         try:
             return await future
         finally:
+            job.work = None
             self._waiting.discard(future)
 
     def stop(self) -> None:
@@ -59,12 +64,13 @@ class Decoders:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if job.future.cancelled():
+            work = job.work
+            if work is None or job.future.cancelled():
                 continue
             answer: Any = None
             failure: BaseException | None = None
             try:
-                answer = job.work()
+                answer = work()
             except BaseException as error:  # noqa: BLE001 -- whatever it was, the caller gets it
                 failure = error
             try:

@@ -12,14 +12,17 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import log
-from serving.errors import Headers, RequestError
+from serving.errors import Headers, RequestError, bad_request
 from serving.keys import Keys
 from serving.protocol import HEADER_LENGTH
 from serving.settings import Settings
 
 _OPEN: Final = frozenset(("/v2/health/live", "/v2/health/ready"))
 _MODEL: Final = re.compile(r"/v2/(?:repository/)?models/([^/]+)(/|$)")
-_ADMINISTRATION: Final = re.compile(r"/v2/repository/models/[^/]+/(?:un)?load")
+# and whatever else is below: what is offered there, only the router knows
+_ADMINISTRATION: Final = "/v2/repository/models/"
+# none of our paths has any, and "$" in a pattern, the router's too, also stands before a newline at the end
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _ALLOWED_HEADERS: Final = ("authorization", "content-type", HEADER_LENGTH.decode(), "x-api-key", "x-request-id")
 
 
@@ -65,7 +68,7 @@ class Admission:
         """
         if path in _OPEN:
             return None
-        administration = _ADMINISTRATION.fullmatch(path) is not None
+        administration = path.startswith(_ADMINISTRATION)
         keys = self._administrators if administration and self._administrators is not None else self._keys
         if keys is None:
             return None
@@ -138,6 +141,7 @@ class Edge:
         key: str | None = None
         try:
             try:
+                _check_path(scope["path"])
                 key = self._admission.check_headers(scope["path"], scope["headers"])
             except RequestError as error:
                 code, headers, content = self._refuse(error, scope["path"])
@@ -167,3 +171,13 @@ class Edge:
                     rows=notes.get("rows"),
                     key=key,
                 )
+
+
+def _check_path(path: str) -> None:
+    """Refuse control characters: two readers of a path may see different ones in it.
+
+    Raises:
+        RequestError: 400 if there are any.
+    """
+    if _CONTROL.search(path):
+        raise bad_request(f"the path {path[:128]!r} holds a control character; no path here has one, see /")

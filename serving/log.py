@@ -119,7 +119,7 @@ def log_request(
         status: of the answer.
         seconds: from the whole head to the answer.
         request_id: the client's, if clean, or ours.
-        model: that answered.
+        model: that answered, or the one that was asked for, cut at 256 as well.
         rows: how many images.
         key: the name of the key, never the key.
     """
@@ -127,6 +127,7 @@ def log_request(
     if rows is not None:
         message += f" {rows} {'image' if rows == 1 else 'images'}"
     fields = {"method": method[:16], "path": path[:256], "status": status, "seconds": round(seconds, 6)}
+    model = None if model is None else model[:256]
     more = {"model": model, "rows": rows, "key": key}
     fields.update({name: value for name, value in more.items() if value is not None})
     _access.info("%s", message, extra={"request_id": request_id, "model": model, "access": fields})

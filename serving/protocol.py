@@ -47,7 +47,7 @@ _MAX_ID: Final = 256
 _MAX_REMEMBERED: Final = 256
 _MAX_REMEMBERED_BYTES: Final = 1024
 _MAX_SHOWN: Final = 160
-# commas, lists and objects around the pixels; a request has about a dozen
+# commas, colons, lists and objects around the pixels; a request has about a dozen
 _MAX_OTHER_PARTS: Final = 1000
 _UNSUPPORTED: Final = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size", "classification")
 
@@ -424,7 +424,7 @@ class Codec:
         channels, height, _ = self._image_shape
         lists = self._max_rows * (1 + channels * (1 + height)) + _MAX_OTHER_PARTS
         numbers = self._max_rows * self._image_items + _MAX_OTHER_PARTS
-        for part, limit in ((b"[", lists), (b"{", _MAX_OTHER_PARTS), (b",", numbers)):
+        for part, limit in ((b"[", lists), (b"{", _MAX_OTHER_PARTS), (b":", _MAX_OTHER_PARTS), (b",", numbers)):
             found = text.count(part)
             if found > limit:
                 raise bad_request(

@@ -381,7 +381,7 @@ class Queue:
         lanes = self._lanes.get(plan)
         if lanes is None:
             lanes = self._lanes[plan] = _Lanes(deque(), deque())
-        lane = lanes.bulk if bulk or rows > self._bulk_images else lanes.small
+        lane = lanes.bulk if bulk or rows * (1 if plan is None else plan.draws) > self._bulk_images else lanes.small
         ticket = Ticket(images, limits, done, lane, time.perf_counter())
         lane.append(ticket)
         if not self.waiting:

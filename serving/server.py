@@ -1,6 +1,7 @@
 """The server process: sockets, signals, start and stop around the application."""
 
 import asyncio
+import functools
 import importlib
 import ipaddress
 import logging
@@ -19,7 +20,7 @@ import uvicorn
 
 from serving import log
 from serving.app import Application
-from serving.connection import SPARE_CONNECTIONS, connections_of
+from serving.connection import SPARE_CONNECTIONS, connections_of, limit_handshakes
 from serving.repository import Repository, described
 from serving.settings import Settings
 from serving.tls import renew, ssl_context
@@ -213,6 +214,9 @@ class Server(uvicorn.Server):
         config.load()
         config.ssl = ssl_context(settings)
         super().__init__(config)
+        if config.ssl is not None:
+            most = settings.max_connections + SPARE_CONNECTIONS
+            limit_handshakes(config.ssl, self.server_state.connections, most, settings.header_timeout)
         self._application = application
         self._exit_at: float | None = None
         self._hung_up = False
@@ -232,6 +236,15 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._application.service.hurry)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen; a handshake may take as long as a head does, for which uvicorn has no setting."""
+        loop, seconds = asyncio.get_running_loop(), self._application.settings.header_timeout
+        if self.config.ssl is not None:
+            loop.create_server = functools.partial(  # type: ignore[method-assign]
+                loop.create_server, ssl_handshake_timeout=seconds, ssl_shutdown_timeout=seconds
+            )
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Give the requests in flight, of every protocol, the same time to drain; none after a second signal."""

@@ -199,7 +199,7 @@ class Settings:
     intra_op: int = _setting(1, "cores that one batch uses", 1, 1024)
     max_batch: int = _setting(8, "images in a batch; more gain nothing on a processor, so raise it on a GPU", 1, 65_536)
     bulk_images: int = _setting(
-        0, "a request of more images is bulk and lets smaller ones pass; 0 is `max_batch`", 0, 2**24
+        0, "a request of more images (times draws it chose) is bulk: smaller ones pass; 0 is `max_batch`", 0, 2**24
     )
     device: Device = _setting("cpu", "`cuda` uses ONNX Runtime's CUDA provider", choices=("cpu", "cuda"))
     allow_cpu_fallback: bool = _setting(
@@ -222,7 +222,10 @@ class Settings:
         30.0, "seconds a request may wait for its turn before it is answered with 503", 0.001, _DAY
     )
     header_timeout: float = _setting(
-        10.0, "seconds a client may take to send a request's first line and headers before it is cut off", 0.001, _DAY
+        10.0,
+        "seconds for a TLS handshake, and for a request's first line and headers, before the client is cut off",
+        0.001,
+        _DAY,
     )
     body_timeout: float = _setting(
         30.0, "seconds a client may take to send a body before it is answered with 408", 0.001, _DAY

@@ -130,7 +130,30 @@ def test_there_is_time_to_drain_before_the_orchestrator_kills(place: str) -> Non
         grace = float(COMPOSE["stop_grace_period"].removesuffix("s"))
     else:
         grace = float(pods()[place]["terminationGracePeriodSeconds"])
-    assert grace > settings.drain_delay + 2 * settings.drain_timeout
+    assert grace >= settings.drain_delay + 2 * settings.drain_timeout + 10
+
+
+def in_bytes(size: str) -> int:
+    units = {"Gi": 2**30, "Mi": 2**20, "g": 2**30, "m": 2**20}
+    (unit,) = [unit for unit in units if size.endswith(unit)]
+    return int(size.removesuffix(unit)) * units[unit]
+
+
+@pytest.mark.parametrize("place", ["compose", "kubernetes", "kserve"])
+def test_what_requests_may_hold_fits_into_the_limit_of_memory(place: str) -> None:
+    if place == "compose":
+        limit = in_bytes(COMPOSE["mem_limit"])
+        scratch = in_bytes(COMPOSE["tmpfs"][0].removeprefix("/tmp:size=").partition(",")[0])
+    else:
+        pod = pods()[place]
+        limit = in_bytes(pod["containers"][0]["resources"]["limits"]["memory"])
+        (scratch,) = [
+            in_bytes(volume["emptyDir"]["sizeLimit"])
+            for volume in pod["volumes"]
+            if volume.get("emptyDir", {}).get("medium") == "Memory"
+        ]
+    # as docs/deploy.md says; what is in /tmp is memory too
+    assert Settings.from_environment(environments()[place]).max_total_body_bytes <= limit - 300_000_000 - scratch
 
 
 @pytest.mark.parametrize("place", ["kubernetes", "kserve"])

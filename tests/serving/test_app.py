@@ -3,6 +3,8 @@ import io
 import json
 import logging
 import threading
+import time
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,9 @@ from starlette import formparsers
 
 from serving import gate_compiler
 from serving.app import Application
+from serving.decoders import Decoders
 from serving.engine import Engine, Prediction
+from serving.protocol import Asked
 from serving.service import Model
 from zoo.bundle import Bundle
 from zoo.errors import BadInput
@@ -262,6 +266,88 @@ def test_a_file_that_takes_for_ever_to_decode_holds_up_neither_the_stop_nor_the_
         thread.join(10)
 
 
+def test_a_file_that_takes_longer_to_decode_than_its_request_has_is_answered_with_504(
+    application_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = threading.Event()
+
+    def decode_image(content: bytes, wanted: object) -> np.ndarray:
+        assert opened.wait(10)
+        return np.zeros((1, 3, 4, 4), np.float32)
+
+    async def body(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/classify?timeout=20000", content=png())
+        assert not opened.is_set()
+        assert answer.status_code == 504
+        assert "the request's own timeout is over" in answer.json()["error"]
+        opened.set()
+        assert (await client.post("/classify?timeout=5000000", content=png())).status_code == 200
+        assert (await client.post("/classify?timeout=0", content=png())).status_code == 200
+
+    monkeypatch.setattr("serving.app.decode_image", decode_image)
+    application = application_of(Fixed())
+    try:
+        ask(application, body)
+    finally:
+        opened.set()
+    assert application.held_bytes == 0
+    assert b'reason="deadline"' in application.metrics.text()
+
+
+def test_the_time_that_decoding_took_is_no_longer_there_in_the_queue(
+    application_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    application, left = application_of(Fixed()), []
+
+    def decode_image(content: bytes, wanted: object) -> np.ndarray:
+        time.sleep(0.1)
+        return np.zeros((1, 3, 4, 4), np.float32)
+
+    async def predict(served: Any, images: np.ndarray, asked: Asked, timings: object) -> Prediction:
+        left.append(asked.timeout)
+        return served.model.predictor.predict(images)
+
+    async def body(client: httpx.AsyncClient) -> None:
+        for query in ("?timeout=60000000", ""):
+            assert (await client.post(f"/classify{query}", content=png())).status_code == 200
+
+    monkeypatch.setattr("serving.app.decode_image", decode_image)
+    monkeypatch.setattr(application.service, "predict", predict)
+    ask(application, body)
+    assert 0 < left[0] <= 59.9
+    assert left[1] is None
+
+
+def test_a_file_that_nobody_waits_for_any_more_is_not_held_until_a_thread_is_free() -> None:
+    entered, opened = threading.Event(), threading.Event()
+
+    class Work:
+        def __call__(self) -> np.ndarray:
+            entered.set()
+            assert opened.wait(10)
+            return np.zeros((1, 3, 4, 4), np.float32)
+
+    async def main() -> None:
+        decoders = Decoders(1)
+        busy = asyncio.create_task(decoders.run(Work()))
+        await asyncio.to_thread(entered.wait, 10)
+        work = Work()
+        gone = weakref.ref(work)
+        waiting = asyncio.create_task(decoders.run(work))
+        del work
+        await asyncio.sleep(0)
+        assert gone() is not None
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        del waiting
+        assert gone() is None
+        opened.set()
+        await busy
+        decoders.stop()
+
+    asyncio.run(main())
+
+
 def test_an_oversized_body_is_refused_whether_announced_or_not(application_of) -> None:
     async def chunks() -> Any:
         for _ in range(20):
@@ -275,6 +361,26 @@ def test_an_oversized_body_is_refused_whether_announced_or_not(application_of) -
                 assert "expected at most 1000" in answer.json()["error"]
 
     ask(application_of(Fixed(), max_body_bytes=1000), body)
+
+
+@pytest.mark.parametrize("path", ["index", "models/tiny/load", "models/tiny/unload"])
+def test_a_few_words_of_json_may_be_no_megabytes_because_they_are_parsed_beside_everything_else(
+    tiny_application, path: str
+) -> None:
+    async def chunks(content: bytes) -> Any:
+        for start in range(0, len(content), 10_000):
+            yield content[start : start + 10_000]
+
+    async def body(client: httpx.AsyncClient) -> None:
+        largest = b"{" + b" " * (2**16 - 2) + b"}"
+        for content in (largest + b" ", chunks(largest + b" ")):
+            answer = await client.post(f"/v2/repository/{path}", content=content)
+            assert answer.status_code == 413
+            assert "expected at most 65536; send a few words of JSON, or nothing" in answer.json()["error"]
+        for content in (largest, chunks(largest)):
+            assert (await client.post("/v2/repository/models/tiny/load", content=content)).status_code == 200
+
+    ask(tiny_application("single", allow_repository_changes=True), body)
 
 
 def test_a_body_that_never_ends_is_given_up(application_of) -> None:
@@ -335,6 +441,9 @@ def test_a_client_that_hangs_up_early_is_not_answered(application_of) -> None:
         ("GET", "/nowhere", 404, "no such path '/nowhere'"),
         ("GET", "/v2/models/tiny/infer", 405, "GET is not offered"),
         ("GET", "/classify", 405, "GET is not offered"),
+        ("GET", "/v2/", 404, "no such path '/v2/'"),
+        ("GET", "/v2/models/tiny/", 404, "no such path '/v2/models/tiny/'"),
+        ("POST", "/v2/models/tiny/infer/", 404, "no such path '/v2/models/tiny/infer/'"),
     ],
 )
 def test_a_wrong_address_is_answered_with_the_known_ones(application_of, method, path, status, said) -> None:
@@ -344,6 +453,14 @@ def test_a_wrong_address_is_answered_with_the_known_ones(application_of, method,
         assert said in answer.json()["error"]
 
     ask(application_of(Fixed()), body)
+
+
+def test_only_the_demo_which_is_below_its_path_is_found_without_the_last_slash(application_of) -> None:
+    async def body(client: httpx.AsyncClient) -> None:
+        answer = await client.get("/demo?__theme=dark")
+        assert (answer.status_code, answer.headers["location"]) == (307, "http://server/demo/?__theme=dark")
+
+    ask(application_of(Fixed(), demo=True), body)
 
 
 def test_a_full_queue_answers_429_and_says_when_to_try_again(application_of) -> None:

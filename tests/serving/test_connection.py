@@ -1,5 +1,6 @@
 """Clients that no library would be: raw sockets against a running server."""
 
+import contextlib
 import json
 import logging
 import random
@@ -7,18 +8,22 @@ import resource
 import select
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import trustme
 
 from serving import connection
+from serving import server as server_module
 from serving.app import Application
 from serving.connection import Connection
 from serving.engine import Prediction
@@ -1044,9 +1049,12 @@ def test_garbage_behind_a_request_ends_the_connection_and_gives_its_place_back(s
         assert answer(first)[0] == 200
 
 
-def test_whoever_still_waits_when_the_time_to_drain_is_over_gets_503_on_either_way(application_of) -> None:
+@pytest.mark.parametrize("signals", [1, 2], ids=["the time to drain is over", "a second signal came"])
+def test_whoever_still_waits_at_the_end_gets_503_on_either_way(
+    signals: int, application_of, caplog: pytest.LogCaptureFixture
+) -> None:
     gate = Gate()
-    application = application_of(gate, threads=1, max_batch=1, drain_timeout=1)
+    application = application_of(gate, threads=1, max_batch=1, drain_timeout=1 if signals == 1 else 60)
     listener = bind("127.0.0.1", 0)
     server = Server(application)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -1056,16 +1064,85 @@ def test_whoever_still_waits_when_the_time_to_drain_is_over_gets_503_on_either_w
         for number, client in enumerate(clients):  # one is computed, one is at hand, and two wait
             client.sendall(raw(0.5, headers=(b"Origin: x",) if number % 2 else ()))
             waits_until(lambda count=number: application.held_bytes == 192 * (count + 1))
-        server.handle_exit(signal.SIGTERM, None)
+        for _ in range(signals):
+            server.handle_exit(signal.SIGTERM, None)
+            time.sleep(0.5)
         for client in clients:
             received = everything(client)
             assert received.startswith(b"HTTP/1.1 503 ")
             assert b"\r\nretry-after: 1\r\n" in received
         thread.join(10)
         assert not thread.is_alive()
+        assert application.service.scheduler.stuck, "a batch is still being computed"
+        assert "Traceback" not in caplog.text
         assert not gate.opened.is_set()
         assert application.held_bytes == 0
     finally:
         gate.opened.set()
         for client in clients:
             client.close()
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> tuple[dict[str, str], ssl.SSLContext]:
+    """Return the settings of a server with a certificate, and what a client needs that trusts it."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "certificate.pem")
+    client = ssl.create_default_context()
+    authority.configure_trust(client)
+    return {"tls_certificate": str(tmp_path / "certificate.pem"), "tls_key": str(tmp_path / "key.pem")}, client
+
+
+@pytest.mark.parametrize(
+    ("start", "status"), [(b"\x00\x01\r\n\r\n", 400), (LIVE + b"X: " + b"a" * 400_000, 431)], ids=["garbage", "head"]
+)
+def test_a_refusal_over_tls_leaves_no_traceback_and_waits_for_the_client_to_read_it(
+    serve, tls, start: bytes, status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection, "_LINGER_SECONDS", 0.5)
+    settings, trusting = tls
+    with serve(**settings) as connect:
+        with trusting.wrap_socket(connect(), server_hostname="localhost") as client:
+            client.sendall(LIVE + b"\r\n")
+            assert answer(client)[0] == 200
+            client.sendall(start)
+            refused_at = time.monotonic()
+            assert answer(client)[0] == status
+            for _ in range(3):  # who still sends is not told off with a reset, which would destroy the answer
+                time.sleep(0.05)
+                client.sendall(b"a" * 1000)
+            assert everything(client) == b""
+        assert 0.3 < time.monotonic() - refused_at < 5
+    assert caplog.text == ""
+
+
+def test_whoever_begins_no_handshake_is_cut_off_after_the_time_for_a_head(serve, tls) -> None:
+    with serve(header_timeout=0.3, **tls[0]) as connect:
+        for begun in (b"", b"\x16\x03\x01\x02\x00\x01"):
+            client = connect()
+            client.sendall(begun)
+            started = time.monotonic()
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(1) == b""
+            assert 0.2 < time.monotonic() - started < 5
+
+
+def test_connections_without_a_handshake_are_counted(serve, tls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "SPARE_CONNECTIONS", 2)
+    settings, trusting = tls
+    with serve(max_connections=3, header_timeout=0.5, **settings) as connect:
+        silent = [connect() for _ in range(5)]
+        with (
+            pytest.raises((ConnectionError, ssl.SSLError)),
+            trusting.wrap_socket(connect(), server_hostname="localhost"),
+        ):
+            pass
+        for client in silent:  # their time is over
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(1) == b""
+        for _ in range(20):
+            with trusting.wrap_socket(connect(), server_hostname="localhost") as client:
+                client.sendall(LIVE + b"Connection: close\r\n\r\n")
+                assert everything(client).startswith(b"HTTP/1.1 200 ")

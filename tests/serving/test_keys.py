@@ -1,11 +1,16 @@
+import asyncio
 import hmac
 import logging
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from serving.app import Application
 from serving.errors import RequestError
 from serving.keys import Keys
 from zoo.errors import BadInput
@@ -215,3 +220,81 @@ def test_a_reload_reads_even_a_file_that_looks_the_same(file: Path) -> None:
     assert keys.check(None, ALICE[::-1].encode()) == "alice"
     rewrite(file, "short")
     assert not keys.reload()
+
+
+@pytest.fixture
+def administered(tiny_application: Callable[..., Application], tmp_path: Path) -> Application:
+    """A server whose models only Alice may load and unload; Bob may ask it everything else."""
+    rewrite(tmp_path / "keys", f"bob:{BOB}\n")
+    rewrite(tmp_path / "administrators", f"alice:{ALICE}\n")
+    files = {"api_keys_file": str(tmp_path / "keys"), "admin_keys_file": str(tmp_path / "administrators")}
+    return tiny_application("single", allow_repository_changes=True, **files)
+
+
+CHANGES = [f"/v2/repository/models/tiny/{verb}" for verb in ("unload", "load")]
+# none of these is the path of a change, and the router must not think so either
+ALMOST_CHANGES = [
+    f"{path}{more}" for path in CHANGES for more in ("%0A", "%0a", "%0D%0A", "%00", "%7F", "%0A/", "/", "//")
+]
+ALMOST_CHANGES += ["/v2/repository/models/tiny%0A/unload", "/v2%0A/repository/models/tiny/unload", "/%0A"]
+
+
+def test_only_an_administrators_key_changes_models_however_the_path_is_written(administered: Application) -> None:
+    async def main() -> None:
+        transport = httpx.ASGITransport(administered)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client, administered.running():
+            for key in (BOB, ALICE):
+                for path in ALMOST_CHANGES:
+                    answer = await client.post(path, headers={"x-api-key": key})
+                    controlled = any(code in path for code in ("%0", "%7F"))
+                    assert answer.status_code in ((400,) if controlled else (401, 404)), path
+                    assert not controlled or "holds a control character" in answer.json()["error"]
+                    assert administered.service.names == ["tiny"]
+            for path in CHANGES:
+                assert (await client.post(path, headers={"x-api-key": BOB})).status_code == 401
+            for path in CHANGES:
+                assert (await client.post(path, headers={"x-api-key": ALICE})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_neither_do_paths_that_no_library_would_send(
+    administered: Application, serve_in_a_thread: Callable[[Application], Any]
+) -> None:
+    with serve_in_a_thread(administered) as url:
+        host, _, port = url.removeprefix("http://").partition(":")
+
+        def status(path: str, key: str) -> int:
+            with socket.create_connection((host, int(port)), timeout=10) as client:
+                head = f"POST {path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {key}\r\nContent-Length: 0\r\nConnection: close"
+                client.sendall(f"{head}\r\n\r\n".encode("latin-1"))
+                return int(client.makefile("rb").readline().split()[1])
+
+        raw = [CHANGES[0] + character for character in ("\x01", "\x0b", "\x7f", "\n", "\r")]
+        for path in [*ALMOST_CHANGES, *raw, "http://x" + ALMOST_CHANGES[0], CHANGES[0] + "?%0A", CHANGES[0] + "%3F"]:
+            assert status(path, BOB) in (400, 401, 404), path
+            assert administered.service.names == ["tiny"]
+        assert status(CHANGES[0] + "?%0A", ALICE) == 200
+        assert administered.service.names == []
+
+
+def test_a_request_refused_for_its_path_is_answered_and_logged_like_any_other(
+    tiny_application: Callable[..., Application], caplog: pytest.LogCaptureFixture
+) -> None:
+    application = tiny_application("single", log_requests=True, cors_origins=("http://page",))
+
+    async def main() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://server") as client:
+            answer = await client.get("/v2/health/live%0A", headers={"origin": "http://page", "x-request-id": "7"})
+            assert answer.status_code == 400
+            assert answer.json() == {
+                "error": r"the path '/v2/health/live\n' holds a control character; no path here has one, see /"
+            }
+            assert answer.headers["x-request-id"] == "7"
+            assert answer.headers["access-control-allow-origin"] == "http://page"
+
+    with caplog.at_level(logging.INFO, "manygates.access"):
+        asyncio.run(main())
+    (record,) = [record for record in caplog.records if record.name == "manygates.access"]
+    assert record.access["status"] == 400  # type: ignore[attr-defined]
+    assert b'reason="bad_request"' in application.metrics.text()

@@ -159,6 +159,12 @@ def test_a_line_per_request_says_what_happened_and_not_what_was_asked(lines: Any
     assert len(written()[0]) < 400
 
 
+def test_what_a_client_calls_a_model_makes_no_line_long(lines: Any) -> None:
+    written = lines("json")
+    log_request(method="GET", path="/", status=404, seconds=1.0, model=60_000 * "a")
+    assert json.loads(written()[0])["model"] == 256 * "a"
+
+
 @pytest.mark.parametrize("value", ["a", "A-z_0.9", "x" * 128, "5f0c9d2e-0b1a-4c33-9c55-cafe00000000"])
 def test_a_clean_request_id_is_kept(value: str) -> None:
     assert clean_request_id(value) == value

@@ -557,7 +557,7 @@ def test_plans_take_turns_by_their_oldest_request_and_none_is_run_before_its_bat
         opened.set()
         await asyncio.gather(*tasks)
 
-    run(Waiting(), body, workers=1, max_batch=2)
+    run(Waiting(), body, workers=1, max_batch=2, bulk_images=8)
     assert batches == [[0], [1, 4], [2, 5], [3, 6], [7]]
 
 
@@ -903,3 +903,19 @@ def test_whatever_happens_everybody_gets_their_own_rows_or_one_failure_and_nothi
         number: int(number not in left) for number in range(200)
     }
     assert answered > 40
+
+
+def test_draws_that_a_request_chose_count_as_images_and_those_of_the_operator_do_not() -> None:
+    gate = Gate()
+
+    async def body(queue: Queue) -> None:
+        tasks = [soon(queue, 0)]
+        await until(gate.entered)
+        tasks += [soon(queue, *[100] * 2, plan=Plan("random", 64)), soon(queue, *[1] * 8)]
+        tasks += [soon(queue, 2, plan=Plan("random", 8))]
+        await asyncio.sleep(0)
+        gate.opened.set()
+        await asyncio.gather(*tasks)
+
+    run(gate, body, workers=1)
+    assert [batch[0] for batch in gate.batches] == [0, 1, 2, 100]
