@@ -332,7 +332,8 @@ def test_a_surrogate_that_its_own_examples_do_not_fool_raises_an_alarm(plain: nn
 
 def test_transfer_unmasks_a_model_whose_gradients_are_hidden(plain: nn.Module) -> None:
     findings = linted(Rounded(plain), surrogate=plain, queries=1)
-    assert "transfer (PGD-20) 58" in findings["W1"].figure  # one of 59 fell to a random start
+    assert "gradients break 2 of 59; 57 more" in findings["W1"].figure  # two fell to random starts
+    assert "transfer (PGD-20) 57" in findings["W1"].figure
     assert findings["W1"].verdict == "alarm"
 
 
