@@ -92,6 +92,9 @@ def _serve(settings: Settings) -> None:
     allow_open_files(protocols * settings.max_connections + SPARE_CONNECTIONS + _OTHER_FILES)
     # before loading: a port in use should not cost the time to load
     log.configure(settings.log_format, settings.log_level)
+    takes_signals = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
+    if takes_signals:  # it would end the process; what it asks to read again is about to be read
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     listener = bind(settings.host, settings.port)
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
@@ -106,7 +109,7 @@ def _serve(settings: Settings) -> None:
         raise
     names = ", ".join(application.service.names) or "nothing yet"
     url = url_of(listener, "https" if settings.tls_certificate else "http")
-    if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+    if takes_signals:
         signal.signal(signal.SIGHUP, server.handle_hang_up)
     if settings.log_format == "json":
         logger.info("manygates serves %s at %s", names, url)

@@ -118,7 +118,10 @@ def test_a_server_answers_its_first_request_and_drains_on_sigterm(bundle_dir: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_a_model_is_loaded_ends_the_server_at_once_and_without_a_traceback(number: int) -> None:
+@pytest.mark.parametrize("before", [(), (signal.SIGHUP,)], ids=["at once", "after a SIGHUP, which changes nothing"])
+def test_a_signal_while_a_model_is_loaded_ends_the_server_at_once_and_without_a_traceback(
+    number: int, before: tuple[int, ...]
+) -> None:
     script = """
 import time
 from serving import server
@@ -136,6 +139,9 @@ print("returned", flush=True)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"
+        for earlier in before:
+            process.send_signal(earlier)
+            time.sleep(0.2)
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)
     finally:
