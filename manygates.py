@@ -224,14 +224,16 @@ def _verify(arguments: argparse.Namespace) -> int:
         checks = [Check(name="checksums", held=False, detail=str(error))]
     else:
         checks = [Check(name="checksums", held=True, detail=f"{len(card.files)} files are what the card says")]
-        if any(name.endswith(".safetensors") for name in card.files):
+        skipped = "the graphs are not compared with the weights: "
+        if not any(name.endswith(".safetensors") for name in card.files):
+            skipped += "the bundle holds none (`pull --variant` leaves them)"
+        elif importlib.util.find_spec("torch") is None:
+            skipped += "torch is not installed; pip install 'manygates[train]'"
+        else:
             from zoo.export import verify_graphs
 
             checks += verify_graphs(bundle)
-        else:
-            skipped = (
-                "the graphs are not compared with the weights: the bundle holds none (`pull --variant` leaves them)"
-            )
+            skipped = ""
     held = all(check.held for check in checks)
     if arguments.json:
         rows = [{"name": check.name, "held": check.held, "detail": check.detail} for check in checks]

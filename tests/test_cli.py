@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -316,6 +317,20 @@ def test_verify_says_that_a_whole_bundle_is_whole(model: Path, plain: Path) -> N
         "gated.onnx answers as its weights",
     ]
     assert done("verify", plain).out.startswith("ok    checksums: 2 files are what the card says\n")
+
+
+def test_verify_compares_checksums_where_torch_is_not_installed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "torch" else find(name, *more))
+    said = done("verify", model).out
+    assert said.startswith("ok    checksums: 4 files are what the card says\n")
+    assert "skip  the graphs are not compared with the weights: torch is not installed; pip install" in said
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / "single.onnx").write_bytes(b"ill")
+    assert manygates_("verify", broken).code == 1
 
 
 def test_verify_ends_with_1_where_a_file_was_changed(model: Path, tmp_path: Path) -> None:
