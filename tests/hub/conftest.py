@@ -1,12 +1,12 @@
 """A hub on this machine, a bundle to put on it, and the command line in a process of its own."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,19 +26,6 @@ FILES = {
 }
 
 
-def _fake_hub() -> Any:
-    spec = importlib.util.spec_from_file_location("fake_hub", Path(__file__).with_name("fake_hub.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fake_hub"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-fake_hub = _fake_hub()
-
-
 @dataclass
 class Said:
     code: int
@@ -56,12 +43,12 @@ class Said:
 
 
 @pytest.fixture
-def hub() -> Any:
+def hub(fake_hub: ModuleType) -> Any:
     return fake_hub.FakeHub()
 
 
 @pytest.fixture
-def url(hub: Any) -> Iterator[str]:
+def url(fake_hub: ModuleType, hub: Any) -> Iterator[str]:
     with fake_hub.serve(hub) as url:
         yield url
 

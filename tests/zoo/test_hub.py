@@ -1,6 +1,5 @@
 """The hub's client in this process, its transport replaced by a hub in memory; see tests/hub for the command line."""
 
-import importlib.util
 import json
 import logging
 import shutil
@@ -11,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx2
@@ -36,20 +36,10 @@ HERE = Path(__file__).parent
 FILES = {"rgn.safetensors": b"weights", "single.onnx": b"one", "ensemble.onnx": b"many", "gated.onnx": b"all"}
 
 
-def _fake_hub() -> Any:
-    spec = importlib.util.spec_from_file_location("fake_hub", HERE.parent / "hub" / "fake_hub.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules["fake_hub"] = loaded  # dataclasses look their module up
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def hub(fake_hub: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A hub behind the client's own transport: whatever host is asked, it answers, and no socket is opened."""
-    hub = _fake_hub().FakeHub()
+    hub = fake_hub.FakeHub()
     hub.url = "https://huggingface.co"
 
     def handle(request: httpx2.Request) -> httpx2.Response:
@@ -421,7 +411,7 @@ def test_bars_are_for_terminals_and_come_back(
 
 
 def test_cards_of_the_hub_are_listed_with_their_commits(
-    hub: Any, published: Any, bundle: Bundle, caplog: pytest.LogCaptureFixture
+    fake_hub: ModuleType, hub: Any, published: Any, bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.put("them/newer", contents(bundle) | {"card.json": b'{"schema": 99}'})
     hub.put("them/same", contents(bundle))
@@ -434,7 +424,7 @@ def test_cards_of_the_hub_are_listed_with_their_commits(
         for name, (status, code) in answers.items():
             if name in path:
                 said = {"X-Error-Code": code, "X-Error-Message": "Access to this resource is disabled."}
-                return _fake_hub().Answer(status, b"{}", said)
+                return fake_hub.Answer(status, b"{}", said)
         return None
 
     hub.before = refuse
@@ -514,10 +504,10 @@ def test_a_new_branch_is_not_made_for_a_proposal(hub: Any, token: None, publishe
 
 
 def test_a_push_that_fails_behind_a_new_branch_says_what_is_left(
-    hub: Any, token: None, published: Any, bundle: Bundle
+    fake_hub: ModuleType, hub: Any, token: None, published: Any, bundle: Bundle
 ) -> None:
     plan = plan_push(bundle, "org/name", branch="v2")
-    hub.before = lambda method, path: _fake_hub().Answer(500) if "/commit/" in path else None
+    hub.before = lambda method, path: fake_hub.Answer(500) if "/commit/" in path else None
     with pytest.raises(BadInput, match="whose branch v2 was created and is still as the main one: the hub answers 500"):
         push(plan)
 
