@@ -270,6 +270,24 @@ def test_the_time_to_drain_is_one_for_all_and_over_when_nobody_wants_to_wait(mod
     asyncio.run(main())
 
 
+def test_whoever_waits_for_a_model_that_was_replaced_is_told_as_soon_as_the_others(model) -> None:
+    async def main() -> None:
+        gate = Gate()
+        service = Service([model(gate)], Settings(threads=1, drain_timeout=30))
+        service.start()
+        waiting = asyncio.create_task(service.predict(service.find("tiny"), IMAGE))
+        while not gate.entered.is_set():
+            await asyncio.sleep(0.001)
+        service.put(model(Fixed(1)))
+        service.hurry()
+        with pytest.raises(RequestError, match="the server is starting or stopping"):
+            await asyncio.wait_for(waiting, 5)
+        gate.opened.set()
+        await asyncio.wait_for(service.stop(), 5)
+
+    asyncio.run(main())
+
+
 def test_readiness_is_of_every_model_and_goes_when_the_drain_begins(model) -> None:
     service = Service([model(), model(name="other")], Settings(threads=1))
     assert not service.ready

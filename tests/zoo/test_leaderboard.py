@@ -127,7 +127,7 @@ def test_a_row_has_every_number_with_its_interval_under_its_radius(tmp_path: Pat
     )
     (row,) = named(write(tmp_path, card("one", *results))).values()
     assert row["clean"].startswith("81.23 % (78.23")
-    assert row["white-box, ε 0.01"] == "50.0 % (47.0–53.0)"  # noqa: RUF001
+    assert row["white-box, ε 0.01"] == "50.0 % (47.0–53.0)"
     assert row["white-box, ε 8/255"].startswith("10.0 %")
     assert row["transfer, ε 0.03"].startswith("60.0 %")
     assert row["AutoAttack, ε 0.01"].startswith("40.0 %")
@@ -183,7 +183,7 @@ def test_random_gates_stand_below_and_say_how_they_were_judged(tmp_path: Path) -
     clean = measured(0.8, variant="gated", draws=10)
     rows = named(write(tmp_path, gated("net", clean, random, measured(0.8), measured(0.3, "1/100"))))
     assert list(rows) == ["net one path", "net random gates"]
-    assert rows["net random gates"]["white-box, ε 0.01"] == "70.0 % § (67.0–73.0; 100 images)"  # noqa: RUF001
+    assert rows["net random gates"]["white-box, ε 0.01"] == "70.0 % § (67.0–73.0; 100 images)"
     page = (tmp_path / "zoo.md").read_text(encoding="utf-8")
     assert "§ Random gates: for each image the lowest mean over 100 fresh draws" in page
 
@@ -195,8 +195,8 @@ def test_other_terms_and_other_transferred_images_are_said_beside_the_number(tmp
     common = [card(name, measured(0.8), transferred(0.5, "transfer, set a", 1000)) for name in ("one", "two")]
     other = card("other", measured(0.8), transferred(0.6, "transfer, set b", 100))
     page = write(tmp_path, *common, other)
-    assert named(page)["other the network"]["transfer, ε 0.03"] == "60.0 % ¶ (57.0–63.0; 100 images)"  # noqa: RUF001
-    assert named(page)["one the network"]["transfer, ε 0.03"] == "50.0 % (47.0–53.0)"  # noqa: RUF001
+    assert named(page)["other the network"]["transfer, ε 0.03"] == "60.0 % ¶ (57.0–63.0; 100 images)"
+    assert named(page)["one the network"]["transfer, ε 0.03"] == "50.0 % (47.0–53.0)"
     assert "¶ On another set of transferred images" in page
     assert "transfer: 100 steps of ε/5, 3 restarts, 1,000 images, seed 0" in page
 
@@ -254,7 +254,7 @@ def test_a_model_without_numbers_is_named_and_has_no_row(tmp_path: Path) -> None
 
 def test_what_was_not_measured_is_a_dash_and_no_point(tmp_path: Path) -> None:
     page = write(tmp_path, card("clean-only", measured(0.8)), card("both"))
-    assert named(page)["clean-only the network"]["white-box, ε 0.01"] == "–"  # noqa: RUF001
+    assert named(page)["clean-only the network"]["white-box, ε 0.01"] == "–"
     assert write(tmp_path, card("clean-only", measured(0.8))).count("![") == 0
 
 

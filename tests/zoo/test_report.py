@@ -217,7 +217,7 @@ def test_every_measured_accuracy_and_its_interval_are_in_the_page_and_in_the_mar
     results = [attacked(share, protocol=name) for share, name in zip(shares, names, strict=True)]
     page = page_of(tmp_path / "report", card("golden", CLEAN, *results))
     markdown = (tmp_path / "report" / "report.md").read_text()
-    for written in ("80.00 %", "12.3 %", "23.4 %", "34.5 %", "45.6 %", "79.20–80.80", "9.3–15.3"):  # noqa: RUF001
+    for written in ("80.00 %", "12.3 %", "23.4 %", "34.5 %", "45.6 %", "79.20–80.80", "9.3–15.3"):
         assert written in page.text
         assert written in markdown
     exact = {attributes.get("value") for tag, attributes in page.tags if tag == "data"}
@@ -242,7 +242,7 @@ def test_models_and_variants_stand_side_by_side(tmp_path: Path) -> None:
         "cost",
     ]
     assert rows[1][3] == "ε 8/255"
-    assert [row[3].split(" %")[0] for row in rows[2:5]] == ["31.0", "51.0", "–"]  # noqa: RUF001
+    assert [row[3].split(" %")[0] for row in rows[2:5]] == ["31.0", "51.0", "–"]
 
 
 def test_the_cost_of_a_variant_is_its_forward_passes_and_the_parameters(tmp_path: Path) -> None:
@@ -305,8 +305,8 @@ def test_several_linted_variants_have_their_verdicts_side_by_side(tmp_path: Path
     assert page.tables["Verdicts side by side"] == [
         ["Code", "Question", "golden · single‡", "golden · ensemble"],
         ["S1", "eps 0 equals clean", "ok", "ok"],
-        ["G2", "losses agree", "alarm", "–"],  # noqa: RUF001
-        ["R1", "repeats", "–", "skipped"],  # noqa: RUF001
+        ["G2", "losses agree", "alarm", "–"],
+        ["R1", "repeats", "–", "skipped"],
     ]
 
 
@@ -340,7 +340,7 @@ def test_results_on_other_terms_say_so_beside_the_number(tmp_path: Path) -> None
     rows = page.tables["Accuracy on cifar10"]
     assert rows[0][2].endswith("1,000 images, seed 0, unless said otherwise")
     assert rows[-3][3].endswith(" 1 restart, 200 images")
-    assert rows[2][3].endswith("39.0–45.0")  # noqa: RUF001
+    assert rows[2][3].endswith("39.0–45.0")
     assert "where they differ, compare with care" in page.text
     figure = tmp_path / "report" / "figures" / "eps-white-box-pgd-cifar10.svg"
     assert "three · single (1 restart, 200 images)" in figure.read_text(encoding="utf-8")
@@ -395,7 +395,7 @@ def test_a_card_without_results_is_a_row_of_dashes(tmp_path: Path) -> None:
     page = page_of(
         tmp_path / "report", replace(card("measured"), variants=("single",)), replace(card("new"), results=())
     )
-    assert page.tables["Accuracy on cifar10"][3][2:4] == ["–", "–"]  # noqa: RUF001
+    assert page.tables["Accuracy on cifar10"][3][2:4] == ["–", "–"]
     alone = page_of(tmp_path / "alone", replace(card(), results=()))
     assert section_titles(alone) == ["Summary", "The models"]
     assert not (tmp_path / "alone" / "figures").exists()
@@ -432,7 +432,7 @@ def test_what_was_not_measured_is_a_dash_and_never_a_zero(tmp_path: Path) -> Non
     hole = matrix("transfer", ["a", "b"], ["a", "b"], [0.1, None], [math.nan, 0.2])
     page = page_of(tmp_path / "report", with_table("golden", hole))
     caption = "golden · single: white-box PGD, ε 8/255, on cifar10 (transfer)"
-    assert page.tables[caption][1:] == [["a", "10.0 %", "–"], ["b", "–", "20.0 %"]]  # noqa: RUF001
+    assert page.tables[caption][1:] == [["a", "10.0 %", "–"], ["b", "–", "20.0 %"]]
     assert "nan" not in page.text.lower()
 
 
@@ -667,7 +667,7 @@ def test_a_readme_s_table_has_one_row_per_variant_and_the_terms_below() -> None:
         "| Model | Variant | clean | white-box PGD, ε 8/255 | black-box transfer, ε 8/255 | Linter |",
         "|---|---|---:|---:|---:|---|",
         "| golden | single | 80.00 % ‡ | 42.0 % ‡ | 60.0 % ‡ | linter: 1 alarm (G2) |",
-        "| golden | ensemble | – | – | – | not linted |",  # noqa: RUF001
+        "| golden | ensemble | – | – | – | not linted |",
     ]
     assert "white-box PGD: 50 steps of 0.002, 5 restarts, 1,000 images, seed 0." in written
     assert written.endswith("Not measured.\n")
