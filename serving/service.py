@@ -169,7 +169,7 @@ class Service:
         self._deadline: float | None = None
         self.hurried = asyncio.Event()
         """Set when nobody wants to wait for the requests in flight any more."""
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: dict[asyncio.Task[None], Served] = {}
         for model in models:
             if model.version in self._served.get(model.card.name, {}):
                 raise BadInput(f"{model.card.name!r} is to be served twice; name each model once")
@@ -217,7 +217,7 @@ class Service:
         """Answer nothing any more: whoever waits is told so now; on the event loop."""
         self.close_by(time.monotonic())
         self.hurried.set()
-        for served in self.everything():
+        for served in (*self.everything(), *self._closing.values()):
             served.queue.abandon()
 
     def current(self, served: Served) -> Served:
@@ -369,7 +369,7 @@ class Service:
 
     def _close(self, served: Served) -> None:
         task = asyncio.get_running_loop().create_task(self._retire(served))
-        self._closing.add(task)
+        self._closing[task] = served
         task.add_done_callback(self._closed)
 
     async def _retire(self, served: Served) -> None:
@@ -377,7 +377,7 @@ class Service:
         served.release()
 
     def _closed(self, task: asyncio.Task[None]) -> None:
-        self._closing.discard(task)
+        del self._closing[task]
         # soon, when the batches in flight have let go of it
         asyncio.get_running_loop().call_later(1.0, give_memory_back)
 
