@@ -224,16 +224,17 @@ def _verify(arguments: argparse.Namespace) -> int:
         checks = [Check(name="checksums", held=False, detail=str(error))]
     else:
         checks = [Check(name="checksums", held=True, detail=f"{len(card.files)} files are what the card says")]
-        skipped = "the graphs are not compared with the weights: "
+        lacking = ""
         if not any(name.endswith(".safetensors") for name in card.files):
-            skipped += "the bundle holds none (`pull --variant` leaves them)"
+            lacking = "the bundle holds none (`pull --variant` leaves them)"
         elif importlib.util.find_spec("torch") is None:
-            skipped += "torch is not installed; pip install 'manygates[train]'"
+            lacking = "torch is not installed; pip install 'manygates[train]'"
+        if lacking:
+            skipped = f"the graphs are not compared with the weights: {lacking}"
         else:
             from zoo.export import verify_graphs
 
             checks += verify_graphs(bundle)
-            skipped = ""
     held = all(check.held for check in checks)
     if arguments.json:
         rows = [{"name": check.name, "held": check.held, "detail": check.detail} for check in checks]

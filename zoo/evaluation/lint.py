@@ -85,7 +85,7 @@ BLACK_BOX_ALONE = 0.01
 """W1: broken by queries, noise or transfer and by no gradient (AutoAttack's flag allows none)."""
 LOSS_GAP = 0.05
 """G2: broken by a scale-free loss, or towards another class, and not by cross-entropy; honest models show 1 to 4
-points."""
+points by another loss, and up to 10 towards the nearest classes (the zoo's TRADES: 7 of 71)."""
 EXPLAINED, UNEXPLAINED_IMAGES = 0.1, 0.5
 """G3: part of a true change that gradients must account for, and the share of images where they may fail to."""
 NOTABLE = 1e-3
