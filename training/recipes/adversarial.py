@@ -31,7 +31,7 @@ def pgd_at_preact18_cifar10() -> Recipe:
 
 
 def pgd_at_resnet20_cifar10_cpu() -> Recipe:
-    """PGD adversarial training of a ResNet-20 in about fifty minutes on two CPU cores: PGD-5, 25 epochs.
+    """PGD adversarial training of a ResNet-20 in an estimated fifty minutes on two CPU cores: PGD-5, 25 epochs.
 
     manygates train pgd-at-resnet20-cifar10-cpu --out RUN        not run
     """
@@ -48,12 +48,12 @@ def pgd_at_resnet20_cifar10_cpu() -> Recipe:
 
 
 def pgd_at_lenet_mnist_cpu() -> Recipe:
-    """PGD adversarial training of a LeNet on MNIST at 0.3 (Madry et al. 2018), a quarter of an hour on two CPU cores.
+    """PGD adversarial training of a LeNet on MNIST at 0.3 (Madry et al. 2018), for two CPU cores.
 
     One epoch on clean digits, because fresh weights learn nothing at that radius, then 10 with PGD-10, not PGD-40.
 
-    manygates train pgd-at-lenet-mnist-cpu --out RUN        2 cores of an AMD EPYC (Zen 4)
-    What came out is in the card of the model `pgd-at-lenet-mnist`.
+    manygates train pgd-at-lenet-mnist-cpu --out RUN        one core of an AMD EPYC (Zen 4), other work beside it:
+    2,535 s. What came out is in the card of the model `pgd-at-lenet-mnist`.
     """
     clean = Phase(objective=Standard(), epochs=1, optimizer="adam", learning_rate=1e-3, weight_decay=0)
     attack = Attack(eps=0.3, steps=10, step_size=0.05)
@@ -136,7 +136,7 @@ def free_at_preact18_cifar10() -> Recipe:
 
 
 def free_at_resnet20_cifar10_cpu() -> Recipe:
-    """Free adversarial training of a ResNet-20 in about forty minutes on two CPU cores: 4 replays, 24 epochs.
+    """Free adversarial training of a ResNet-20 in an estimated forty minutes on two CPU cores: 4 replays, 24 epochs.
 
     manygates train free-at-resnet20-cifar10-cpu --out RUN        not run
     """
@@ -172,13 +172,13 @@ def trades_wrn34_cifar10() -> Recipe:
 
 
 def trades_resnet20_cifar10_cpu() -> Recipe:
-    """TRADES of a ResNet-20 in about a quarter of an hour on two CPU cores: 5 attack steps, 6 epochs.
+    """TRADES of a ResNet-20 for two CPU cores: 5 attack steps, 6 epochs.
 
     It goes on from the bundled model of fast adversarial training, which has the radius but neither the trade-off nor
     several attack steps.
 
-    manygates train trades-resnet20-cifar10-cpu --out RUN        2 cores of an AMD EPYC (Zen 4)
-    What came out is in the card of the model `trades-resnet20-cifar10`.
+    manygates train trades-resnet20-cifar10-cpu --out RUN        one core of an AMD EPYC (Zen 4), other work beside it:
+    4,723 s. What came out is in the card of the model `trades-resnet20-cifar10`.
     """
     attack = replace(Trades().attack, steps=5, step_size=0.01)
     phase = Phase(objective=Trades(attack=attack), epochs=6, learning_rate=0.05, schedule="cosine", weight_decay=5e-4)
@@ -208,7 +208,7 @@ def at_awp_preact18_cifar10() -> Recipe:
 
 
 def at_awp_resnet20_cifar10_cpu() -> Recipe:
-    """AT-AWP of a ResNet-20 in about fifty minutes on two CPU cores: PGD-5, 20 epochs.
+    """AT-AWP of a ResNet-20 in an estimated fifty minutes on two CPU cores: PGD-5, 20 epochs.
 
     manygates train at-awp-resnet20-cifar10-cpu --out RUN        not run
     """

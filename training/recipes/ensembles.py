@@ -29,7 +29,7 @@ def dverge3_resnet20_cifar10() -> Recipe:
 
 
 def dverge3_resnet20_cifar10_cpu() -> Recipe:
-    """DVERGE with three ResNet-20 in about an hour on two CPU cores: 10 + 8 epochs, 5 distillation steps.
+    """DVERGE with three ResNet-20 in an estimated hour on two CPU cores: 10 + 8 epochs, 5 distillation steps.
 
     manygates train dverge3-resnet20-cifar10-cpu --out RUN        not run as it stands
     The zoo's `dverge3-resnet20-cifar10` went on from three plain networks for 1 + 4 epochs: its card has the command.
@@ -84,7 +84,7 @@ def adp3_resnet20_cifar10() -> Recipe:
 
 
 def adp3_resnet20_cifar10_cpu() -> Recipe:
-    """ADP with three ResNet-20 in about forty minutes on two CPU cores: 30 epochs.
+    """ADP with three ResNet-20 in an estimated forty minutes on two CPU cores: 30 epochs.
 
     manygates train adp3-resnet20-cifar10-cpu --out RUN        not run
     """
@@ -115,7 +115,7 @@ def gal3_resnet20_cifar10() -> Recipe:
 
 
 def gal3_resnet20_cifar10_cpu() -> Recipe:
-    """GAL with three leaky-ReLU ResNet-20 in about an hour on two CPU cores: 10 epochs.
+    """GAL with three leaky-ReLU ResNet-20 in an estimated hour on two CPU cores: 10 epochs.
 
     manygates train gal3-resnet20-cifar10-cpu --out RUN        not run
     """
@@ -147,7 +147,7 @@ def trs3_resnet20_cifar10() -> Recipe:
 
 
 def trs3_resnet20_cifar10_cpu() -> Recipe:
-    """TRS with three ResNet-20 on two CPU cores: 3 epochs with 2 steps of perturbation, about an hour.
+    """TRS with three ResNet-20 on two CPU cores: 3 epochs with 2 steps of perturbation, an estimated hour.
 
     manygates train trs3-resnet20-cifar10-cpu --out RUN        not run
     """
@@ -181,36 +181,36 @@ def _digits(name: str, description: str, objective: Objective, epochs: int) -> R
 
 
 def baseline3_lenet_mnist_cpu() -> Recipe:
-    """Three plain LeNets on MNIST in a few minutes on two CPU cores: what ADP, GAL and TRS are compared with.
+    """Three plain LeNets on MNIST for two CPU cores: what ADP, GAL and TRS are compared with.
 
-    manygates train baseline3-lenet-mnist-cpu --out RUN        2 cores of an AMD EPYC (Zen 4)
-    What came out is in the card of the model `baseline3-lenet-mnist`.
+    manygates train baseline3-lenet-mnist-cpu --out RUN        one core of an AMD EPYC (Zen 4), other work beside it:
+    998 s. What came out is in the card of the model `baseline3-lenet-mnist`.
     """
     return _digits("baseline3-lenet-mnist-cpu", "Three plain LeNets on MNIST, averaged", Standard(), 10)
 
 
 def adp3_lenet_mnist_cpu() -> Recipe:
-    """ADP with three LeNets on MNIST in a few minutes on two CPU cores: 10 epochs.
+    """ADP with three LeNets on MNIST for two CPU cores: 10 epochs.
 
-    manygates train adp3-lenet-mnist-cpu --out RUN        2 cores of an AMD EPYC (Zen 4)
-    What came out is in the card of the model `adp3-lenet-mnist`.
+    manygates train adp3-lenet-mnist-cpu --out RUN        one core of an AMD EPYC (Zen 4), other work beside it:
+    334 s. What came out is in the card of the model `adp3-lenet-mnist`.
     """
     return _digits("adp3-lenet-mnist-cpu", "ADP, three LeNets on MNIST, trained on two CPU cores", Adp(), 10)
 
 
 def gal3_lenet_mnist_cpu() -> Recipe:
-    """GAL with three LeNets on MNIST in about ten minutes on two CPU cores: 10 epochs.
+    """GAL with three LeNets on MNIST for two CPU cores: 10 epochs.
 
     LeNet has one activation, a ReLU: the leaky ones of the paper are for networks that are all ReLU.
 
-    manygates train gal3-lenet-mnist-cpu --out RUN        2 cores of an AMD EPYC (Zen 4)
-    What came out is in the card of the model `gal3-lenet-mnist`.
+    manygates train gal3-lenet-mnist-cpu --out RUN        one core of an AMD EPYC (Zen 4), other work beside it:
+    2,164 s. What came out is in the card of the model `gal3-lenet-mnist`.
     """
     return _digits("gal3-lenet-mnist-cpu", "GAL, three LeNets on MNIST, trained on two CPU cores", Gal(), 10)
 
 
 def trs3_lenet_mnist_cpu() -> Recipe:
-    """TRS with three LeNets on MNIST in about half an hour on two CPU cores: 6 epochs, 3 steps of perturbation.
+    """TRS with three LeNets on MNIST in an estimated half hour on two CPU cores: 6 epochs, 3 steps of perturbation.
 
     The weights of both terms are 2, larger than the released ones, with which the claim of the method is not seen on
     digits (docs/experiments.md).
@@ -245,10 +245,10 @@ def dropen_lenet_mnist() -> Recipe:
 
 
 def dropen_lenet_mnist_cpu() -> Recipe:
-    """Dropen on MNIST within half an hour on two CPU cores: 6 epochs in batches of 250.
+    """Dropen on MNIST for two CPU cores: 6 epochs in batches of 250.
 
-    manygates train dropen-lenet-mnist-cpu --out RUN        2 cores of an AMD EPYC (Zen 4)
-    What came out is in the card of the model `dropen-lenet-mnist`.
+    manygates train dropen-lenet-mnist-cpu --out RUN        one core of an AMD EPYC (Zen 4), other work beside it:
+    1,723 s. What came out is in the card of the model `dropen-lenet-mnist`.
     """
     return replace(
         dropen_lenet_mnist(),

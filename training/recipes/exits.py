@@ -105,7 +105,7 @@ def neo_kd_small_cnn3_mnist_cpu() -> Recipe:
 
 
 def multi_exit_msdnet3_cifar10_cpu() -> Recipe:
-    """MSDNet with three exits on clean images in about twenty-five minutes on two CPU cores, 24 epochs.
+    """MSDNet with three exits on clean images in an estimated twenty-five minutes on two CPU cores, 24 epochs.
 
     manygates train multi-exit-msdnet3-cifar10-cpu --out RUN        not run
     """
@@ -120,7 +120,7 @@ def multi_exit_msdnet3_cifar10_cpu() -> Recipe:
 
 
 def neo_kd_msdnet3_cifar10_cpu() -> Recipe:
-    """NEO-KD on CIFAR-10 in about an hour on two CPU cores: the average attack with 5 steps, 12 epochs.
+    """NEO-KD on CIFAR-10 in an estimated hour on two CPU cores: the average attack with 5 steps, 12 epochs.
 
     manygates train neo-kd-msdnet3-cifar10-cpu --out RUN        not run
     """

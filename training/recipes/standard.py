@@ -50,7 +50,7 @@ def baseline3_resnet20_cifar10() -> Recipe:
 
 
 def baseline3_resnet20_cifar10_cpu() -> Recipe:
-    """Three plain ResNet-20 in about three quarters of an hour on two CPU cores.
+    """Three plain ResNet-20 in an estimated three quarters of an hour on two CPU cores.
 
     manygates train baseline3-resnet20-cifar10-cpu --out RUN        not run; three times the standard recipe
     """
