@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -10,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from zoo import graphs
+from zoo import graphs, self_check
 from zoo.errors import BadInput
 from zoo.rgn import RandomGatedNetwork, fold
 
@@ -23,15 +22,12 @@ def derive(rgn: RandomGatedNetwork, path: Sequence[int]) -> nn.Module:
     Raises:
         BadPath: the path does not fit the network.
     """
-    network = copy.deepcopy(rgn.template)
+    network = graphs.copied(rgn.template)
     for name, tensor in rgn.select(path).items():
-        owner_name, _, leaf = name.rpartition(".")
-        owner = network.get_submodule(owner_name)
         value = tensor.detach().clone()
-        if leaf in owner._parameters:
-            owner.register_parameter(leaf, nn.Parameter(value))
-        else:
-            owner._buffers[leaf] = value
+        if isinstance(tensor, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+        graphs.put(network, name, value)
     return network.eval()
 
 
@@ -75,16 +71,16 @@ def folded_copy(network: nn.Module) -> fx.GraphModule:
     What no answer depends on is left out; `num_exits` is kept.
 
     Raises:
-        BadInput: the network is in training mode, where BatchNorm is not affine.
+        BadInput: the network is in training mode, where BatchNorm is not affine, or its graph is not what it runs.
     """
     if network.training:
         raise BadInput(
             f"{type(network).__name__} is in training mode; folding needs evaluation mode, call .eval() first"
         )
-    network = copy.deepcopy(network)
+    original, network = network, graphs.copied(network)
     graph = graphs.trace(network)
     graphs.prune(graph)
-    layers = [layer for layer in graphs.convolutions(graph) if layer.norm is not None]
+    layers = [layer for layer in graphs.convolutions(graph) if layer.foldable]
     tensors = fold(network, layers, {})
     folded = graphs.without_norms(graph, layers)
     for layer in layers:
@@ -92,7 +88,9 @@ def folded_copy(network: nn.Module) -> fx.GraphModule:
         conv.weight = nn.Parameter(tensors[f"{layer.conv}.weight"])
         conv.bias = nn.Parameter(tensors[f"{layer.conv}.bias"])
     folded.num_exits = len(graphs.answers(folded))  # type: ignore[assignment]
-    return folded.eval()
+    what = f"{type(original).__name__} with its BatchNorms folded"
+    self_check.check_same(original, original, folded.eval(), self_check.probes(original), what)
+    return folded
 
 
 @torch.no_grad()

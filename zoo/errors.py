@@ -72,3 +72,7 @@ class DataMissing(ManygatesError):
 
 class CheckpointError(ManygatesError):
     """A training run's folder that cannot be read or resumed."""
+
+
+class GatingWarning(UserWarning):
+    """Something that a user of a random gated network would not expect, such as convolutions without gates."""

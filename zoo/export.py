@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -38,8 +36,7 @@ from zoo.models import (
 )
 from zoo.networks import num_exits
 from zoo.rgn import RandomGatedNetwork
-
-_runtime: Any = onnxruntime  # it re-exports its names without saying so, which strict typing refuses
+from zoo.runtime import VERSION, GraphError, run, session
 
 TOLERANCE = 1e-4
 """How far logits below 100 may differ; larger ones by a millionth of the largest, about what float32 rounds away."""
@@ -178,7 +175,7 @@ def add_int8(folder: Path, *, images: int = CALIBRATION_IMAGES, seed: int = 0, e
     files: dict[str, bytes | Path | str] = {name: bundle.read(name) for name in card.files}
     for variant in card.variants:
         files[int8_file(variant)] = quantize.quantised(bundle.read(f"{variant}.onnx"), pixels, seed=seed)
-    tool = f"onnxruntime {_runtime.__version__}"
+    tool = f"onnxruntime {VERSION}"
     calibration = Calibration(images=len(pixels), seed=seed, method=quantize.METHOD, tool=tool)
     card = without_int8(card)
     known = bundle.card if earlier is None else earlier
@@ -217,17 +214,17 @@ def verify_graphs(bundle: Bundle) -> list[Check]:
     for variant in bundle.card.variants:
         try:
             checks += _check_variant(bundle, variant, images, origin)
-        except _GraphError as error:
+        except GraphError as error:
             checks.append(Check(name=_answers(variant), held=False, detail=str(error)))
     for variant in () if bundle.card.int8 is None else bundle.card.int8.variants:
         try:
             checks += _check_int8(bundle, variant, images, origin)
-        except _GraphError as error:
+        except GraphError as error:
             checks.append(Check(name=_answers(f"{variant}.int8"), held=False, detail=str(error)))
     if bundle.card.exits:
         try:
             checks.append(_check_early_exit(bundle.read(EARLY_EXIT_FILE), load_exits(bundle), images, origin))
-        except _GraphError as error:
+        except GraphError as error:
             checks.append(Check(name=_EARLY, held=False, detail=str(error)))
     return checks
 
@@ -246,35 +243,9 @@ def sample_images(card: Card, number: int) -> tuple[Tensor, str]:
 _EARLY = f"{EARLY_EXIT_FILE} answers as its weights"
 
 
-class _GraphError(BundleError):
-    """A graph that ONNX Runtime cannot load or run."""
-
-
-def session(content: bytes, *, threads: int | None = None) -> Any:
-    """Open a graph on the CPU, quietly; on all cores if `threads` is None.
-
-    Raises:
-        BundleError: ONNX Runtime cannot load it.
-    """
-    options = _runtime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    # A graph may name files to read its weights from; in this "folder" there can be none, inside it or above it.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    try:
-        return _runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
-        raise _GraphError(f"ONNX Runtime cannot load the graph ({error}); export it again") from error
-
-
 def _run(opened: Any, feeds: dict[str, np.ndarray], *more: str) -> tuple[np.ndarray, ...]:
     """Return logits, probabilities, and whatever else is named."""
-    try:
-        answers: list[np.ndarray] = opened.run(["logits", "probabilities", *more], feeds)
-    except Exception as error:  # as above
-        raise _GraphError(f"ONNX Runtime cannot run the graph ({error}); export it again") from error
-    return tuple(answers)
+    return run(opened, feeds, "logits", "probabilities", *more)
 
 
 def _answers(variant: str) -> str:
@@ -424,9 +395,7 @@ def _check_agreement(content: bytes, members: Sequence[nn.Module], images: Tenso
         expected = agreement(log_prob)
         (counted,) = _run(opened, {"images": onnx_graphs.as_numpy(batch)}, onnx_graphs.AGREEMENT)[2:]
         if counted.shape != tuple(expected.shape):
-            raise _GraphError(
-                f"its agreement has shape {counted.shape}, expected {tuple(expected.shape)}; export again"
-            )
+            raise GraphError(f"its agreement has shape {counted.shape}, expected {tuple(expected.shape)}; export again")
         difference = (torch.from_numpy(counted) - expected)[clear].abs()
         worst = max(worst, float(difference.max()) if len(difference) else 0.0)
         judged, unanimous = int(clear.sum()), int((expected == 1)[clear].sum())
@@ -556,7 +525,7 @@ def _check_int8(bundle: Bundle, variant: str, images: Tensor, origin: str) -> li
     strangers = quantize.strangers(content, original)
     try:
         answers = _check_rounded(file, opened, _answering(bundle, variant), images, origin)
-    except _GraphError as error:
+    except GraphError as error:
         answers = Check(name=_answers(f"{variant}.int8"), held=False, detail=str(error))
     return [
         Check(

@@ -6,21 +6,70 @@ gated one. Names of layers are the module names of the network (`stages.0.1.conv
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import fx, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import BadInput
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_ACTIVATION_MODULES = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.ELU)
-_ACTIVATION_FUNCTIONS = {torch.relu, nn.functional.relu, nn.functional.leaky_relu, nn.functional.relu6, "relu", "relu_"}
+_ACTIVATION_MODULES = tuple(
+    kind
+    for name in nn.modules.activation.__all__
+    if name != "MultiheadAttention" and isinstance(kind := getattr(nn, name), type)
+)
+_ACTIVATION_NAMES = frozenset(
+    [
+        "celu",
+        "clamp",
+        "elu",
+        "gelu",
+        "glu",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "leaky_relu",
+        "logsigmoid",
+        "mish",
+        "prelu",
+        "relu",
+        "relu6",
+        "rrelu",
+        "selu",
+        "sigmoid",
+        "silu",
+        "softmax",
+        "softplus",
+        "softsign",
+        "swish",
+        "tanh",
+        "threshold",
+    ]
+)
+_OTHER_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+)  # fmt: skip
+_CONVOLUTION_NAMES = frozenset(
+    [
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "convolution",
+        "_convolution",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -29,90 +78,225 @@ class Convolution:
 
     conv: str
     norm: str | None
-    projection: bool  # stands on a shortcut, beside a longer main branch
+    projection: bool  # stands on the linear shortcut of a residual block
+    tied: bool = False
+    """Another layer uses one of its tensors too, so it cannot have candidates of its own."""
+    foldable: bool = False
+    """The norm is affine in evaluation mode, and the convolution scales as its weight does: one can go into the other."""
+
+    @property
+    def main(self) -> bool:
+        """Whether it is one of those that get candidates: on the main branch, with tensors of its own."""
+        return not self.projection and not self.tied
+
+
+class _Tracer(fx.Tracer):
+    """Records convolutions and BatchNorms of every kind as one call each, and the network's first argument alone."""
+
+    proxy_buffer_attributes = True  # a buffer that forward reads is looked up at each call, as a parameter is
+
+    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
+        leaf = isinstance(module, (nn.Conv2d, _BatchNorm, torch.jit.ScriptModule))
+        return leaf or super().is_leaf_module(module, module_qualified_name)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., object], is_module: bool, concrete_args: object = None
+    ) -> tuple[Callable[..., object], list[object]]:
+        return root_fn, [self.root, self.create_proxy("placeholder", "images", (), {})]
 
 
 def trace(network: nn.Module) -> fx.GraphModule:
-    """Return the graph of `network` as evaluation mode runs it, sharing its layers.
+    """Return the graph of `network` as evaluation mode runs it on its first argument alone, sharing its layers.
 
     Layers such as `nn.Dropout` and `nn.BatchNorm2d` follow the mode of a call; functions that were given the mode, such
-    as `F.dropout(x, training=self.training)`, are fixed to evaluation.
+    as `F.dropout(x, training=self.training)`, are fixed to evaluation. Tracing can miss what a forward does with the
+    type or the presence of its arguments, and hooks: `zoo.self_check.check_traced` compares.
 
     Raises:
         BadInput: the network's forward depends on its input's values, so it has no fixed graph.
     """
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     try:
-        return fx.symbolic_trace(network)
-    except (fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError) as error:
+        with evaluating(network):
+            tracer = _Tracer()
+            return fx.GraphModule(network, tracer.trace(network), type(network).__name__)
+    except (fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError, AssertionError, AttributeError) as error:
         raise BadInput(
             f"{type(network).__name__} cannot be traced with torch.fx ({error}); expected a forward without branches "
             "that depend on the images"
         ) from error
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode, and each of its modules back into its own mode afterwards."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
 def convolutions(graph_module: fx.GraphModule) -> list[Convolution]:
-    """Return the 2-d convolutions in the order in which a forward pass meets them.
-
-    Raises:
-        BadInput: one convolution is called more than once; a gate could not say which call it belongs to.
-    """
+    """Return the 2-d convolutions, subclasses included, in the order in which a forward pass first meets them."""
     modules = dict(graph_module.named_modules())
-    conv_nodes = [node for node in graph_module.graph.nodes if _is(node, nn.Conv2d, modules)]
-    names = [str(node.target) for node in conv_nodes]
-    for name in names:
-        if names.count(name) > 1:
-            raise BadInput(f"convolution {name!r} is used {names.count(name)} times in one forward; expected once each")
-    projections = _projections(graph_module, set(conv_nodes))
-    norm_calls = Counter(str(node.target) for node in graph_module.graph.nodes if _is(node, nn.BatchNorm2d, modules))
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        if _is(node, nn.Conv2d, modules):
+            calls.setdefault(str(node.target), []).append(node)
+    conv_nodes = {node for nodes in calls.values() for node in nodes}
+    projections = _projections(graph_module, conv_nodes)
+    norm_calls = Counter(str(node.target) for node in graph_module.graph.nodes if _is(node, _BatchNorm, modules))
+    read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    tied = _tied(graph_module)
+
+    def owned(layer: str) -> set[str]:
+        return {f"{layer}.{name}" for name, _ in tensors(modules[layer])}
+
     found = []
-    for node in conv_nodes:
-        users = list(node.users)
+    for name, nodes in calls.items():
+        users = [user for node in nodes for user in node.users]
         norm = None
-        if len(users) == 1 and _is(users[0], nn.BatchNorm2d, modules):
+        if len(users) == len(nodes) == 1 and _is(users[0], _BatchNorm, modules):
             reader = str(users[0].target)
             # without running statistics it depends on the batch even in evaluation mode: never ours to gate or fold
-            if norm_calls[reader] == 1 and cast(nn.BatchNorm2d, modules[reader]).track_running_stats:
+            if norm_calls[reader] == 1 and modules[reader].track_running_stats and not owned(reader) & tied:
                 norm = reader
-        found.append(Convolution(str(node.target), norm, node in projections))
+        foldable = (
+            norm is not None
+            and type(modules[name]) is nn.Conv2d
+            and type(modules[norm]) is nn.BatchNorm2d
+            and not any(modules[part]._forward_hooks or modules[part]._forward_pre_hooks for part in (name, norm))
+            and not (owned(name) | owned(norm)) & read
+        )
+        is_tied = bool(owned(name) & tied)
+        found.append(Convolution(name, norm, bool(projections & set(nodes)), is_tied, foldable and not is_tied))
     return found
+
+
+def tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every parameter and buffer of a module and of those inside it, by name."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def put(network: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor where `network` has, or had before it was taken out, the parameter or buffer `name`."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = network.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner.register_parameter(leaf, cast(nn.Parameter, tensor))
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """Return a deep copy.
+
+    Raises:
+        BadInput: a module cannot be copied, such as one whose weight a hook computes.
+    """
+    try:
+        return copy.deepcopy(network)
+    except (RuntimeError, TypeError) as error:
+        hooked = [
+            name
+            for name, module in network.named_modules()
+            if any(hasattr(hook, "compute_weight") for hook in module._forward_pre_hooks.values())
+        ]
+        advice = (
+            f"{hooked[0] or type(network).__name__} has its weight from a hook: use weight_norm or spectral_norm of "
+            "torch.nn.utils.parametrizations instead, or remove it with torch.nn.utils.remove_weight_norm"
+            if hooked
+            else "expected modules that copy.deepcopy can copy"
+        )
+        raise BadInput(f"{type(network).__name__} cannot be copied ({error}); {advice}") from error
+
+
+def others(graph_module: fx.GraphModule) -> list[str]:
+    """Name what convolves in the network and can have no gate: no `nn.Conv2d`, or one whose tensors are tied."""
+    modules = dict(graph_module.named_modules())
+    found = [layer.conv for layer in convolutions(graph_module) if layer.tied and not layer.projection]
+    for node in graph_module.graph.nodes:
+        if _is(node, _OTHER_CONVOLUTIONS, modules):
+            found.append(f"{node.target} ({type(modules[str(node.target)]).__name__})")
+        elif node.op in ("call_function", "call_method") and _name(node) in _CONVOLUTION_NAMES:
+            found.append(f"{node.name} (a call of {_name(node)})")
+        elif _is(node, torch.jit.ScriptModule, modules):
+            found.append(f"{node.target} (a scripted module)")
+    return list(dict.fromkeys(found))
+
+
+def _tied(graph_module: fx.GraphModule) -> set[str]:
+    """Return the names of the tensors that two different modules hold, such as a weight that was assigned to both."""
+    owners: dict[object, set[nn.Module]] = {}
+    names: dict[object, set[str]] = {}
+    for prefix, module in graph_module.named_modules(remove_duplicate=False):
+        for store in (module._parameters, module._buffers):
+            for leaf, tensor in store.items():
+                if tensor is not None:
+                    place = tensor.untyped_storage().data_ptr()  # 0 on the meta device and for empty tensors
+                    key = (place, tensor.storage_offset()) if place else id(tensor)
+                    owners.setdefault(key, set()).add(module)
+                    names.setdefault(key, set()).add(f"{prefix}.{leaf}" if prefix else leaf)
+    return {name for key, found in names.items() if len(owners[key]) > 1 for name in found}
 
 
 def _is(node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Module], ...], modules: Mapping[str, nn.Module]) -> bool:
     return node.op == "call_module" and isinstance(modules[str(node.target)], kind)
 
 
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _activates(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node is an activation function, or a module that holds one."""
+    if node.op == "call_module":
+        return any(isinstance(part, _ACTIVATION_MODULES) for part in modules[str(node.target)].modules())
+    return node.op in ("call_function", "call_method") and _name(node).removesuffix("_") in _ACTIVATION_NAMES
+
+
 def _projections(graph_module: fx.GraphModule, conv_nodes: set[fx.Node]) -> set[fx.Node]:
-    """Convolutions on the shorter side of an addition, between the fork and the sum."""
-    projections: set[fx.Node] = set()
-    for _, (_, shortcut), _ in _forks(graph_module, conv_nodes):
-        projections |= shortcut
-    return projections
+    """Convolutions on the shortcut of a residual block: they stay shared (Ensemble-in-One, section 3.2)."""
+    return {node for _, shortcut, _ in _blocks(graph_module, conv_nodes) for node in shortcut}
 
 
-def _forks(
-    graph_module: fx.GraphModule, conv_nodes: set[fx.Node]
-) -> Iterator[tuple[fx.Node, tuple[fx.Node, set[fx.Node]], tuple[fx.Node, set[fx.Node]]]]:
-    """Yield every addition of two branches of one fork with (operand, its convolutions since the fork), shorter first.
+def _blocks(graph_module: fx.GraphModule, conv_nodes: set[fx.Node]) -> Iterator[tuple[fx.Node, set[fx.Node], fx.Node]]:
+    """Yield (addition, convolutions of its shortcut, other operand) of every residual block.
 
-    Branches of equal length are left out: neither is a shortcut of the other.
+    A block is a sum of two branches of one fork. Its shortcut is the branch with fewer convolutions in a row, and has
+    none, or is linear beside a branch that is not. Other sums, of parallel convolutions or of resolutions, have no
+    shortcut.
     """
+    modules = dict(graph_module.named_modules())
     ancestors: dict[fx.Node, set[fx.Node]] = {}
     for node in graph_module.graph.nodes:
         ancestors[node] = {node}.union(*(ancestors[source] for source in node.all_input_nodes))
+
+    def in_a_row(branch: set[fx.Node]) -> int:
+        longest: dict[fx.Node, int] = {}
+        for node in graph_module.graph.nodes:  # in an order in which they can run
+            if node in branch:
+                before = max((longest.get(source, 0) for source in node.all_input_nodes), default=0)
+                longest[node] = before + (node in conv_nodes)
+        return max(longest.values(), default=0)
+
     for node in graph_module.graph.nodes:
         operands = node.all_input_nodes
         if node.target not in _ADDITIONS or len(operands) != 2:
             continue
         left, right = (ancestors[operand] for operand in operands)
-        branches = [(operands[0], (left - right) & conv_nodes), (operands[1], (right - left) & conv_nodes)]
-        shorter, longer = sorted(branches, key=lambda branch: len(branch[1]))
-        if len(shorter[1]) < len(longer[1]):
-            yield node, shorter, longer
+        branches = sorted([(left - right, operands[1], right - left), (right - left, operands[0], left - right)],
+                          key=lambda branch: in_a_row(branch[0]))  # fmt: skip
+        shortcut, operand, main = branches[0]
+        if in_a_row(shortcut) >= in_a_row(main):
+            continue
+        convs = shortcut & conv_nodes
+        curved = [any(_activates(part, modules) for part in branch) for branch in (shortcut, main)]
+        if not convs or curved == [False, True]:
+            yield node, convs, operand
 
 
 def residual_branches(graph_module: fx.GraphModule, *, projections: bool) -> list[tuple[fx.Node, fx.Node]]:
@@ -125,11 +309,8 @@ def residual_branches(graph_module: fx.GraphModule, *, projections: bool) -> lis
     """
     modules = dict(graph_module.named_modules())
     conv_nodes = {node for node in graph_module.graph.nodes if _is(node, nn.Conv2d, modules)}
-    found = []
-    for addition, shorter, longer in _forks(graph_module, conv_nodes):
-        if longer[1] and (projections or not shorter[1]):
-            found.append((addition, longer[0]))
-    return found
+    blocks = _blocks(graph_module, conv_nodes)
+    return [(addition, operand) for addition, shortcut, operand in blocks if projections or not shortcut]
 
 
 def answers(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
@@ -149,7 +330,7 @@ def prune(graph_module: fx.GraphModule) -> None:
     def needed(node: fx.Node) -> bool:
         if node.op == "call_module":
             return bool(getattr(modules[str(node.target)], "inplace", False))
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        name = _name(node)
         in_place = name.endswith("_") or (name.startswith("i") and hasattr(operator, name)) or name == "setitem"
         return node.is_impure() or in_place or bool(node.kwargs.get("inplace", False))
 
@@ -172,7 +353,7 @@ def feature_nodes(graph_module: fx.GraphModule, layers: Sequence[Convolution], *
             node = reader
         if activated and len(node.users) == 1:
             reader = next(iter(node.users))
-            if _is(reader, _ACTIVATION_MODULES, modules) or reader.target in _ACTIVATION_FUNCTIONS:
+            if _activates(reader, modules) and not _is(reader, (nn.Conv2d, _BatchNorm), modules):
                 node = reader
         features.append(node.name)
     return features
@@ -238,7 +419,7 @@ def prefix(
         raise BadInput(f"layer {layer} is out of range, expected 1 to {len(layers) + 1}")
     if layer <= len(layers):
         graph_module = cut(graph_module, feature_nodes(graph_module, layers, activated=activated)[layer - 1])
-    normed = [convolution for convolution in folded if convolution.norm is not None]
+    normed = [convolution for convolution in folded if convolution.foldable]
     return without_norms(graph_module, normed) if normed else graph_module
 
 

@@ -1,14 +1,15 @@
 """Pruned ONNX graphs of a random gated network, assembled from one exported template.
 
-The template is exported by torch once, its BatchNorms folded, its gated convolutions filled with random numbers so that
-no exporter can merge or drop them. Every graph is then put together from that stencil and the candidates' weights:
+The template is exported by torch once, with its gated tensors as inputs (`zoo.stencil`). Every graph is then put
+together from that stencil and the candidates' weights, BatchNorms folded:
 
     single    the stencil with one path's weights
     ensemble  the stencil once per path, every node that two paths share computed once, the probabilities averaged and
               the share of paths that vote for the winner counted
     gated     each gated convolution an `If` over its candidates; the gates are an input
 
-So a graph holds nothing of the candidates that it does not run (docs/adr/0005).
+So a graph holds nothing of the candidates that it does not run (docs/adr/0005). Every graph is compared with the torch
+network on random images, at several batch sizes and along several paths, before it is returned.
 
 A network with several exits has two graphs: `single`, which answers at all of them, and `early_exit`, in which every
 node behind the first exit stands in the branch of an `If` that runs only where the exits before were not sure enough.
@@ -16,43 +17,43 @@ node behind the first exit stands in the branch of an `If` that runs only where 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx
 import torch
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper
 from torch import Tensor, nn
 
-from zoo.derive import derive, folded_copy
-from zoo.errors import BadInput
-from zoo.networks import num_exits
+from zoo import graphs, paths, self_check
+from zoo.derive import Ensemble, derive
+from zoo.errors import BadInput, BundleError
 from zoo.paths import Path
 from zoo.rgn import RandomGatedNetwork
+from zoo.runtime import run, session
+from zoo.stencil import (
+    AGREEMENT,
+    EXIT,
+    EXIT_LOGITS,
+    GATES,
+    IMAGES,
+    IR_VERSION,
+    LIMITS,
+    LOGITS,
+    OPSET,
+    PROBABILITIES,
+    Stencil,
+    Weights,
+    stencil_of,
+)
+from zoo.stencil import tensor as _tensor
 
-OPSET = 18
-IR_VERSION = 10  # onnx.helper would write a newer one than ONNX Runtime loads
-LOGITS, PROBABILITIES, IMAGES, GATES = "logits", "probabilities", "images", "gates"
-EXIT_LOGITS, LIMITS, EXIT = "exit_logits", "limits", "exit"
-AGREEMENT = "agreement"
-
-Weights = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Stencil:
-    """The exported template: nodes in order, shared tensors by name, and the gate of each gated convolution."""
-
-    nodes: list[NodeProto]
-    shared: dict[str, np.ndarray]
-    image_shape: tuple[int, ...]
-    classes: int
-    gate_of: dict[str, int] = field(default_factory=dict)
-    """Gated tensor name -> position of its gate."""
-    exits: tuple[str, ...] = (LOGITS,)
-    """Names of the logits of every exit, first exit first; the last are always `logits`."""
+__all__ = [
+    "AGREEMENT", "EXIT", "EXIT_LOGITS", "GATES", "IMAGES", "IR_VERSION", "LIMITS", "LOGITS", "OPSET", "PROBABILITIES",
+    "as_numpy", "count_parameters", "early_exit_graph", "members_graph", "plain_graphs", "rgn_graphs", "single_graph",
+]  # fmt: skip
 
 
 def plain_graphs(members: Sequence[nn.Module]) -> dict[str, bytes]:
@@ -60,14 +61,19 @@ def plain_graphs(members: Sequence[nn.Module]) -> dict[str, bytes]:
 
     "single" is the first network alone. With several there is also "ensemble", and of a network with several exits
     "early_exit"; see `single_graph`, `members_graph` and `early_exit_graph`.
+
+    Raises:
+        BadInput: see `single_graph`.
     """
     if len(members) > 1:
         stencil, weights = _members_stencil(members)
-        return {"single": _path_graph(stencil, weights[:1]), "ensemble": _ensemble_graph(stencil, weights)}
-    stencil = _stencil(folded_copy(members[0]), _image_shape(members[0]))
+        single = _checked_path(_path_graph(stencil, weights[:1]), members[0], stencil)
+        return {"single": single, "ensemble": _ensemble_graph(members, stencil, weights)}
+    stencil = stencil_of(members[0], _image_shape(members[0]))
+    made = {"single": _single_graph(members[0], stencil)}
     if len(stencil.exits) > 1:
-        return {"single": _all_exits_graph(stencil), "early_exit": _early_exit_graph(stencil)}
-    return {"single": _path_graph(stencil, [{}])}
+        made["early_exit"] = _early_exit_graph(members[0], stencil)
+    return made
 
 
 def single_graph(network: nn.Module) -> bytes:
@@ -75,11 +81,12 @@ def single_graph(network: nn.Module) -> bytes:
 
     Input `images` float32 (batch, channel, height, width) in [0, 1]; outputs `logits` and `probabilities`. Of a
     multi-exit network these are the last exit's, and `exit_logits` (batch, exit, class) are those of all.
+
+    Raises:
+        BadInput: the network does not say the shape of its images, cannot be exported, or answers otherwise than the
+            graph does.
     """
-    stencil = _stencil(folded_copy(network), _image_shape(network))
-    if len(stencil.exits) > 1:
-        return _all_exits_graph(stencil)
-    return _path_graph(stencil, [{}])
+    return _single_graph(network, stencil_of(network, _image_shape(network)))
 
 
 def early_exit_graph(network: nn.Module) -> bytes:
@@ -90,12 +97,12 @@ def early_exit_graph(network: nn.Module) -> bytes:
     `probabilities` (1, class), and `exit` int64 (1), counted from 0.
 
     Raises:
-        BadInput: the network has one exit.
+        BadInput: the network has one exit; see also `single_graph`.
     """
-    stencil = _stencil(folded_copy(network), _image_shape(network))
+    stencil = stencil_of(network, _image_shape(network))
     if len(stencil.exits) < 2:
         raise BadInput(f"{type(network).__name__} has one exit, so it cannot answer early; export its variant single")
-    return _early_exit_graph(stencil)
+    return _early_exit_graph(network, stencil)
 
 
 def rgn_graphs(
@@ -106,30 +113,28 @@ def rgn_graphs(
     Raises:
         BadPath: a path does not fit the network.
         BadInput: the network has a single candidate per layer and a gated graph is wanted, it does not say the shape
-            of its images, or the exporter changed a gated layer.
+            of its images, it cannot be exported, or a graph answers otherwise than the network does.
     """
-    image_shape = _image_shape(rgn.template)
-    network = folded_copy(derive(rgn, [0] * rgn.num_gates))
-    gate_of: dict[str, int] = {}
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for gate, layer in enumerate(rgn.layers):
-            for name, parameter in network.get_submodule(layer.conv).named_parameters():
-                parameter.normal_(generator=generator)
-                gate_of[f"{layer.conv}.{name}"] = gate
-    stencil = _stencil(network, image_shape, gate_of)
-    folded = [rgn.folded([candidate] * rgn.num_gates) for candidate in range(rgn.candidates)]
-    candidates = [{name: weights[name].numpy() for name in gate_of} for weights in folded]
-    graphs = {}
+    network = derive(rgn, [0] * rgn.num_gates)
+    own = dict(graphs.tensors(network))
+    choices = [rgn.select([candidate] * rgn.num_gates) for candidate in range(rgn.candidates)]
+    gates = {part: gate for gate, layer in enumerate(rgn.layers) for part in rgn.parts(layer).values()}
+    gate_of = {name: gates[part] for name in choices[0] for part in gates if name.startswith(f"{part}.")}
+    stencil = stencil_of(network, _image_shape(rgn.template), gate_of)
+    candidates = [stencil.gated({**own, **choice}) for choice in choices]
+    made = {}
     if single is not None:
-        graphs["single"] = _path_graph(stencil, [_weights_of(candidates, gate_of, rgn.check(single))])
+        path = rgn.check(single)
+        graph = _path_graph(stencil, [_weights_of(candidates, stencil.gate_of, path)])
+        made["single"] = _checked_path(graph, derive(rgn, path), stencil)
     if ensemble:
         keyed = [rgn.check(path) for path in ensemble]
-        weights = [_weights_of(candidates, gate_of, path) for path in keyed]
-        graphs["ensemble"] = _path_graph(stencil, weights, keyed, counted=True)
+        weights = [_weights_of(candidates, stencil.gate_of, path) for path in keyed]
+        graph = _path_graph(stencil, weights, keyed, counted=True)
+        made["ensemble"] = _checked_path(graph, Ensemble(derive(rgn, path) for path in keyed).eval(), stencil)
     if gated:
-        graphs["gated"] = _gated_graph(stencil, candidates, rgn.num_gates)
-    return graphs
+        made["gated"] = _checked_gated(_gated_graph(stencil, candidates, rgn.num_gates), rgn, stencil)
+    return made
 
 
 def members_graph(members: Sequence[nn.Module]) -> bytes:
@@ -137,31 +142,93 @@ def members_graph(members: Sequence[nn.Module]) -> bytes:
 
     Outputs: `logits` and `probabilities` (batch, class), and `agreement` float32 (batch): the share of the networks
     whose most probable class is that of the average.
+
+    Raises:
+        BadInput: see `single_graph`.
     """
-    return _ensemble_graph(*_members_stencil(members))
+    return _ensemble_graph(members, *_members_stencil(members))
 
 
-def _ensemble_graph(stencil: Stencil, weights: Sequence[Weights]) -> bytes:
-    return _path_graph(stencil, weights, [(number,) for number in range(len(weights))], counted=True)
+def _single_graph(network: nn.Module, stencil: Stencil) -> bytes:
+    if len(stencil.exits) == 1:
+        return _checked_path(_path_graph(stencil, [{}]), network, stencil)
+    graph = _all_exits_graph(stencil)
+    opened = session(graph)
+
+    def exits(images: Tensor) -> tuple[Tensor, ...]:
+        return _run(opened, {IMAGES: as_numpy(images)}, EXIT_LOGITS)[0].unbind(1)
+
+    _check("single", network, network, exits, stencil)
+    return graph
+
+
+def _ensemble_graph(members: Sequence[nn.Module], stencil: Stencil, weights: Sequence[Weights]) -> bytes:
+    graph = _path_graph(stencil, weights, [(number,) for number in range(len(weights))], counted=True)
+    return _checked_path(graph, Ensemble(members).eval(), stencil)
 
 
 def _members_stencil(members: Sequence[nn.Module]) -> tuple[Stencil, list[dict[str, np.ndarray]]]:
     """Return a stencil in which every weight is one gate's, and each member's weights for it."""
-    image_shape = _image_shape(members[0])
-    folded = [folded_copy(member) for member in members]
-    # A BatchNorm that cannot be folded has buffers of its own in each member; the normalisation's are common to all.
-    buffers = [
+    tensors = [dict(graphs.tensors(member)) for member in members]
+    buffers = dict(members[0].named_buffers())
+    # A buffer that is common to all, such as the normalisation's, is computed with once.
+    own = [
         name
-        for name, buffer in folded[0].named_buffers()
-        if buffer.is_floating_point() and not all(torch.equal(buffer, m.get_buffer(name)) for m in folded[1:])
+        for name, tensor in tensors[0].items()
+        if name not in buffers or not all(torch.equal(tensor, other[name]) for other in tensors[1:])
     ]
-    own = [dict(m.named_parameters()) | {name: m.get_buffer(name) for name in buffers} for m in folded]
-    weights = [{name: tensor.detach().numpy().copy() for name, tensor in tensors.items()} for tensors in own]
-    generator = torch.Generator().manual_seed(0)
+    stencil = stencil_of(members[0], _image_shape(members[0]), dict.fromkeys(own, 0))
+    return stencil, [stencil.gated(member) for member in tensors]
+
+
+# --- checks ---
+
+
+def _checked_path(graph: bytes, network: nn.Module, stencil: Stencil) -> bytes:
+    """Return a graph without gates if it answers as `network` does."""
+    opened = session(graph)
+    what = "ensemble" if isinstance(network, Ensemble) else "single"
+    _check(what, network, network, lambda images: _run(opened, {IMAGES: as_numpy(images)}, LOGITS)[0], stencil)
+    return graph
+
+
+def _checked_gated(graph: bytes, rgn: RandomGatedNetwork, stencil: Stencil) -> bytes:
+    """Return a gated graph if it answers as `rgn` does along the constant paths and two random ones."""
+    opened, draws = session(graph), random.Random(0)  # noqa: S311 - repeatable
+    chosen = [(gate,) * rgn.num_gates for gate in range(rgn.candidates)]
+    for path in (*chosen, *(paths.sample(rgn.num_gates, rgn.candidates, draws) for _ in range(2))):
+        gates = np.array(path, np.int64)
+
+        def found(images: Tensor, gates: np.ndarray = gates) -> Tensor:
+            return _run(opened, {IMAGES: as_numpy(images), GATES: gates}, LOGITS)[0]
+
+        _check(f"gated, path {paths.format_path(path)},", rgn.template, partial(rgn, path=path), found, stencil)
+    return graph
+
+
+def _check(
+    what: str,
+    network: nn.Module,
+    expected: Callable[[Tensor], Tensor],
+    found: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+    stencil: Stencil,
+) -> None:
+    images = self_check.images((max(self_check.BATCH_SIZES), *stencil.image_shape))
+    first = next(network.parameters(), images)
     with torch.no_grad():
-        for tensor in own[0].values():
-            tensor.normal_(generator=generator)
-    return _stencil(folded[0], image_shape, dict.fromkeys(weights[0], 0)), weights
+        self_check.check_same(
+            network, lambda batch: expected(batch.to(first.device, first.dtype)), found, images, f"the graph {what}"
+        )
+
+
+def _run(opened: object, feeds: dict[str, np.ndarray], *names: str) -> tuple[Tensor, ...]:
+    try:
+        return tuple(torch.from_numpy(found) for found in run(opened, feeds, *names))
+    except BundleError as error:
+        raise BadInput(str(error)) from error
+
+
+# --- assembly ---
 
 
 def count_parameters(file: bytes) -> int:
@@ -185,55 +252,6 @@ def _image_shape(network: nn.Module) -> tuple[int, ...]:
             "(channel, height, width) before exporting it"
         )
     return tuple(shape)
-
-
-def _stencil(network: nn.Module, image_shape: tuple[int, ...], gate_of: dict[str, int] | None = None) -> Stencil:
-    gate_of = gate_of or {}
-    exits = (*(f"{EXIT_LOGITS}_{index}" for index in range(num_exits(network) - 1)), LOGITS)
-    example = torch.zeros(2, *image_shape)
-    with warnings.catch_warnings():
-        # torch's exporter calls its own deprecated functions (FutureWarning, DeprecationWarning).
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        program = torch.onnx.export(
-            network,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[IMAGES],
-            output_names=list(exits),
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            verbose=False,
-        )
-    assert program is not None
-    graph = program.model_proto.graph
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    lost = sorted(gate_of.keys() - constants.keys())
-    if lost:
-        raise BadInput(f"the exporter merged or renamed the gated tensors {lost[:3]}; this network cannot be pruned")
-    nodes = []
-    for node in graph.node:
-        del node.metadata_props[:]  # stack traces of the machine that exported
-        node.doc_string = ""
-        nodes.append(_pooled(node, constants))
-    used = {name for node in nodes for name in node.input}
-    shared = {name: array for name, array in constants.items() if name in used and name not in gate_of}
-    with torch.no_grad():
-        answer = network(example)
-    classes = (answer if len(exits) == 1 else answer[-1]).shape[1]
-    return Stencil(nodes, shared, image_shape, classes, gate_of, exits)
-
-
-def _pooled(node: NodeProto, constants: Weights) -> NodeProto:
-    """Write a mean over height and width as GlobalAveragePool, which keeps ONNX Runtime's blocked layout."""
-    if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in constants:
-        return node
-    keepdims = {attribute.name: attribute.i for attribute in node.attribute}.get("keepdims", 1)
-    axes = sorted(int(axis) % 4 for axis in constants[node.input[1]])
-    if axes != [2, 3] or not keepdims:
-        return node
-    return helper.make_node("GlobalAveragePool", [node.input[0]], list(node.output), name=node.name)
 
 
 def _weights_of(candidates: Sequence[Weights], gate_of: Mapping[str, int], path: Path) -> dict[str, np.ndarray]:
@@ -351,17 +369,31 @@ def _all_exits_graph(stencil: Stencil) -> bytes:
     )
 
 
-def _early_exit_graph(stencil: Stencil) -> bytes:
-    """Assemble the graph of nested choices; see `_answer_from`."""
+def _early_exit_graph(network: nn.Module, stencil: Stencil) -> bytes:
+    """Assemble the graph of nested choices; see `_answer_from`. It is checked with limits that choose each exit."""
     nodes, tensors = _answer_from(stencil, _stages(stencil), 0, (LOGITS, PROBABILITIES, EXIT))
     limits = helper.make_tensor_value_info(LIMITS, TensorProto.FLOAT, [len(stencil.exits) - 1])
-    return _model(
+    graph = _model(
         nodes,
         tensors,
         [_images(stencil, 1), limits],
         [*_answers(stencil, 1), helper.make_tensor_value_info(EXIT, TensorProto.INT64, [1])],
         {"exits": str(len(stencil.exits))},
     )
+    opened, last = session(graph), len(stencil.exits) - 1
+    for chosen in range(last + 1):
+        limit = np.array([np.inf] * chosen + [0.0] * (last - chosen), np.float32)
+
+        def found(images: Tensor, limit: np.ndarray = limit) -> Tensor:
+            one_by_one = [_run(opened, {IMAGES: as_numpy(image[None]), LIMITS: limit}, LOGITS)[0] for image in images]
+            return torch.cat(one_by_one)
+
+        def expected(images: Tensor, chosen: int = chosen) -> Tensor:
+            answer: Tensor = network(images)[chosen]
+            return answer
+
+        _check(f"early_exit, leaving at exit {chosen + 1},", network, expected, found, stencil)
+    return graph
 
 
 def _answer_from(
@@ -508,10 +540,6 @@ def _branch(node: NodeProto, candidate: int, candidates: Sequence[Weights], sten
 
 def _any(name: str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-
-
-def _tensor(array: np.ndarray, name: str) -> TensorProto:
-    return numpy_helper.from_array(np.ascontiguousarray(array), name)
 
 
 def _images(stencil: Stencil, batch: int | str = "batch") -> onnx.ValueInfoProto:

@@ -1,8 +1,9 @@
 """Random gated networks: a template and a bank of candidates (Ensemble-in-One, AAAI 2023, section 3.1).
 
 The template is any plain network that `torch.fx` can trace. Each convolution of its main branch, with the BatchNorm
-that alone reads it, is a *gated layer*: the bank holds n candidates of it. Everything else (shortcut projections, the
-classifier) is shared by all paths. A path picks one candidate per gated layer and is an argument of every call, never
+that alone reads it, is a *gated layer*: the bank holds n candidates of it, each with all its tensors, those of a
+parametrisation (weight_norm, spectral_norm) included. Everything else (shortcut projections, layers that share a tensor,
+the classifier) is shared by all paths. A path picks one candidate per gated layer and is an argument of every call, never
 state of the network:
 
     rgn = randomly_gate(build("resnet20"), candidates=2)      # 19 gated layers, 2^19 paths
@@ -14,17 +15,21 @@ Candidates are separate leaf parameters, so that an optimiser skips those that a
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+import math
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from zoo import graphs, paths
-from zoo.errors import BadInput
+from zoo import graphs, paths, self_check
+from zoo.errors import BadInput, GatingWarning
 from zoo.graphs import Convolution
 
 Sharing = Literal["independent", "shared_conv"]
@@ -47,8 +52,8 @@ class RandomGatedNetwork(nn.Module):
     """
 
     def __init__(self, template: nn.Module, *, candidates: int = 2, sharing: Sharing = "independent") -> None:
-        if candidates < 1:
-            raise BadInput(f"a gated layer needs at least 1 candidate, got {candidates}")
+        if not isinstance(candidates, int) or candidates < 1:
+            raise BadInput(f"a gated layer needs at least 1 candidate, a whole number, got {candidates!r}")
         if sharing not in get_args(Sharing):
             raise BadInput(f"sharing must be one of {', '.join(get_args(Sharing))}, got {sharing!r}")
         super().__init__()
@@ -60,36 +65,30 @@ class RandomGatedNetwork(nn.Module):
             )
         self.convolutions = graphs.convolutions(graph)
         self.layers = [
-            layer
-            for layer in self.convolutions
-            if not layer.projection and (sharing == "independent" or layer.norm is not None)
+            layer for layer in self.convolutions if layer.main and (sharing == "independent" or layer.norm is not None)
         ]
         if not self.layers:
-            wanted = "2-d convolution" if sharing == "independent" else "2-d convolution with a BatchNorm of its own"
-            raise BadInput(
-                f"{type(template).__name__} has no {wanted} on its main branch, so there is nothing to gate; "
-                "expected a convolutional network"
-            )
+            raise BadInput(_nothing_to_gate(template, self.convolutions, graphs.others(graph), sharing))
         self.candidates = candidates
         self.sharing: Sharing = sharing
         self.template = template
         self.bank = nn.ModuleList()
         for layer in self.layers:
-            parts = [layer.conv] if sharing == "independent" else []
-            parts += [layer.norm] if layer.norm is not None else []
+            parts = self.parts(layer)
             alternatives = [
-                nn.ModuleDict({self._role(layer, part): copy.deepcopy(template.get_submodule(part)) for part in parts})
+                nn.ModuleDict({role: graphs.copied(template.get_submodule(name)) for role, name in parts.items()})
                 for _ in range(candidates)
             ]
             self.bank.append(nn.ModuleList(alternatives))
-            for part in parts:
-                _empty(template.get_submodule(part))
-        self._trace = (graph,)  # in a tuple, or its copies of our layers would be registered as ours once more
+            for name in parts.values():
+                _empty(template.get_submodule(name))
+        self._trace: tuple[fx.GraphModule, ...] = ()
         self._prefixes: dict[tuple[int, bool, bool], fx.GraphModule] = {}
 
-    @staticmethod
-    def _role(layer: Convolution, part: str) -> str:
-        return "conv" if part == layer.conv else "norm"
+    def parts(self, layer: Convolution) -> dict[str, str]:
+        """Return the names of the modules of a gated layer that have candidates, by role: "conv" and "norm"."""
+        parts = {"conv": layer.conv} if self.sharing == "independent" else {}
+        return parts if layer.norm is None else {**parts, "norm": layer.norm}
 
     @property
     def num_gates(self) -> int:
@@ -116,10 +115,9 @@ class RandomGatedNetwork(nn.Module):
         """
         selected: dict[str, Tensor] = {}
         for layer, alternatives, gate in zip(self.layers, self.bank, self.check(path), strict=True):
+            parts = self.parts(layer)
             for role, module in cast(nn.ModuleDict, cast(nn.ModuleList, alternatives)[gate]).items():
-                owner = layer.conv if role == "conv" else layer.norm
-                for name, tensor in _tensors(module):
-                    selected[f"{owner}.{name}"] = tensor
+                selected.update((f"{parts[role]}.{name}", tensor) for name, tensor in graphs.tensors(module))
         return selected
 
     def check(self, path: Sequence[int]) -> paths.Path:
@@ -150,7 +148,7 @@ class RandomGatedNetwork(nn.Module):
         key = (layer, activated, folded)
         if key not in self._prefixes:
             self._prefixes[key] = graphs.prefix(
-                self._trace[0],
+                self._graph(),
                 self.layers,
                 layer,
                 activated=activated,
@@ -172,10 +170,46 @@ class RandomGatedNetwork(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomGatedNetwork:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # graphs hold buffers, which a move to another device or type replaces
-        self._trace = (graphs.trace(self.template),)
+        # graphs hold tensors of the network itself, which a move to another device or type replaces
+        self._trace = ()
         self._prefixes.clear()
         return self
+
+    def _graph(self) -> fx.GraphModule:
+        """Return the template's graph, traced at the first call; a forward may read its gated weights, so they are lent."""
+        if not self._trace:
+            lent = self.select([0] * self.num_gates)
+            for name, tensor in lent.items():
+                graphs.put(self.template, name, tensor)
+            try:
+                graph = graphs.trace(self.template)
+            finally:
+                for layer in self.layers:
+                    for part in self.parts(layer).values():
+                        _empty(self.template.get_submodule(part))
+            self._trace = (graph,)  # in a tuple, or its copies of our layers would be registered as ours once more
+        return self._trace[0]
+
+    def check_itself(self) -> None:
+        """Compare the graph of several paths with the network, and look for candidates that change nothing.
+
+        Raises:
+            BadInput: the forward is traced otherwise than it runs, or a candidate reaches no answer.
+        """
+        draws = random.Random(0)  # noqa: S311 - repeatable
+        chosen = [(gate,) * self.num_gates for gate in range(self.candidates)]
+        images = self_check.probes(self, run=lambda batch: self(batch, chosen[0]))
+        name, last = type(self.template).__name__, self.num_features
+        for path in (chosen[-1], paths.sample(self.num_gates, self.candidates, draws)):
+            ways = {
+                f"the torch.fx graph of {name}": self.runner(last, self.select(path)),
+                f"{name} with its BatchNorms folded": self.runner(last, self.folded(path), folded=True),
+            }
+            for what, run in ways.items():
+                self_check.check_same(self.template, partial(self, path=path), run, images, what)
+        parts = [part for layer in self.layers for part in self.parts(layer).values()]
+        for gate, path in enumerate(chosen):
+            self_check.check_reach(self.template, self.select(path), parts, images[:2], gate)
 
     def extra_repr(self) -> str:
         """Say how many gates and candidates there are."""
@@ -210,20 +244,86 @@ def randomly_gate(
     """
     if start not in get_args(Start):
         raise BadInput(f"start must be one of {', '.join(get_args(Start))}, got {start!r}")
-    rgn = RandomGatedNetwork(copy.deepcopy(network), candidates=candidates, sharing=sharing)
+    if not 0 <= noise < math.inf:
+        raise BadInput(f"noise must be a finite number of at least 0, got {noise!r}")
+    rgn = RandomGatedNetwork(graphs.copied(network), candidates=candidates, sharing=sharing)
     with torch.no_grad():
-        for alternatives in rgn.bank:
+        for layer, alternatives in zip(rgn.layers, rgn.bank, strict=True):
             for index, alternative in enumerate(cast(nn.ModuleList, alternatives)):
                 for role, module in cast(nn.ModuleDict, alternative).items():
-                    weight = cast(Tensor | None, module.weight)
+                    weight = cast(Tensor | None, getattr(module, "weight", None))
                     if weight is None:  # a BatchNorm without an affine map
                         continue
-                    draw = torch.empty_like(weight)
                     if start == "copy" and noise:
-                        weight.mul_(1 + noise * draw.normal_(generator=generator))
+                        _set_weight(module, weight * (1 + noise * _normal(weight, generator)), layer)
                     elif start == "redraw" and role == "conv" and index > 0:
-                        weight.copy_(draw.normal_(0.0, float(weight.std()), generator=generator))
+                        if weight.numel() < 2:
+                            raise BadInput(
+                                f"{layer.conv} has a single weight, whose standard deviation nobody can tell; gate the "
+                                'network with start="copy" and noise'
+                            )
+                        _set_weight(module, weight.std() * _normal(weight, generator), layer)
+    rgn.check_itself()
+    _warn(rgn)
     return rgn
+
+
+def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.empty_like(like).normal_(generator=generator)
+
+
+def _set_weight(module: nn.Module, weight: Tensor, layer: Convolution) -> None:
+    """Give a layer this weight, through its parametrisation if it has one."""
+    if not parametrize.is_parametrized(module, "weight"):
+        cast(Tensor, module.weight).copy_(weight)
+        return
+    try:
+        module.weight = weight
+    except (NotImplementedError, RuntimeError) as error:
+        raise BadInput(
+            f"{layer.conv} has a parametrised weight that cannot be set ({error}); give its parametrisation a "
+            'right_inverse, or gate the network with start="copy" and no noise'
+        ) from error
+
+
+def _nothing_to_gate(
+    template: nn.Module, convolutions: Sequence[Convolution], others: Sequence[str], sharing: Sharing
+) -> str:
+    name = type(template).__name__
+    if others:
+        return (
+            f"{name} has no convolution that can be gated; it has {len(others)} of another kind or with tied tensors: "
+            f"{_listed(others)}; expected nn.Conv2d layers with tensors of their own"
+        )
+    if any(layer.main for layer in convolutions):  # so it is the norms that are missing
+        return (
+            f"{name} has no 2-d convolution with a BatchNorm of its own on its main branch, so there is nothing to gate "
+            f"where convolutions are shared; gate it with sharing={'independent'!r}"
+        )
+    return f"{name} has no 2-d convolution on its main branch, so there is nothing to gate; expected a convolutional network"
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _warn(rgn: RandomGatedNetwork) -> None:
+    """Say what a user would not expect: convolutions without gates, and a network with one gate."""
+    name = type(rgn.template).__name__
+    if others := graphs.others(rgn._graph()):
+        warnings.warn(
+            f"{name}: {len(others)} convolutions have no gate and are shared by all paths, because they are no nn.Conv2d "
+            f"or share a tensor with another layer: {_listed(others)}",
+            GatingWarning,
+            stacklevel=3,
+        )
+    if rgn.num_gates == 1:
+        warnings.warn(
+            f"{name} has one gated layer, {rgn.layers[0].conv}, and so only {rgn.candidates} paths, which have all other "
+            "layers in common; that is no ensemble to speak of",
+            GatingWarning,
+            stacklevel=3,
+        )
 
 
 def fold(
@@ -233,14 +333,14 @@ def fold(
     *,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Fold the private BatchNorms of `network` into its convolutions; tensors in `replaced` stand in for its own.
+    """Fold those private BatchNorms of `network` that can be folded into its convolutions; tensors in `replaced` stand in for its own.
 
     Returns every tensor that the network without those norms needs, detached, by name; biases included.
     """
     own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     tensors = {name: tensor.detach() for name, tensor in {**own, **replaced}.items()}
     for layer in convolutions:
-        if layer.norm is None:
+        if layer.norm is None or not layer.foldable:
             continue
         norm = cast(nn.BatchNorm2d, network.get_submodule(layer.norm))
         weight, bias = fuse_conv_bn_weights(
@@ -259,17 +359,10 @@ def fold(
     return tensors
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for store in (module._parameters, module._buffers):
-        for name, tensor in store.items():
-            if tensor is not None:
-                yield name, tensor
-
-
 def _empty(module: nn.Module) -> None:
     """Take the tensors out of a layer of the template; a call must bring them."""
-    for name in [name for name, _ in _tensors(module)]:
-        if name in module._parameters:
-            module.register_parameter(name, None)
-        else:
-            module._buffers[name] = None
+    for owner in module.modules():
+        for name in [name for name, tensor in owner._parameters.items() if tensor is not None]:
+            owner.register_parameter(name, None)
+        for name in owner._buffers:
+            owner._buffers[name] = None

@@ -87,9 +87,9 @@ def test_a_norm_that_is_not_the_convolutions_own_is_not_taken_for_it(network: nn
     assert [layer.norm for layer in graphs.convolutions(graphs.trace(network))] == [None, None]
 
 
-def test_a_convolution_called_twice_is_refused_by_name() -> None:
-    with pytest.raises(BadInput, match="'conv2' is used 2 times"):
-        graphs.convolutions(graphs.trace(CalledTwice()))
+def test_a_convolution_called_twice_is_one_layer_with_one_gate() -> None:
+    layers = graphs.convolutions(graphs.trace(CalledTwice()))
+    assert [(layer.conv, layer.norm, layer.main) for layer in layers] == [("conv1", None, True), ("conv2", None, True)]
 
 
 @pytest.mark.parametrize("network", [Branching(), Counting()])

@@ -221,7 +221,7 @@ class Prefixes:
     def __init__(self, network: nn.Module) -> None:
         self._graph = graphs.trace(network)
         self.convolutions = graphs.convolutions(self._graph)
-        self.layers = [layer for layer in self.convolutions if not layer.projection]
+        self.layers = [layer for layer in self.convolutions if layer.main]
         self._cut: dict[tuple[int, bool, bool], fx.GraphModule] = {}
 
     @classmethod

@@ -22,8 +22,8 @@ from zoo.evaluation.request import Request
 from zoo.evaluation.rounded import check_int8
 from zoo.evaluation.run import Run
 from zoo.evaluation.transfer import check_surrogates, open_surrogate
-from zoo.export import session
 from zoo.models import check_variant
+from zoo.runtime import session
 
 IMAGES = 100
 

@@ -19,8 +19,8 @@ from zoo.attacks.gradient import pgd
 from zoo.attacks.inputs import Model
 from zoo.bundle import Bundle, int8_file
 from zoo.errors import BadInput
-from zoo.export import session
 from zoo.onnx_graphs import GATES, IMAGES, LOGITS, as_numpy
+from zoo.runtime import session
 
 Graph = Callable[[Tensor, Sequence[int] | None], Tensor]
 """Images (batch, channel, height, width) in [0, 1], and the path of a gated graph -> logits (batch, class)."""
