@@ -85,8 +85,9 @@ def folded_copy(network: nn.Module) -> fx.GraphModule:
     folded = graphs.without_norms(graph, layers)
     for layer in layers:
         conv = cast(nn.Conv2d, folded.get_submodule(layer.conv))
-        conv.weight = nn.Parameter(tensors[f"{layer.conv}.weight"])
-        conv.bias = nn.Parameter(tensors[f"{layer.conv}.bias"])
+        learns = conv.weight.requires_grad
+        conv.weight = nn.Parameter(tensors[f"{layer.conv}.weight"], requires_grad=learns)
+        conv.bias = nn.Parameter(tensors[f"{layer.conv}.bias"], requires_grad=learns)
     folded.num_exits = len(graphs.answers(folded))  # type: ignore[assignment]
     what = f"{type(original).__name__} with its BatchNorms folded"
     self_check.check_same(original, original, folded.eval(), self_check.probes(original), what)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -28,47 +28,11 @@ _ACTIVATION_MODULES = tuple(
     if name != "MultiheadAttention" and isinstance(kind := getattr(nn, name), type)
 )
 _ACTIVATION_NAMES = frozenset(
-    [
-        "celu",
-        "clamp",
-        "elu",
-        "gelu",
-        "glu",
-        "hardsigmoid",
-        "hardswish",
-        "hardtanh",
-        "leaky_relu",
-        "logsigmoid",
-        "mish",
-        "prelu",
-        "relu",
-        "relu6",
-        "rrelu",
-        "selu",
-        "sigmoid",
-        "silu",
-        "softmax",
-        "softplus",
-        "softsign",
-        "swish",
-        "tanh",
-        "threshold",
-    ]
+    name.lower() for name in (*nn.modules.activation.__all__, "clamp", "leaky_relu", "log_softmax", "sigmoid", "swish")
 )
-_OTHER_CONVOLUTIONS = (
-    nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
-)  # fmt: skip
+_OTHER_CONVOLUTIONS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTION_NAMES = frozenset(
-    [
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "convolution",
-        "_convolution",
-    ]
+    [*(f"conv{kind}{size}d" for kind in ("", "_transpose") for size in (1, 2, 3)), "convolution", "_convolution"]
 )
 
 
@@ -82,7 +46,7 @@ class Convolution:
     tied: bool = False
     """Another layer uses one of its tensors too, so it cannot have candidates of its own."""
     foldable: bool = False
-    """The norm is affine in evaluation mode, and the convolution scales as its weight does: one can go into the other."""
+    """The norm is affine in evaluation mode and the convolution linear in its weight: one can go into the other."""
 
     @property
     def main(self) -> bool:
@@ -90,10 +54,26 @@ class Convolution:
         return not self.projection and not self.tied
 
 
+class _TensorProxy(fx.Proxy):
+    """Stands for a tensor, and says so to `isinstance`."""
+
+    _is_param = False
+
+    @property  # type: ignore[misc]  # isinstance asks for it, and nobody sets it
+    def __class__(self) -> type:
+        return torch.Tensor
+
+
 class _Tracer(fx.Tracer):
     """Records convolutions and BatchNorms of every kind as one call each, and the network's first argument alone."""
 
     proxy_buffer_attributes = True  # a buffer that forward reads is looked up at each call, as a parameter is
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _TensorProxy(node, self)
+
+    def create_arg(self, a: Any) -> fx.node.Argument:
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)  # before it is taken for a tensor
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         leaf = isinstance(module, (nn.Conv2d, _BatchNorm, torch.jit.ScriptModule))
@@ -110,7 +90,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
 
     Layers such as `nn.Dropout` and `nn.BatchNorm2d` follow the mode of a call; functions that were given the mode, such
     as `F.dropout(x, training=self.training)`, are fixed to evaluation. Tracing can miss what a forward does with the
-    type or the presence of its arguments, and hooks: `zoo.self_check.check_traced` compares.
+    presence of its arguments, and hooks; `zoo.self_check.trace` also compares.
 
     Raises:
         BadInput: the network's forward depends on its input's values, so it has no fixed graph.

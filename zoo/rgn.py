@@ -2,9 +2,9 @@
 
 The template is any plain network that `torch.fx` can trace. Each convolution of its main branch, with the BatchNorm
 that alone reads it, is a *gated layer*: the bank holds n candidates of it, each with all its tensors, those of a
-parametrisation (weight_norm, spectral_norm) included. Everything else (shortcut projections, layers that share a tensor,
-the classifier) is shared by all paths. A path picks one candidate per gated layer and is an argument of every call, never
-state of the network:
+parametrisation (weight_norm, spectral_norm) included. Everything else (shortcut projections, layers that share a
+tensor, the classifier) is shared by all paths. A path picks one candidate per gated layer and is an argument of every
+call, never state of the network:
 
     rgn = randomly_gate(build("resnet20"), candidates=2)      # 19 gated layers, 2^19 paths
     logits = rgn(images, path)
@@ -176,7 +176,7 @@ class RandomGatedNetwork(nn.Module):
         return self
 
     def _graph(self) -> fx.GraphModule:
-        """Return the template's graph, traced at the first call; a forward may read its gated weights, so they are lent."""
+        """Return the template's graph, traced when first asked for; a forward that reads gated weights is lent some."""
         if not self._trace:
             lent = self.select([0] * self.num_gates)
             for name, tensor in lent.items():
@@ -292,15 +292,18 @@ def _nothing_to_gate(
     name = type(template).__name__
     if others:
         return (
-            f"{name} has no convolution that can be gated; it has {len(others)} of another kind or with tied tensors: "
-            f"{_listed(others)}; expected nn.Conv2d layers with tensors of their own"
+            f"{name} has no convolution that can be gated: {len(others)} are not nn.Conv2d or share a tensor with "
+            f"another layer ({_listed(others)}); expected nn.Conv2d layers with tensors of their own"
         )
     if any(layer.main for layer in convolutions):  # so it is the norms that are missing
         return (
-            f"{name} has no 2-d convolution with a BatchNorm of its own on its main branch, so there is nothing to gate "
-            f"where convolutions are shared; gate it with sharing={'independent'!r}"
+            f"{name} has no 2-d convolution with a BatchNorm of its own on its main branch, so there is nothing to "
+            "gate where convolutions are shared; gate it with sharing='independent'"
         )
-    return f"{name} has no 2-d convolution on its main branch, so there is nothing to gate; expected a convolutional network"
+    return (
+        f"{name} has no 2-d convolution on its main branch, so there is nothing to gate; expected a convolutional "
+        "network"
+    )
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:
@@ -312,15 +315,15 @@ def _warn(rgn: RandomGatedNetwork) -> None:
     name = type(rgn.template).__name__
     if others := graphs.others(rgn._graph()):
         warnings.warn(
-            f"{name}: {len(others)} convolutions have no gate and are shared by all paths, because they are no nn.Conv2d "
-            f"or share a tensor with another layer: {_listed(others)}",
+            f"{name} has {len(others)} convolution{'s' if len(others) > 1 else ''} without a gate, shared by all paths, "
+            f"not being nn.Conv2d or sharing a tensor with another layer: {_listed(others)}",
             GatingWarning,
             stacklevel=3,
         )
     if rgn.num_gates == 1:
         warnings.warn(
-            f"{name} has one gated layer, {rgn.layers[0].conv}, and so only {rgn.candidates} paths, which have all other "
-            "layers in common; that is no ensemble to speak of",
+            f"{name} has a single gated layer, {rgn.layers[0].conv}, so its {rgn.candidates} paths share all other "
+            "layers and hardly make an ensemble",
             GatingWarning,
             stacklevel=3,
         )
@@ -333,9 +336,10 @@ def fold(
     *,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Fold those private BatchNorms of `network` that can be folded into its convolutions; tensors in `replaced` stand in for its own.
+    """Fold the private BatchNorms of `network` into its convolutions, where `Convolution.foldable` allows it.
 
-    Returns every tensor that the network without those norms needs, detached, by name; biases included.
+    Tensors in `replaced` stand in for the network's own. Returns every tensor that the network without those norms
+    needs, detached, by name; biases included.
     """
     own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     tensors = {name: tensor.detach() for name, tensor in {**own, **replaced}.items()}

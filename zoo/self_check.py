@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from zoo import graphs
 from zoo.errors import BadInput
 from zoo.graphs import evaluating
 
@@ -77,19 +78,32 @@ def _found_shape(network: nn.Module, like: Tensor, run: Answer) -> tuple[int, in
     )
 
 
+def trace(network: nn.Module) -> fx.GraphModule:
+    """Return the graph of a network, as `zoo.graphs.trace` does, if it answers as the network does.
+
+    Raises:
+        BadInput: it cannot be traced, or answers otherwise.
+    """
+    graph = graphs.trace(network)
+    check_same(network, network, graph, probes(network), f"the torch.fx graph of {type(network).__name__}")
+    return graph
+
+
 def difference(expected: Tensor, found: Tensor) -> float:
     """Return the largest difference of two answers (image, ...) in parts of what is allowed: above 1 they are unequal.
 
-    Allowed is `TOLERANCE` of the range of the expected answer among the images, and at least `ROUNDING` of its size.
+    Allowed is `TOLERANCE` of what the expected answers differ by among the images, and at least `ROUNDING` of their
+    size; more where they are of lower precision than float32.
     """
     if expected.shape != found.shape or not (torch.isfinite(expected).all() and torch.isfinite(found).all()):
         return float("inf")
+    rounding = max(ROUNDING, 16 * torch.finfo(expected.dtype).eps)
     expected, found = expected.double().cpu(), found.double().cpu()
     if not expected.numel():
         return 0.0
     size = float(expected.abs().max())
     spread = float((expected - expected.mean(0)).abs().max())
-    allowed = max(TOLERANCE * min(size, spread), ROUNDING * size)
+    allowed = max(TOLERANCE * min(size, spread), rounding * size)
     largest = float((expected - found).abs().max())
     return largest / allowed if largest else 0.0
 
@@ -115,8 +129,8 @@ def check_same(network: nn.Module, expected: Answer, found: Answer, images: Tens
             right = _answers(name, expected, batch)
             if not all(torch.isfinite(answer).all() for answer in right):
                 raise BadInput(
-                    f"{name} answers with numbers that are not finite for images in [0, 1]; check its weights, nothing "
-                    "made of it could be compared with it"
+                    f"{name} answers images in [0, 1] with numbers that are not finite, so nothing made of it can be "
+                    "compared with it; check its weights"
                 )
             made = _answers(what, found, batch)
             worst = max(map(difference, right, made)) if len(right) == len(made) else float("inf")
@@ -124,14 +138,13 @@ def check_same(network: nn.Module, expected: Answer, found: Answer, images: Tens
                 again = _answers(name, expected, batch)
                 if max(map(difference, right, again)) > 1:
                     raise BadInput(
-                        f"{name} answers the same images differently at each call, in evaluation mode; expected a fixed "
-                        "function, so look for dropout or noise that does not follow the mode"
+                        f"{name} answers the same images differently at each call although it is in evaluation mode; "
+                        "expected a fixed function, so look for dropout or noise that ignores the mode"
                     )
-                largest = max(float((a - b).abs().max()) for a, b in zip(right, made, strict=True))
                 raise BadInput(
-                    f"{what} does not answer as {name} does: for {size} random images the answers differ by "
-                    f"{largest:.2g}; a forward that looks at the type, presence or shape of its arguments, a hook, or a "
-                    "forward replaced on the object is the usual reason"
+                    f"{what} does not answer as {name} does: on {size} random images the answers differ by "
+                    f"{worst:.2g} times what rounding explains. The usual reasons are a hook, a forward that looks at "
+                    "the values or the shape of its images, and one that was replaced on the object"
                 )
 
 
@@ -149,8 +162,8 @@ def _answers(name: str, run: Answer, batch: Tensor) -> tuple[Tensor, ...]:
         if not isinstance(each, Tensor) or each.shape[:1] != batch.shape[:1]:
             shape = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
             raise BadInput(
-                f"{name} answers a batch of {len(batch)} images with {shape}; expected logits (batch, class), or a tuple "
-                "of them for a network with exits"
+                f"{name} answers a batch of {len(batch)} images with {shape}; expected logits (batch, class), or a "
+                "tuple of them for a network with exits"
             )
     return several
 
@@ -162,7 +175,7 @@ def _first_line(error: Exception | None) -> str:
 def check_reach(
     network: nn.Module, tensors: dict[str, Tensor], parts: Sequence[str], images: Tensor, candidate: int
 ) -> None:
-    """Check that each part of each gated layer can change the answer: its gradient is not zero, or a change of it shows.
+    """Check that each part of each gated layer can change the answer: it gets a gradient, or a change of it shows.
 
     Tensors are shaken first, so that a part behind a weight that starts at zero counts as well.
 
@@ -181,14 +194,13 @@ def check_reach(
     def shaken(tensor: Tensor, by: float) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
-        size = tensor.detach().abs().mean().nan_to_num() + 1e-2
-        noise = torch.rand(tensor.shape, generator=generator).to(
-            tensor.device, tensor.dtype
-        )  # keeps variances positive
-        return (tensor.detach() + by * size * noise).requires_grad_(isinstance(tensor, nn.Parameter))
+        size = by * (tensor.detach().abs().mean().nan_to_num() + 1e-2)
+        more = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)  # variances stay positive
+        return (tensor.detach() + size * more).requires_grad_(isinstance(tensor, nn.Parameter))
 
-    own = {**dict(network.named_parameters()), **dict(network.named_buffers()), **tensors}
-    used = {name: shaken(tensor, 0.2) for name, tensor in own.items()}
+    own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    zero = {name: tensor for name, tensor in own.items() if not tensor.any()}
+    used = {name: shaken(tensor, 0.2) for name, tensor in {**zero, **tensors}.items()}
 
     def run(replaced: dict[str, Tensor]) -> Tensor:
         answer = functional_call(network, replaced, (images.clone(),))
@@ -213,7 +225,7 @@ def check_reach(
                 changed = {name: shaken(used[name], 2.0) for name in names}
                 if torch.equal(run({**used, **changed}), logits):
                     raise BadInput(
-                        f"{part} cannot be gated: neither a gradient of the answer nor a change of it reaches the tensors "
-                        f"of its candidate {candidate} ({', '.join(names) or 'it has none'}); its forward takes its weights "
-                        "from elsewhere, or its output is not used"
+                        f"{part} cannot be gated: the tensors of its candidate {candidate} "
+                        f"({', '.join(names) or 'it has none'}) get no gradient, and changing them does not change the "
+                        "answer; its forward takes its weights from elsewhere, or nothing uses its output"
                     )

@@ -202,8 +202,8 @@ def _separated(
         outputs: what the graph is to compute.
 
     Returns:
-        The nodes that depend on the images, each BatchNorm folded into the convolution that it alone reads; the gates of
-        the tensors that they read beside the constants; and the function that computes those from the network's.
+        The nodes that depend on the images, each BatchNorm folded into the convolution that it alone reads; the gates
+        of the tensors that they read beside the constants; and the function that computes those from the network's.
     """
     gates = {**dict.fromkeys(["", *constants], frozenset[int]()), **own}  # of everything no image has a part in
     steady, behind = [], []

@@ -26,7 +26,7 @@ from training.objectives.attack import Attack
 from training.objectives.base import Batch, Objective, Step
 from training.objectives.network import Network, check_one_exit, networks_of
 from training.randomness import gate_generator
-from zoo import graphs
+from zoo import graphs, self_check
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.distillation import distil
 from zoo.derive import Ensemble
@@ -219,7 +219,7 @@ class Prefixes:
     _known: ClassVar[WeakKeyDictionary[nn.Module, Prefixes]] = WeakKeyDictionary()
 
     def __init__(self, network: nn.Module) -> None:
-        self._graph = graphs.trace(network)
+        self._graph = self_check.trace(network)
         self.convolutions = graphs.convolutions(self._graph)
         self.layers = [layer for layer in self.convolutions if layer.main]
         self._cut: dict[tuple[int, bool, bool], fx.GraphModule] = {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from zoo import graphs
+from zoo import graphs, self_check
 from zoo.derive import Ensemble
 from zoo.errors import BadInput
 
@@ -51,7 +51,7 @@ def skip_gradient(network: nn.Module, gamma: float = 0.2, *, projections: bool =
         members = [skip_gradient(member, gamma, projections=projections) for member in network.members]
         return Ensemble(members).train(network.training)
     training = network.training
-    graph_module = graphs.trace(network)
+    graph_module = self_check.trace(network)
     branches = graphs.residual_branches(graph_module, projections=projections)
     if not branches:
         raise BadInput(
