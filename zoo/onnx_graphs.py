@@ -50,6 +50,10 @@ from zoo.stencil import (
 )
 from zoo.stencil import tensor as _tensor
 
+LARGEST = 2**31 - 2**20
+"""Bytes of one graph: protobuf holds less than 2 GiB. Weights in files of their own would be no part of what a bundle
+checks and a server opens, which never reads a file that a graph names."""
+
 __all__ = [
     "AGREEMENT", "EXIT", "EXIT_LOGITS", "GATES", "IMAGES", "IR_VERSION", "LIMITS", "LOGITS", "OPSET", "PROBABILITIES",
     "as_numpy", "count_parameters", "early_exit_graph", "members_graph", "plain_graphs", "rgn_graphs", "single_graph",
@@ -578,6 +582,12 @@ def _model(
     outputs: Sequence[onnx.ValueInfoProto],
     facts: Mapping[str, str],
 ) -> bytes:
+    size = sum(array.nbytes for array in tensors.values()) + sum(node.ByteSize() for node in nodes)
+    if size > LARGEST:
+        raise BadInput(
+            f"the graph would have {size / 2**30:.2f} GiB, but one ONNX file holds at most {LARGEST / 2**30:.2f}; "
+            "export fewer paths or candidates, or a smaller network"
+        )
     constants = [_tensor(array, name) for name, array in tensors.items()]
     model = helper.make_model(
         helper.make_graph(list(nodes), "manygates", list(inputs), list(outputs), constants),

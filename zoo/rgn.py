@@ -314,9 +314,10 @@ def _warn(rgn: RandomGatedNetwork) -> None:
     """Say what a user would not expect: convolutions without gates, and a network with one gate."""
     name = type(rgn.template).__name__
     if others := graphs.others(rgn._graph()):
+        counted = "1 convolution" if len(others) == 1 else f"{len(others)} convolutions"
         warnings.warn(
-            f"{name} has {len(others)} convolution{'s' if len(others) > 1 else ''} without a gate, shared by all paths, "
-            f"not being nn.Conv2d or sharing a tensor with another layer: {_listed(others)}",
+            f"{name} has {counted} without a gate, shared by all paths, because only nn.Conv2d layers with tensors of "
+            f"their own can have one: {_listed(others)}",
             GatingWarning,
             stacklevel=3,
         )

@@ -614,6 +614,15 @@ def test_a_forward_that_torch_cannot_export_is_refused_in_a_sentence() -> None:
         onnx_graphs.single_graph(Branching().eval())
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_graph_too_large_for_one_file_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch, gated: bool) -> None:
+    rgn = randomly_gate(made("plain")).eval()
+    assert onnx_graphs.LARGEST == 2**31 - 2**20
+    monkeypatch.setattr(onnx_graphs, "LARGEST", 2_000)
+    with pytest.raises(BadInput, match="GiB"):
+        onnx_graphs.rgn_graphs(rgn, None if gated else (0, 0), [], gated=gated)
+
+
 # --- the checks themselves find a planted defect ---
 
 

@@ -53,11 +53,12 @@ def built(case: Any) -> nn.Module:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias, 0, 0.2)
     with torch.no_grad():
-        network.train()(torch.rand(8, 3, case.size, case.size))
+        network.train()(torch.rand(16, 3, case.size, case.size))
     for norm in norms:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         norm.running_mean += 0.2 * norm.running_var.sqrt() * torch.randn(norm.num_features)
+        norm.running_var.clamp_(min=0.1 * float(norm.running_var.mean()))  # a dead channel would amplify rounding
         norm.running_var *= torch.empty(norm.num_features).uniform_(0.5, 2)
     last = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
     nn.init.normal_(last.weight, 0, 0.1)  # some start at zero

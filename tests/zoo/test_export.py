@@ -379,7 +379,7 @@ def test_weights_that_are_not_finite_are_not_exported(gated: Gated, tmp_path: Pa
     broken = derive(gated.rgn, PATHS[0])
     with torch.no_grad():
         broken.classifier.weight.fill_(float("nan"))
-    with pytest.raises(BundleError, match="NOT FINITE"):
+    with pytest.raises(BadInput, match="not finite"):
         export_members(tmp_path / "out", [broken], gated.architecture, DESCRIPTION)
     assert not (tmp_path / "out").exists()
 
