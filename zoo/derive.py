@@ -73,10 +73,7 @@ def folded_copy(network: nn.Module) -> fx.GraphModule:
     Raises:
         BadInput: the network is in training mode, where BatchNorm is not affine, or its graph is not what it runs.
     """
-    if network.training:
-        raise BadInput(
-            f"{type(network).__name__} is in training mode; folding needs evaluation mode, call .eval() first"
-        )
+    graphs.check_evaluating(network, "folding")
     original, network = network, graphs.copied(network)
     graph = graphs.trace(network)
     graphs.prune(graph)

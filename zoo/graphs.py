@@ -118,6 +118,18 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def check_evaluating(network: nn.Module, what: str) -> None:
+    """Check that a network and all modules inside are in evaluation mode.
+
+    Raises:
+        BadInput: one is not; `what` needs it, in words.
+    """
+    for name, module in network.named_modules():
+        if module.training:
+            where = f"{name} of {type(network).__name__}" if name else type(network).__name__
+            raise BadInput(f"{where} is in training mode; {what} needs evaluation mode, call .eval() first")
+
+
 def convolutions(graph_module: fx.GraphModule) -> list[Convolution]:
     """Return the 2-d convolutions, subclasses included, in the order in which a forward pass first meets them."""
     modules = dict(graph_module.named_modules())

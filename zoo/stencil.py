@@ -31,7 +31,6 @@ LOGITS, PROBABILITIES, IMAGES, GATES = "logits", "probabilities", "images", "gat
 EXIT_LOGITS, LIMITS, EXIT = "exit_logits", "limits", "exit"
 AGREEMENT = "agreement"
 
-
 Weights = Mapping[str, np.ndarray]
 
 
@@ -63,11 +62,10 @@ def stencil_of(network: nn.Module, image_shape: tuple[int, ...], gate_of: Mappin
         gate_of: names of those of its parameters and buffers that get other values later -> position of their gate.
 
     Raises:
-        BadInput: in training mode, too large, or nothing that torch can export; two gates meet in one node.
+        BadInput: a part is in training mode, torch cannot export it, or an operation reads the tensors of two gates.
     """
     name, gate_of = type(network).__name__, gate_of or {}
-    if network.training:
-        raise BadInput(f"{name} is in training mode; an export needs evaluation mode, call .eval() first")
+    graphs.check_evaluating(network, "an export")
     network = graphs.copied(network).float().cpu()
     own = arrays({key: tensor for key, tensor in graphs.tensors(network) if tensor.is_floating_point()})
     exits = (*(f"{EXIT_LOGITS}_{index}" for index in range(num_exits(network) - 1)), LOGITS)

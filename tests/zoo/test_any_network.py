@@ -584,6 +584,14 @@ def test_a_weight_that_a_hook_computes_is_refused_with_the_way_out(refused: Call
         refused(network)
 
 
+@pytest.mark.parametrize("made_of", [onnx_graphs.single_graph, folded_copy])
+def test_a_norm_left_in_training_mode_is_named(made_of: Callable[[nn.Module], object]) -> None:
+    network: Any = made("plain")
+    network.other_norm.train()
+    with pytest.raises(BadInput, match="other_norm of Parts is in training mode"):
+        made_of(network)
+
+
 def test_a_hook_that_tracing_cannot_see_is_refused() -> None:
     network = Parts().eval()
     network.register_forward_hook(lambda _, __, output: output * 2)
