@@ -512,20 +512,20 @@ def check_numbers(logits: Tensor, losses: Tensor, gradient: Tensor) -> None:
         return
     if bool(logits.isnan().any()):
         raise BadInput(_not_a_number(logits))
-    for name, values in (("loss", losses[:, None]), ("gradient", gradient)):
-        rows = ~values.flatten(1).isfinite().all(1) if name == "gradient" else values.isnan().any(1)
-        if bool(rows.any()):
-            position = int(rows.nonzero()[0, 0])
-            infinite = bool((logits[position] == torch.inf).any())
-            raise BadInput(
-                f"the {name} of {int(rows.sum())} of {len(rows)} images is NaN or infinite, the first of them image "
-                f"{position}; the attack cannot move there, which is no robustness. "
-                + (
-                    "A logit is infinite: in half precision that is one above 65,504"
-                    if infinite
-                    else "Look for a root, a logarithm or a division at 0 in the forward, or for half precision"
-                )
-            )
+    for name, rows in (("loss", losses.isnan()), ("gradient", ~gradient.flatten(1).isfinite().all(1))):
+        if not bool(rows.any()):
+            continue
+        position = int(rows.nonzero()[0, 0])
+        answer = logits[position]
+        why = "look for a root, a logarithm or a division at 0 in the forward"
+        if bool((answer == torch.inf).any()):
+            why = "a logit is infinite; in half precision that is one above 65,504"
+        elif name == "loss" and bool(answer.isneginf().any()):
+            why = "most of its logits are -inf, and DLR needs 3 that are not (targeted: 4); use the margin loss"
+        raise BadInput(
+            f"the {name} of {int(rows.sum())} of {len(rows)} images is NaN or infinite, the first of them image "
+            f"{position}, so the attack cannot move, which is no robustness: {why}"
+        )
 
 
 def check_logits(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> None:

@@ -57,26 +57,24 @@ def dlr(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor
     """Return the difference of logits ratio: -(z_y - max_{j != y} z_j) / (z_(1) - z_(3)); targeted below.
 
     Targeted: -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2). Unchanged by a positive factor on the logits (Croce and Hein
-    2020, arXiv:2003.01690, equations 6 and 7).
+    2020, arXiv:2003.01690, equations 6 and 7). NaN where fewer than 3 logits (targeted: 4) are more than -inf.
 
     Raises:
-        BadInput: fewer than 3 classes, or than 4 if targeted; or so few logits that are not -inf.
+        BadInput: fewer than 3 classes, or than 4 if targeted.
     """
     needed = 3 if targets is None else 4
     if logits.shape[1] < needed:
         raise BadInput(f"the DLR loss needs at least {needed} classes, got {logits.shape[1]}; use the margin loss")
     ordered = logits.topk(needed, dim=1).values
-    if bool(ordered[:, -1].isneginf().any()):
-        raise BadInput(
-            f"the DLR loss needs at least {needed} logits of each image that are not -inf, else it is 0 everywhere and "
-            "nothing can be broken by it; use the margin loss"
-        )
+    # without a third logit it would be 0 wherever the image is: nothing broken, and nobody told
+    lacking = ordered[:, -1].isneginf()
     true = logits.gather(1, labels[:, None])[:, 0]
     if targets is None:
         other = logits.scatter(1, labels[:, None], -math.inf).amax(1)
-        return (other - true) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+        return ((other - true) / (ordered[:, 0] - ordered[:, 2] + 1e-12)).masked_fill(lacking, math.nan)
     wanted = logits.gather(1, targets[:, None])[:, 0]
-    return (wanted - true) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+    ratio = (wanted - true) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+    return ratio.masked_fill(lacking, math.nan)
 
 
 LOSSES: dict[str, Loss] = {
