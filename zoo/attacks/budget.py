@@ -132,7 +132,7 @@ class Budget(ABC):
 
     def __post_init__(self) -> None:
         for name in ("eps", "step_size"):
-            if getattr(self, name) is not None:
+            if name == "eps" or self.step_size is not None:
                 object.__setattr__(self, name, _number(getattr(self, name), name))
         for name in ("steps", "restarts"):
             object.__setattr__(self, name, _count(getattr(self, name), name))

@@ -13,8 +13,8 @@ import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import BuiltinMethodType, CodeType, FunctionType, MethodType
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -194,20 +194,28 @@ def _kept_by(model: object) -> Iterator[object]:
             waiting += [thing.func, *thing.args, *thing.keywords.values()]
         elif isinstance(thing, MethodType | BuiltinMethodType):
             owner = thing.__self__
-            waiting += [owner, *(() if isinstance(owner, nn.Module) else getattr(owner, "__dict__", {}).values())]
+            waiting += [owner, *(() if isinstance(owner, nn.Module) else _attributes(owner).values())]
         elif isinstance(thing, FunctionType):
             kept = inspect.getclosurevars(thing)
             waiting += [*kept.nonlocals.values(), *(thing.__defaults__ or ())]
             # no functions, which would lead through whole libraries
-            waiting += [
-                held for held in kept.globals.values() if isinstance(held, (nn.Module, *_CONTAINERS, *_SOURCES))
-            ]
+            held_globals = kept.globals.values()
+            waiting += [held for held in held_globals if isinstance(held, (nn.Module, *_CONTAINERS, *_SOURCES))]
+            # of an object only what is named: a trainer may hold another network in training mode
+            for held in (*kept.nonlocals.values(), *held_globals):
+                if not isinstance(held, nn.Module | ModuleType | type):
+                    waiting += [part for name, part in _attributes(held).items() if name in thing.__code__.co_names]
         elif isinstance(thing, dict):
             waiting += thing.values()
         elif isinstance(thing, list | tuple | set):
             waiting += thing
         elif callable(thing):
-            waiting += getattr(thing, "__dict__", {}).values()
+            waiting += _attributes(thing).values()
+
+
+def _attributes(thing: object) -> dict[str, object]:
+    """Return what an object keeps under names of its own."""
+    return getattr(thing, "__dict__", {})
 
 
 def _reads_mode(part: nn.Module) -> bool:
@@ -339,6 +347,10 @@ class Seen:
         raw = self._asked(images) if self._watched else self._asked_at_first(images)
         return full_precision(picked(raw, self._output, len(images)))
 
+    def errors(self, images: Tensor) -> AbstractContextManager[None]:
+        """Return the context that turns what fails in the model into a sentence; see `said_of_model`."""
+        return nullcontext() if self.trusted else said_of_model(images)
+
     def behind(self, change: Callable[[Tensor], Tensor]) -> Seen:
         """Return the model behind a change of its images, which may draw at random."""
         model = self.model
@@ -426,7 +438,8 @@ def picked(raw: Any, output: Output | None, batch: int) -> Tensor:
         except BadInput:
             raise
         except _ERRORS as error:
-            raise BadInput(f"output={output!r} finds no logits in what the model returns, {_described(raw)}") from error
+            said = getattr(output, "__name__", repr(output))
+            raise BadInput(f"output={said} finds no logits in what the model returns, {_described(raw)}") from error
     if not isinstance(found, Tensor):
         raise BadInput(
             f"a model must return logits as one tensor, got {_described(found)}"
@@ -487,12 +500,11 @@ def gradient_of(total: Tensor, images: Tensor, *, weights: Tensor | None = None,
     """Return the gradient of a sum (or of values, weighted) in the images, in full precision.
 
     Raises:
-        BadInput: it does not depend on them, or the way back fails.
+        BadInput: it does not depend on them.
     """
     gradient = None
     if total.requires_grad:
-        with said_of_model(images):
-            (gradient,) = torch.autograd.grad(total, images, weights, allow_unused=True, retain_graph=retain_graph)
+        (gradient,) = torch.autograd.grad(total, images, weights, allow_unused=True, retain_graph=retain_graph)
     if gradient is None:
         raise BadInput(
             "the model's answer has no gradient in the images: something detaches it, such as no_grad, .detach(), "
@@ -501,13 +513,14 @@ def gradient_of(total: Tensor, images: Tensor, *, weights: Tensor | None = None,
     return full_precision(gradient)
 
 
-def check_numbers(logits: Tensor, losses: Tensor, gradient: Tensor) -> None:
-    """Check that an answer, its loss and its gradient are numbers.
+def check_numbers(logits: Tensor, losses: Tensor, gradient: Tensor | None = None) -> None:
+    """Check that an answer, its loss and its gradient, if there is one, are numbers.
 
     Raises:
         BadInput: one is NaN, or the gradient infinite. Minus infinity is a logit (of probability 0).
     """
     # one value to wait for where a GPU computes; a NaN or an infinity survives the sum
+    gradient = losses[:0, None] if gradient is None else gradient
     if not bool(logits.isnan().any() | losses.isnan().any() | ~gradient.sum().isfinite()):
         return
     if bool(logits.isnan().any()):
