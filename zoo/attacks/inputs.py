@@ -578,6 +578,19 @@ def first_logits(model: Model, images: Tensor, labels: Tensor, targets: Tensor |
     return logits
 
 
+@torch.no_grad()
+def asked(model: Model, images: Tensor) -> Tensor:
+    """Return checked logits of a deployed model, to judge it by: from a copy of the images, and never NaN.
+
+    Raises:
+        BadInput: see `picked`, or an answer that is NaN.
+    """
+    logits = picked(model(images.clone()), None, len(images))
+    if bool(logits.isnan().any()):
+        raise BadInput(_not_a_number(logits))
+    return logits
+
+
 def full_precision(tensor: Tensor) -> Tensor:
     """Return half precision as float32, others as they are: losses, comparisons and steps need the digits."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
