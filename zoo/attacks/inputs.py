@@ -248,7 +248,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's has 
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name, arguments = str(operation), operation._schema.arguments
+        name, draws = str(operation), torch.Tag.nondeterministic_seeded in operation.tags
+        if not draws and "batch_norm" not in name:
+            return operation(*args, **kwargs)
+        arguments = operation._schema.arguments
         given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
         given |= dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
         mode = given.get("training", given.get("train"))
@@ -258,7 +261,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's has 
                 f"the model computes a BatchNorm in training mode ({name}), where every forward moves its statistics; "
                 "call .eval() on the module"
             )
-        elif torch.Tag.nondeterministic_seeded in operation.tags:
+        elif draws:
             # attention and rectifiers carry the tag even where they drop nothing
             draws = given.get("dropout_p", given.get("p")) != 0 and mode is not False
             self.drew = self.drew or (name if draws else "")
