@@ -21,6 +21,8 @@ from zoo.attacks.rays import rays
 from zoo.attacks.square import square
 from zoo.errors import BadInput, UnknownName
 
+CROSS_ENTROPY = "cross_entropy"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -53,7 +55,7 @@ class Named:
     """Can be asked for a class to be reached."""
     random: bool = False
     """Can average over the draws of a random model."""
-    loss: str | None = "cross_entropy"
+    loss: str | None = CROSS_ENTROPY
     """The loss it maximises if no other is named; None if it has none and takes none."""
 
     def settled(self, settings: Settings, name: str) -> Settings:
@@ -67,13 +69,8 @@ class Named:
         return replace(settings, loss=settings.loss or self.loss)
 
 
-def _loss(settings: Settings) -> str:
-    assert settings.loss is not None  # see `Named.settled`
-    return settings.loss
-
-
 def _fgsm(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    return fgsm(model, images, labels, settings.budget, loss=_loss(settings), targets=settings.targets)
+    return fgsm(model, images, labels, settings.budget, loss=settings.loss or CROSS_ENTROPY, targets=settings.targets)
 
 
 def _pgd(
@@ -93,7 +90,7 @@ def _pgd(
             labels,
             settings.budget,
             draws=settings.draws,
-            loss=_loss(settings),
+            loss=settings.loss or CROSS_ENTROPY,
             targets=settings.targets,
             momentum=momentum,
             generator=settings.generator,
@@ -103,7 +100,7 @@ def _pgd(
         images,
         labels,
         settings.budget,
-        loss=_loss(settings),
+        loss=settings.loss or CROSS_ENTROPY,
         targets=settings.targets,
         momentum=momentum,
         diversity=diversity,
@@ -122,13 +119,19 @@ def _diverse(model: Model, images: Tensor, labels: Tensor, settings: Settings) -
 def _apgd(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
     budget = linf_of(settings.budget, "apgd")
     return apgd(
-        model, images, labels, budget, loss=_loss(settings), targets=settings.targets, generator=settings.generator
+        model,
+        images,
+        labels,
+        budget,
+        loss=settings.loss or CROSS_ENTROPY,
+        targets=settings.targets,
+        generator=settings.generator,
     )
 
 
 def _apgd_targeted(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
     budget = linf_of(settings.budget, "apgd-t")
-    return apgd_targeted(model, images, labels, budget, loss=_loss(settings), generator=settings.generator)
+    return apgd_targeted(model, images, labels, budget, loss=settings.loss or "dlr", generator=settings.generator)
 
 
 def _square(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
@@ -138,7 +141,7 @@ def _square(model: Model, images: Tensor, labels: Tensor, settings: Settings) ->
         labels,
         linf_of(settings.budget, "square"),
         queries=settings.queries,
-        loss=_loss(settings),
+        loss=settings.loss or "margin",
         targets=settings.targets,
         draws=settings.draws,
         early_stop=settings.draws == 1,
