@@ -232,6 +232,10 @@ def by_global(images: Tensor) -> Tensor:
     return HIDDEN(images)  # type: ignore[no-any-return]
 
 
+def by_list(images: Tensor) -> Tensor:
+    return torch.stack([HIDDEN(part) for part in images.split(1)]).flatten(0, 1)
+
+
 def frozen_in(training: nn.Module) -> Callable[[Tensor], Tensor]:
     def answer(images: Tensor) -> Tensor:
         return training(images)  # type: ignore[no-any-return]
@@ -250,6 +254,7 @@ TRAINING: dict[str, Callable[[], Any]] = {
     "a closure": lambda: frozen_in(Small()),
     "a closure over a scripted one": lambda: frozen_in(torch.jit.script(Small())),
     "a global": lambda: by_global,
+    "a global in a list": lambda: by_list,
     "an object's attribute": lambda: (lambda holder: lambda images: holder.network(images))(Holder(Small())),
     "a plain list": lambda: Unregistered(Small()).eval(),
     "an ensemble": lambda: Ensemble([Small().eval(), Small()]),
@@ -262,7 +267,7 @@ TRAINING: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("attack", ["pgd", "apgd", "square", "rays"])
+@pytest.mark.parametrize("attack", ["pgd", "m-di2", "apgd", "square", "rays"])
 @pytest.mark.parametrize("kind", TRAINING)
 def test_a_model_in_training_mode_is_refused_and_left_alone(kind: str, attack: str, images: Tensor) -> None:
     with warnings.catch_warnings():
@@ -695,7 +700,7 @@ def random_models(rgn: RandomGatedNetwork) -> dict[str, Callable[[Tensor], Tenso
     }
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "pgd", "apgd", "apgd-t", "rays"])
+@pytest.mark.parametrize("attack", ["fgsm", "pgd", "m-di2", "apgd", "apgd-t", "rays"])
 @pytest.mark.parametrize("kind", ["the variant gated", "a fresh path per call", "one of two members", "noise"])
 def test_a_random_model_is_attacked_draw_by_draw_and_said_to_be_one_once(
     kind: str, attack: str, rgn: RandomGatedNetwork, images: Tensor
