@@ -678,6 +678,7 @@ def _attack(arguments: argparse.Namespace) -> int:
     import torch
 
     from zoo.attacks import Budget, L2Budget, LinfBudget, to_grid
+    from zoo.attacks.inputs import asked
     from zoo.attacks.named import ATTACKS, Settings, attack_named, linf_of
     from zoo.attacks.remote import RemoteModel, eight_bit
     from zoo.catalogue import open_model
@@ -730,8 +731,8 @@ def _attack(arguments: argparse.Namespace) -> int:
         """Return the probabilities; of random gates the share of 20 fresh draws that answers with each class."""
         with torch.no_grad():
             if not gated:
-                return network(pixels).softmax(1)[0]
-            votes = network(pixels.expand(JUDGING_DRAWS, -1, -1, -1)).argmax(1)
+                return asked(network, pixels).softmax(1)[0]
+            votes = asked(network, pixels.expand(JUDGING_DRAWS, -1, -1, -1)).argmax(1)
         return torch.bincount(votes, minlength=len(card.classes)) / JUDGING_DRAWS
 
     before = answer(image)
@@ -758,7 +759,7 @@ def _attack(arguments: argparse.Namespace) -> int:
     # judged is what leaves as a picture; in l2 rounding may add up to half a level per pixel, which the report shows
     rounded = (adversarial * 255).round() / 255
     adversarial = to_grid(adversarial, image, budget.eps) if isinstance(budget, LinfBudget) else rounded
-    asked = (
+    queried = (
         None if remote is None else {"url": arguments.server, "queries": remote.queries, "requests": remote.requests}
     )
     after = answer(adversarial)
@@ -788,7 +789,7 @@ def _attack(arguments: argparse.Namespace) -> int:
         "target": None if wanted is None else card.classes[wanted],
         "outcome": outcome,
         "succeeded": outcome == "broken",
-        "server": asked,
+        "server": queried,
         "before": {name: float(share) for name, share in zip(card.classes, before, strict=True)},
         "after": {name: float(share) for name, share in zip(card.classes, after, strict=True)},
     }
