@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from training.objectives.attack import Attack
 from training.objectives.base import Batch, Needs, Objective, Step
 from training.objectives.network import Network
-from zoo.attacks import average_exits, max_average_exits, single_exit
+from zoo.attacks import as_it_is, average_exits, max_average_exits, single_exit
 from zoo.derive import Ensemble
 from zoo.errors import BadInput
 from zoo.networks import num_exits
@@ -115,13 +115,14 @@ class ExitsObjective(Objective):
     def examples(self, network: Network, batch: Batch, attack: Attack) -> Tensor:
         """Return adversarial examples (shape of the images), made while BatchNorm does what `attack` says."""
         images, labels, budget = batch.images, batch.labels, attack.budget()
+        answers = as_it_is(network.exits)
         generator = network.step.generator("attack", network.index)
         with network.statistics(attack.batch_norm):
             if self.attacked == "single":
                 index = (self.attacked_exit or num_exits(network.module)) - 1
-                return single_exit(network.exits, images, labels, budget, index, generator=generator)
+                return single_exit(answers, images, labels, budget, index, generator=generator)
             several = average_exits if self.attacked == "average" else max_average_exits
-            return several(network.exits, images, labels, budget, generator=generator)
+            return several(answers, images, labels, budget, generator=generator)
 
     def accumulate(self, model: nn.Module, batches: list[Batch], step: Step) -> dict[str, Tensor]:
         """See `Objective.accumulate`; accuracies are means over the exits."""

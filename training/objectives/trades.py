@@ -24,7 +24,7 @@ from training.objectives.base import Batch
 from training.objectives.network import Network, together
 from training.objectives.pgd_at import Attacked
 from training.objectives.single import Loss, NetworkObjective, View, kl_divergence
-from zoo.attacks import pgd
+from zoo.attacks import as_it_is, pgd
 from zoo.errors import BadInput
 
 
@@ -88,7 +88,13 @@ class Trades(NetworkObjective):
                 return F.kl_div(logits.log_softmax(1), clean, reduction="none", log_target=True).sum(1)
 
             return pgd(
-                model, images, batch.labels, self.attack.budget(), loss=divergence, start=start, generator=generator
+                as_it_is(model),
+                images,
+                batch.labels,
+                self.attack.budget(),
+                loss=divergence,
+                start=start,
+                generator=generator,
             )
 
     def loss(self, network: Network, inputs: Tensor, batch: Batch) -> Loss:

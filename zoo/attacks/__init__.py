@@ -14,6 +14,7 @@ from zoo.attacks.distillation import distil
 from zoo.attacks.exits import average_exits, max_average_exits, single_exit
 from zoo.attacks.gradient import InputDiversity, fgsm, pgd
 from zoo.attacks.grid import to_grid
+from zoo.attacks.inputs import RandomModel, as_it_is
 from zoo.attacks.losses import LOSSES
 from zoo.attacks.random_gates import arc, eot_pgd, path_model, path_sampler, relaxed_model
 from zoo.attacks.rays import rays
@@ -27,11 +28,13 @@ __all__ = [
     "InputDiversity",
     "L2Budget",
     "LinfBudget",
+    "RandomModel",
     "RemoteModel",
     "apgd",
     "apgd_eot",
     "apgd_targeted",
     "arc",
+    "as_it_is",
     "autoattack",
     "average_exits",
     "distil",

@@ -16,11 +16,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import LinfBudget
+from zoo.attacks.budget import Ball, LinfBudget
 from zoo.attacks.gradient import Watch
-from zoo.attacks.inputs import Model, check_logits, checked, first_logits
+from zoo.attacks.inputs import Model, Output, check_logits, checked, first_logits, see
 from zoo.attacks.losses import Ascent, Loss, ascent, loss_named, succeeded
-from zoo.attacks.random_gates import Sampler
+from zoo.attacks.random_gates import Sampler, seen_draws
 from zoo.errors import BadInput, UnknownName
 
 Keep = Literal["first broken", "highest loss"]
@@ -42,11 +42,13 @@ def apgd(
     keep: Keep = "first broken",
     generator: torch.Generator | None = None,
     watch: Watch | None = None,
+    output: Output | None = None,
 ) -> Tensor:
     """Attack a deterministic model by Auto-PGD.
 
     Args:
-        model: images -> logits; a module must be in evaluation mode. Its parameters collect no gradient.
+        model: images -> logits; its modules must be in evaluation mode. Its parameters collect no gradient. A random
+            model is attacked draw by draw, with a warning; `apgd_eot` is the attack for it.
         images: float (batch, channel, height, width) in [0, 1].
         labels: int64 (batch,).
         budget: `eps`, `steps` (100 in AutoAttack), `restarts`, `random_start`. A start lies on the border of the ball.
@@ -57,23 +59,25 @@ def apgd(
         generator: draws the starts, on the CPU; torch's global generator if None.
         watch: called at the start and after each step with (step, points of highest loss so far, their losses), of the
             images that are still attacked.
+        output: where the logits are in what the model returns; see `inputs.Output`.
 
     Returns:
         For each image what `keep` says, and the point of highest loss where the goal was not reached; within
         `budget.eps` of the image and in [0, 1].
 
     Raises:
-        BadInput: see `inputs.checked`, `inputs.check_logits`; a loss that does not fit the number of classes.
+        BadInput: see `inputs.checked` and `losses.ascent`; a loss that does not fit the number of classes.
         UnknownName: no such loss, or no such `keep`.
     """
     _check_ball(budget)
     if keep not in get_args(Keep):
         raise UnknownName(keep, get_args(Keep), kind="keep")
-    rise = ascent(model, loss)
-    images, labels, targets = checked(model, images, labels, targets)
+    seen = see(model, output)
+    images, labels, targets = checked(seen, images, labels, targets)
+    rise = ascent(seen, loss)
     if not len(images):
         return images.clone()
-    logits = first_logits(model, images, labels, targets)
+    logits = first_logits(seen, images, labels, targets)
     search = _Search(rise, images, labels, budget, generator, watch)
     stop = keep == "first broken"
     if stop:
@@ -93,6 +97,7 @@ def apgd_targeted(
     num_targets: int = 9,
     generator: torch.Generator | None = None,
     watch: Watch | None = None,
+    output: Output | None = None,
 ) -> Tensor:
     """Attack by Auto-PGD towards each of the most likely wrong classes in turn, until any wrong class is reached.
 
@@ -103,11 +108,12 @@ def apgd_targeted(
     _check_ball(budget)
     if num_targets < 1:
         raise BadInput(f"need at least 1 target class, got num_targets={num_targets}; 9 is usual with 10 classes")
-    rise = ascent(model, loss)
-    images, labels, _ = checked(model, images, labels)
+    seen = see(model, output)
+    images, labels, _ = checked(seen, images, labels)
+    rise = ascent(seen, loss)
     if not len(images):
         return images.clone()
-    logits = first_logits(model, images, labels)
+    logits = first_logits(seen, images, labels)
     search = _Search(rise, images, labels, budget, generator, watch)
     search.settled |= succeeded(logits, labels)
     wrong = logits.scatter(1, labels[:, None], -torch.inf).argsort(dim=1, descending=True)[:, :-1]
@@ -128,6 +134,7 @@ def apgd_eot(
     loss: str | Loss = "cross_entropy",
     generator: torch.Generator | None = None,
     watch: Watch | None = None,
+    output: Output | None = None,
 ) -> Tensor:
     """Attack a random model by Auto-PGD on its expected loss.
 
@@ -140,6 +147,7 @@ def apgd_eot(
         loss: one of `LOSSES` or a function like them.
         generator: draws the starts, on the CPU; the sampler draws the models.
         watch: as in `apgd`.
+        output: as in `apgd`, of every draw.
 
     Returns:
         For each image the point of highest mean loss of all attempts. That is no verdict: judge it on draws that the
@@ -151,7 +159,7 @@ def apgd_eot(
     _check_ball(budget)
     if draws < 1:
         raise BadInput(f"EOT needs at least 1 draw at every point, got {draws}; 20 is usual")
-    rise = _expected_ascent(sampler, draws, loss_named(loss))
+    rise = _expected_ascent(seen_draws(sampler, output), draws, loss_named(loss))
     images, labels, _ = checked(None, images, labels)
     if not len(images):
         return images.clone()
@@ -167,9 +175,7 @@ def _expected_ascent(sampler: Sampler, draws: int, loss: Loss) -> Ascent:
     def step(images: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         parts = []
         for _ in range(draws):
-            model = sampler()
-            checked(model, images[:0], labels[:0])
-            parts.append(ascent(model, loss)(images, labels, targets))
+            parts.append(ascent(sampler(), loss)(images, labels, targets))
         gradients, losses, logits = zip(*parts, strict=True)
         return _mean(gradients), _mean(losses), _mean(logits)
 
@@ -193,6 +199,7 @@ class _Search:
         watch: Watch | None,
     ) -> None:
         self.rise, self.images, self.labels, self.budget = rise, images, labels, budget
+        self.ball = budget.around(images)
         self.generator, self.watch = generator, watch
         self.points = images.clone()
         precision = torch.promote_types(images.dtype, torch.float32)
@@ -209,13 +216,13 @@ class _Search:
         """
         images, labels, budget = self.images, self.labels, self.budget
         # drawn for all images, so that a start does not depend on which others are still unbroken
-        starts = _starts(images, budget, self.generator) if budget.random_start else images
+        starts = _starts(images, self.ball, budget.eps, self.generator) if budget.random_start else images
         rows = (~self.settled).nonzero()[:, 0]
         if not len(rows):
             return
         climb = _Climb.begin(
             self.rise,
-            images[rows],
+            self.ball[rows],
             starts[rows],
             labels[rows],
             None if targets is None else targets[rows],
@@ -244,11 +251,11 @@ class _Search:
         self.losses[rows[better]] = climb.best_loss[better].to(self.losses.dtype)
 
 
-def _starts(images: Tensor, budget: LinfBudget, generator: torch.Generator | None) -> Tensor:
+def _starts(images: Tensor, ball: Ball, eps: float, generator: torch.Generator | None) -> Tensor:
     """Return points whose largest change is eps, brought into [0, 1]; the draw is made on the CPU."""
     noise = 2 * torch.rand(images.shape, generator=generator, dtype=images.dtype).to(images.device) - 1
-    largest = noise.flatten(1).abs().amax(1).clamp_min(1e-12)
-    return budget.project(images + budget.eps * (noise / largest[:, None, None, None]), images)
+    largest = noise.flatten(1).abs().amax(1).clamp_min(torch.finfo(noise.dtype).tiny)
+    return ball.project(images + eps * (noise / largest[:, None, None, None]))
 
 
 def _checkpoints(steps: int) -> list[int]:
@@ -269,9 +276,9 @@ def _checkpoints(steps: int) -> list[int]:
 
 @dataclass
 class _Climb:
-    """The state of one attempt; every tensor has one row per image, so that images can leave."""
+    """The state of one attempt; every field has one row per image, so that images can leave."""
 
-    images: Tensor
+    ball: Ball
     labels: Tensor
     targets: Tensor | None
     goal: Tensor | None
@@ -296,7 +303,7 @@ class _Climb:
     def begin(
         cls,
         rise: Ascent,
-        images: Tensor,
+        ball: Ball,
         starts: Tensor,
         labels: Tensor,
         targets: Tensor | None,
@@ -306,7 +313,7 @@ class _Climb:
         gradient, loss, logits = rise(starts, labels, targets)
         check_logits(logits, labels, targets)
         return cls(
-            images=images,
+            ball=ball,
             labels=labels,
             targets=targets,
             goal=goal,
@@ -318,7 +325,7 @@ class _Climb:
             best=starts,
             best_gradient=gradient,
             best_loss=loss,
-            size=images.new_full((len(images), 1, 1, 1), 2 * budget.eps),
+            size=gradient.new_full((len(starts), 1, 1, 1), 2 * budget.eps),
             rises=torch.zeros_like(labels),
             shrunk=torch.ones_like(labels, dtype=torch.bool),
             checked_loss=loss,
@@ -327,16 +334,16 @@ class _Climb:
     def select(self, rows: Tensor) -> None:
         """Go on with some of the images."""
         for field in fields(self):
-            tensor = getattr(self, field.name)
-            if tensor is not None:
-                setattr(self, field.name, tensor[rows])
+            part = getattr(self, field.name)
+            if part is not None:
+                setattr(self, field.name, part[rows])
 
     def step(self, rise: Ascent, budget: LinfBudget, *, first: bool) -> None:
         """Move, and note where the loss rose and where it is the highest so far."""
-        moved = budget.project(self.current + self.size * budget.direction(self.gradient), self.images)
+        moved = self.ball.project(self.current + self.size * budget.direction(self.gradient))
         if not first:
             inert = (1 - INERTIA) * (moved - self.current) + INERTIA * (self.current - self.previous)
-            moved = budget.project(self.current + inert, self.images)
+            moved = self.ball.project(self.current + inert)
         self.previous, self.current = self.current, moved
         before = self.loss
         self.gradient, self.loss, self.logits = rise(moved, self.labels, self.targets)

@@ -20,8 +20,18 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.inputs import Model, checked, first_logits, full_precision
-from zoo.attacks.random_gates import Sampler
+from zoo.attacks.inputs import (
+    Model,
+    Output,
+    Seen,
+    check_numbers,
+    checked,
+    differentiable,
+    first_logits,
+    gradient_of,
+    see,
+)
+from zoo.attacks.random_gates import Sampler, seen_draws
 from zoo.errors import BadInput, UnknownName
 
 Version = Literal["standard", "rand"]
@@ -78,6 +88,7 @@ def autoattack(
     seed: int = 0,
     batch: int = 250,
     log: Callable[[str], None] | None = None,
+    output: Output | None = None,
 ) -> AutoAttackResult:
     """Run AutoAttack; with the same seed and batch, on a deterministic model, it breaks the images the library breaks.
 
@@ -91,16 +102,18 @@ def autoattack(
         seed: every attack begins each of its batches with it. The global random numbers are as before afterwards.
         batch: images attacked at once.
         log: called with a line after each attack.
+        output: where the logits are in what the model returns; see `inputs.Output`.
 
     Raises:
-        BadInput: pyautoattack is not installed; images that are not float32; fewer than 4 classes (rand: 3), which the
-            DLR loss needs; see `inputs.checked` and `inputs.check_logits`.
+        BadInput: pyautoattack is not installed; images that are not float32; fewer than 4 classes (rand: 3), or so few
+            logits that are not -inf, which the DLR loss needs; see `inputs.checked` and `losses.ascent`.
         UnknownName: no such version.
     """
     if version not in get_args(Version):
         raise UnknownName(version, get_args(Version), kind="AutoAttack version")
     names = ATTACKS if version == "standard" else RANDOM_ATTACKS
     package = _package()
+    model = see(model, output, chance="tolerated" if version == "standard" else "expected")
     images, labels = _ready(model, images, labels, batch)
     robust: dict[str, Tensor] = {}
     adversarial = images.clone()
@@ -112,7 +125,7 @@ def autoattack(
                 f"{classes}; use apgd with the margin loss"
             )
         warned = _Warnings()
-        seen = _input_gradients_only(model)
+        seen = _input_gradients_only(model, CLASSES_NEEDED[version])
         attacks = package.AutoAttack(seen, eps=budget.eps, seed=seed, version=version, device=images.device)
         for part in (attacks.apgd, attacks.apgd_targeted):
             part.logger = warned.logger
@@ -151,6 +164,7 @@ def fab(
     num_targets: int = TARGETS,
     seed: int = 0,
     batch: int = 250,
+    output: Output | None = None,
 ) -> Tensor:
     """Run targeted FAB (Croce and Hein 2020, arXiv:1907.02044), which looks for the nearest wrong image.
 
@@ -164,6 +178,7 @@ def fab(
     if num_targets < 1:
         raise BadInput(f"need at least 1 target class, got num_targets={num_targets}; 9 is usual with 10 classes")
     _package()
+    model = see(model, output)
     images, labels = _ready(model, images, labels, batch)
     adversarial = images.clone()
     if not budget.eps:
@@ -171,7 +186,7 @@ def fab(
     with _guarded(), torch.no_grad():
         classes = _classes(model, images, labels, batch)
         attack = _library("fab_pt").FABAttack_PT(
-            _input_gradients_only(model),
+            _input_gradients_only(model, 2),
             n_restarts=budget.restarts,
             n_iter=budget.steps,
             eps=budget.eps,
@@ -202,7 +217,8 @@ def recheck(sampler: Sampler, adversarial: Tensor, labels: Tensor, draws: int = 
     if draws < 1 or not len(adversarial):
         raise BadInput(f"need at least 1 draw and 1 image, got draws={draws} and {len(adversarial)} images")
     adversarial, labels, _ = checked(None, adversarial, labels)
-    right = torch.stack([sampler()(adversarial).argmax(1) == labels for _ in range(draws)])
+    draw = seen_draws(sampler)
+    right = torch.stack([draw()(adversarial).argmax(1) == labels for _ in range(draws)])
     return Recheck(accuracy=float(right.double().mean()), always_right=float(right.all(0).double().mean()))
 
 
@@ -222,13 +238,13 @@ def _library(module: str) -> Any:
     return importlib.import_module(f"pyautoattack.{module}")
 
 
-def _ready(model: Model, images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def _ready(model: Seen, images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     if batch < 1:
         raise BadInput(f"need at least 1 image per batch, got batch={batch}")
-    images, labels, _ = checked(model, images.contiguous(), labels)
+    images, labels, _ = checked(model, images, labels)
     if images.dtype != torch.float32:
         raise BadInput(f"pyautoattack computes in float32, got images of {images.dtype}; convert images and model")
-    return images, labels
+    return images.contiguous(), labels
 
 
 def _classes(model: Model, images: Tensor, labels: Tensor, batch: int) -> int:
@@ -314,16 +330,26 @@ def _guarded() -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
-def _input_gradients_only(model: Model) -> Model:
+def _input_gradients_only(model: Seen, needed: int) -> Model:
     """Return the model as a function whose backward pass reaches the images and nothing else.
 
-    FAB calls `backward()`, which would fill the gradients of every parameter.
+    FAB calls `backward()`, which would fill the gradients of every parameter. Of each image `needed` logits must be
+    more than -inf, without which DLR is 0 everywhere.
     """
+
+    def checked_logits(images: Tensor) -> Tensor:
+        logits = model(images)
+        if bool(((~logits.isneginf()).sum(1) < needed).any()):
+            raise BadInput(
+                f"AutoAttack needs at least {needed} logits of each image that are not -inf, for its DLR loss; "
+                "use apgd with the margin loss"
+            )
+        return logits
 
     def call(images: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and images.requires_grad):
-            return full_precision(model(images))
-        logits: Tensor = _Boundary.apply(images, model)  # type: ignore[no-untyped-call]
+            return checked_logits(images)
+        logits: Tensor = _Boundary.apply(images, checked_logits)  # type: ignore[no-untyped-call]
         return logits
 
     return call
@@ -333,13 +359,14 @@ class _Boundary(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, images: Tensor, model: Model) -> Tensor:
         with torch.enable_grad():
-            context.images = images.detach().requires_grad_(True)
-            context.logits = full_precision(model(context.images))
+            context.images = differentiable(images)
+            context.logits = model(context.images)
         logits: Tensor = context.logits.detach()
         return logits
 
     @staticmethod
     def backward(context: Any, *gradients: Any) -> tuple[Tensor, None]:
         # retained: the library's untargeted attacks go back once per class
-        (gradient,) = torch.autograd.grad(context.logits, context.images, gradients[0], retain_graph=True)
+        gradient = gradient_of(context.logits, context.images, weights=gradients[0], retain_graph=True)
+        check_numbers(context.logits.detach(), gradients[0], gradient)
         return gradient.contiguous(), None  # the library flattens by view, which channels last does not allow

@@ -1,16 +1,116 @@
-"""Budgets: how far an attack may move an image, in which norm, and how it spends its steps."""
+"""Budgets: how far an attack may move an image, in which norm, and how it spends its steps.
+
+An image is in its ball if |adversarial - image| <= eps both in the arithmetic of the images and in float64; `project`
+keeps that exactly, in float16 and bfloat16 too. Where eps is no number of that type, the ball is that much smaller.
+"""
 
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from zoo.attacks.inputs import full_precision
 from zoo.errors import BadInput
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Ball(ABC):
+    """The points around each image of a batch that an attack may reach."""
+
+    @abstractmethod
+    def project(self, points: Tensor) -> Tensor:
+        """Return the nearest points in the ball and in [0, 1] (l2: one after the other), in the type of the images."""
+
+    @abstractmethod
+    def __getitem__(self, rows: Tensor) -> Ball:
+        """Return the balls of some of the images."""
+
+
+class LinfBall(Ball):
+    """Between two images."""
+
+    def __init__(self, lower: Tensor, upper: Tensor) -> None:
+        self.lower, self.upper = lower, upper
+
+    @classmethod
+    def around(cls, images: Tensor, eps: float) -> LinfBall:
+        """Return the ball of radius `eps`, rounded inwards to numbers of the images' type."""
+        radius, wide = _rounded_down(eps, images.dtype), images.double()
+        lower = (wide - radius).clamp_min_(0).to(images.dtype)
+        upper = (wide + radius).clamp_max_(1).to(images.dtype)
+        lower = torch.where(wide - lower.double() > radius, _step_towards(images, lower), lower)
+        upper = torch.where(upper.double() - wide > radius, _step_towards(images, upper), upper)
+        return cls(lower, upper)
+
+    def project(self, points: Tensor) -> Tensor:
+        """See `Ball.project`."""
+        return points.to(self.lower.dtype).clamp(self.lower, self.upper)
+
+    def __getitem__(self, rows: Tensor) -> LinfBall:
+        """See `Ball.__getitem__`."""
+        return LinfBall(self.lower[rows], self.upper[rows])
+
+
+class L2Ball(Ball):
+    """Around images, as far as the Euclidean length says."""
+
+    def __init__(self, images: Tensor, eps: float) -> None:
+        self.images, self.eps = images, eps
+
+    def project(self, points: Tensor) -> Tensor:
+        """See `Ball.project`."""
+        images, dtype = self.images, self.images.dtype
+        wide = images.double()
+        difference = points.double() - wide
+        radius = torch.full((len(images),), _rounded_down(self.eps, dtype), dtype=torch.float64, device=images.device)
+        while True:
+            scale = (radius / _norm(difference).clamp_min(1e-300)).clamp_max(1)
+            inside = (wide + difference * _per_image(scale, images)).clamp_(0, 1)
+            found = inside.to(dtype)
+            # towards the image: rounding must not lengthen the change
+            too_far = (found.double() - wide).abs() > (inside - wide).abs()
+            found = torch.where(too_far, _step_towards(images, found), found)
+            # a length computed in the images' own type is rounded as well: over many pixels by more than one digit
+            excess = torch.maximum(_norm(found - images).double(), _norm(found.double() - wide)) / self.eps
+            if not bool((excess > 1).any()):  # NaN is not
+                return found
+            radius = torch.where(excess > 1, radius / excess * (1 - 4 * torch.finfo(dtype).eps), radius)
+
+    def __getitem__(self, rows: Tensor) -> L2Ball:
+        """See `Ball.__getitem__`."""
+        return L2Ball(self.images[rows], self.eps)
+
+
+def _rounded_down(value: float, dtype: torch.dtype) -> float:
+    """Return the largest number of a type that is not above `value`, which is not negative."""
+    nearest = torch.tensor(value, dtype=dtype)
+    return float(nearest if float(nearest) <= value else _step_towards(torch.zeros_like(nearest), nearest))
+
+
+def _step_towards(goal: Tensor, values: Tensor) -> Tensor:
+    """Return the next numbers of the type; none is negative. `torch.nextafter` is not there for every type and device.
+
+    Numbers that are not negative are ordered as their bits are.
+    """
+    bits = values.view(_BITS[values.element_size()])
+    return (bits + (goal - values).sign().to(bits.dtype)).view(values.dtype)
+
+
+def _norm(difference: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+    return length
+
+
+def _per_image(values: Tensor, images: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (images.dim() - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +120,7 @@ class Budget(ABC):
     norm: ClassVar[str]
 
     eps: float = 8 / 255
-    """Radius of the ball."""
+    """Radius of the ball; a `Fraction` or a text such as "8/255" is taken as well."""
     steps: int = 10
     """Gradient steps."""
     step_size: float | None = None
@@ -31,6 +131,11 @@ class Budget(ABC):
     """Start each attempt uniformly in the ball instead of at the image."""
 
     def __post_init__(self) -> None:
+        for name in ("eps", "step_size"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _number(getattr(self, name), name))
+        for name in ("steps", "restarts"):
+            object.__setattr__(self, name, _count(getattr(self, name), name))
         if self.steps < 1 or self.restarts < 1:
             raise BadInput(f"need at least 1 step and 1 restart, got steps={self.steps} restarts={self.restarts}")
 
@@ -40,8 +145,12 @@ class Budget(ABC):
         return self.eps / 5 if self.step_size is None else self.step_size
 
     @abstractmethod
+    def around(self, images: Tensor) -> Ball:
+        """Return the ball around each image."""
+
     def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """Return the nearest point in the ball around `images` and in [0, 1] (l2: one after the other)."""
+        """Return the nearest point in the ball around `images`; see `Ball.project`."""
+        return self.around(images).project(adversarial)
 
     @abstractmethod
     def start(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -71,9 +180,9 @@ class LinfBudget(Budget):
                 f"need 0 < step_size <= 1, got {self.step_size}; pixels are in [0, 1], so write 2/255, not 2"
             )
 
-    def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """See `Budget.project`."""
-        return torch.minimum(torch.maximum(adversarial, images - self.eps), images + self.eps).clamp_(0, 1)
+    def around(self, images: Tensor) -> Ball:
+        """See `Budget.around`."""
+        return LinfBall.around(images, self.eps)
 
     def start(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """See `Budget.start`."""
@@ -104,32 +213,42 @@ class L2Budget(Budget):
         if self.step_size is not None and not 0 < self.step_size < math.inf:
             raise BadInput(f"need a finite step_size > 0, got {self.step_size}")
 
-    def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """See `Budget.project`."""
-        difference = adversarial - images
-        length = _length(difference)
-        return (images + difference * (self.eps / length.clamp_min(1e-12)).clamp_max(1)).clamp_(0, 1)
+    def around(self, images: Tensor) -> Ball:
+        """See `Budget.around`."""
+        return L2Ball(images, self.eps)
 
     def start(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """See `Budget.start`."""
-        noise = torch.randn(images.shape, generator=generator, dtype=images.dtype).to(images.device)
-        radius = torch.rand(len(images), generator=generator, dtype=images.dtype).to(images.device)
+        precision = torch.promote_types(images.dtype, torch.float32)
+        noise = torch.randn(images.shape, generator=generator, dtype=precision).to(images.device)
+        radius = torch.rand(len(images), generator=generator, dtype=precision).to(images.device)
         radius = radius ** (1 / images[0].numel()) if len(images) else radius
         direction = self.direction(noise)
-        return self.project(images + self.eps * radius.reshape(-1, *[1] * (images.dim() - 1)) * direction, images)
+        return self.project(images + self.eps * _per_image(radius, images) * direction, images)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """See `Budget.direction`."""
-        # by the largest entry first: the square of a small gradient underflows
-        scaled = gradient / gradient.flatten(1).abs().amax(1).clamp_min(1e-30).reshape(-1, *[1] * (gradient.dim() - 1))
-        return scaled / _length(scaled).clamp_min(1e-12)
+        # by the largest entry first: the square of a small gradient underflows; in half precision 1e-30 does as well
+        gradient = full_precision(gradient)
+        scaled = gradient / _per_image(gradient.flatten(1).abs().amax(1).clamp_min(1e-30), gradient)
+        return scaled / _per_image(_norm(scaled).clamp_min(1e-12), gradient)
 
     def distance(self, adversarial: Tensor, images: Tensor) -> Tensor:
         """See `Budget.distance`."""
-        length: Tensor = torch.linalg.vector_norm((adversarial - images).flatten(1), dim=1)
-        return length
+        return _norm(adversarial - images)
 
 
-def _length(difference: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(difference.flatten(1), dim=1)
-    return length.reshape(-1, *[1] * (difference.dim() - 1))
+def _number(value: object, name: str) -> float:
+    if isinstance(value, int | float):
+        return value
+    try:
+        return float(Fraction(value)) if isinstance(value, str) else float(value)  # type: ignore[arg-type] # tried
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise BadInput(f"{name} must be a number such as 8/255 or 0.03, got {value!r:.40}") from error
+
+
+def _count(value: int, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise BadInput(f"{name} must be a whole number, got {value!r:.40}") from error

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoo.attacks.budget import Budget
 from zoo.attacks.gradient import accumulated
-from zoo.attacks.inputs import checked_images
+from zoo.attacks.inputs import checked_images, differentiable, full_precision, gradient_of
 from zoo.errors import BadInput
 
 
@@ -49,17 +49,18 @@ def distil(
     if source.shape != target.shape:
         raise BadInput(f"source and target must be alike, got {tuple(source.shape)} and {tuple(target.shape)}")
     images = budget.start(source, generator) if budget.random_start else source
-    velocity = torch.zeros_like(source)
+    ball = budget.around(source)
+    velocity = torch.zeros_like(full_precision(source))
     wanted: Tensor | None = None
     for _ in range(budget.steps):
         if wanted is None or not fixed:
             with torch.no_grad():
-                wanted = feature(target).float()
+                wanted = full_precision(feature(target.clone()))
         with torch.enable_grad():
-            images = images.detach().requires_grad_(True)
-            distance = (feature(images).float() - wanted).square().sum()
-            (gradient,) = torch.autograd.grad(distance, images)
+            images = differentiable(images)
+            distance = (full_precision(feature(images.clone())) - wanted).square().sum()
+            gradient = gradient_of(distance, images)
         if momentum:
             gradient = velocity = accumulated(velocity, gradient, momentum)
-        images = budget.project(images.detach() - budget.step * budget.direction(gradient), source)
+        images = ball.project(images.detach() - budget.step * budget.direction(gradient))
     return images.detach()

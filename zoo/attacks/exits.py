@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoo.attacks.budget import Budget
 from zoo.attacks.gradient import pgd
-from zoo.attacks.inputs import checked
+from zoo.attacks.inputs import AsItIs, Model, as_it_is, checked
 from zoo.attacks.losses import Loss, cross_entropy, loss_named
 from zoo.errors import BadInput
 
@@ -27,16 +27,19 @@ def exits_of(model: MultiExit, images: Tensor) -> list[Tensor]:
     """Return the logits of every exit, each (batch, class).
 
     Raises:
-        BadInput: the model returns one tensor of logits, so it has a single exit.
+        BadInput: the model returns one tensor of logits, so it has a single exit, or no logits at all.
     """
-    outputs = model(images)
-    if isinstance(outputs, Tensor):
-        if outputs.dim() != 3:
-            raise BadInput(
-                f"the model returns logits of shape {tuple(outputs.shape)}, so it has one exit; expected the logits of "
-                "several, (exit, batch, class) or a list"
-            )
-        return list(outputs)
+    outputs = model(images.clone())  # it may change them in place
+    if isinstance(outputs, Tensor) and outputs.dim() != 3:
+        raise BadInput(
+            f"the model returns logits of shape {tuple(outputs.shape)}, so it has one exit; expected the logits of "
+            "several, (exit, batch, class) or a list"
+        )
+    if not isinstance(outputs, Tensor | list | tuple) or not len(outputs):
+        raise BadInput(
+            f"the model returns a {type(outputs).__name__}, expected the logits of every exit, (exit, batch, class) or "
+            "a list; give a function that picks them"
+        )
     return list(outputs)
 
 
@@ -56,15 +59,13 @@ def single_exit(
         BadInput: no such exit.
     """
 
-    checked(model, images, labels)
-
     def one(pixels: Tensor) -> Tensor:
         outputs = exits_of(model, pixels)
         if not 0 <= exit_index < len(outputs):
             raise BadInput(f"exit {exit_index} is out of range, expected 0 to {len(outputs) - 1}")
         return outputs[exit_index]
 
-    return pgd(one, images, labels, budget, loss=loss, generator=generator)
+    return pgd(_answering(model, one), images, labels, budget, loss=loss, generator=generator)
 
 
 def average_exits(
@@ -77,7 +78,6 @@ def average_exits(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """PGD on the mean loss of all exits; an image counts as broken when the last exit is wrong."""
-    checked(model, images, labels)
     chosen = loss_named(loss)
     seen: list[Tensor] = []
 
@@ -88,7 +88,7 @@ def average_exits(
     def mean_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
         return torch.stack([chosen(outputs, labels, targets) for outputs in seen]).mean(0)
 
-    return pgd(last, images, labels, budget, loss=mean_loss, generator=generator)
+    return pgd(_answering(model, last), images, labels, budget, loss=mean_loss, generator=generator)
 
 
 def max_average_exits(
@@ -101,10 +101,12 @@ def max_average_exits(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return, per image, the single-exit attack that does most harm to all exits together, in cross-entropy."""
-    checked(model, images, labels)
+    images, labels, _ = checked(model, images, labels)
+    best = images.clone()
+    if not len(images):
+        return best
     with torch.no_grad():
         number = len(exits_of(model, images))
-    best = images.clone()
     most = torch.full((len(images),), -torch.inf, device=images.device)
     for index in range(number):
         adversarial = single_exit(model, images, labels, budget, index, loss=loss, generator=generator)
@@ -114,3 +116,8 @@ def max_average_exits(
         best = torch.where(worse[:, None, None, None], adversarial, best)
         most = torch.where(worse, harm.to(most.dtype), most)
     return best
+
+
+def _answering(model: MultiExit, answer: Model) -> Model:
+    """Return a function of the model, to be taken as it is if the model is."""
+    return as_it_is(answer) if isinstance(model, AsItIs) else answer

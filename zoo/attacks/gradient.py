@@ -12,16 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.attacks.budget import Budget
-from zoo.attacks.inputs import Model, checked, full_precision
+from zoo.attacks.budget import Ball, Budget
+from zoo.attacks.inputs import Model, Output, checked, full_precision, see
 from zoo.attacks.losses import Ascent, Loss, ascent, succeeded
-from zoo.errors import BadInput
+from zoo.errors import BadInput, UnknownName
 
 Watch = Callable[[int, Tensor, Tensor], None]
 Keep = Literal["last", "first broken"]
@@ -75,15 +76,17 @@ def fgsm(
     *,
     loss: str | Loss = "cross_entropy",
     targets: Tensor | None = None,
+    output: Output | None = None,
 ) -> Tensor:
     """One step of length eps along the steepest ascent: for l_inf clip(x + eps * sign(grad L(x, y))).
 
     Args, returns and raises as `pgd`; only `budget.eps` is read.
     """
-    images, labels, targets = checked(model, images, labels, targets)
+    seen = see(model, output)
+    images, labels, targets = checked(seen, images, labels, targets)
     if not len(images):
         return images.clone()
-    gradient, _, _ = ascent(model, loss)(images, labels, targets)
+    gradient, _, _ = ascent(seen, loss)(images, labels, targets)
     return budget.project(images + budget.eps * budget.direction(gradient), images)
 
 
@@ -101,6 +104,7 @@ def pgd(
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
     watch: Watch | None = None,
+    output: Output | None = None,
 ) -> Tensor:
     """Projected gradient ascent in a ball, with restarts.
 
@@ -108,20 +112,23 @@ def pgd(
     with momentum: g[t+1] = momentum * g[t] + grad / |grad|_1 in the gradient's place    Dong et al. 2018, equation 6
 
     Args:
-        model: images -> logits (log-probabilities of an ensemble serve as well), deterministic; a module must be in
-            evaluation mode. Its parameters collect no gradient.
-        images: float (batch, channel, height, width) in [0, 1].
-        labels: int64 (batch,).
+        model: images -> logits (log-probabilities of an ensemble serve as well), deterministic; its modules must be in
+            evaluation mode. Its parameters collect no gradient. A random model is attacked draw by draw, with a
+            warning; `eot_pgd` is the attack for it.
+        images: float (batch, channel, height, width) in [0, 1]; numpy's are taken.
+        labels: int64 (batch,); lists and numpy's are taken.
         budget: radius, steps, restarts.
         loss: one of `LOSSES` or a function like them.
         targets: int64 (batch,) for a targeted attack: the class to be reached.
         momentum: 0 for plain PGD, 1 for MI-FGSM.
         diversity: shrink and pad at random before every gradient.
         keep: "last" judges an attempt by its last iterate, as DVERGE does; "first broken" returns the first iterate
-            that reached the goal and goes on without that image, which is stricter and faster.
+            that reached the goal and goes on without that image, which is stricter and faster; not with diversity,
+            behind which the model's answer to the iterate is not known.
         start: where every attempt begins, inside the ball; what the budget says if None.
         generator: draws the random starts and the diversity, on the CPU; torch's global generator if None.
         watch: called after each step with (step, iterate, logits at the iterate before the step).
+        output: where the logits are in what the model returns; see `inputs.Output`.
 
     Returns:
         For each image what `keep` says of the first attempt that reached the goal, else the last iterate of the last
@@ -129,14 +136,24 @@ def pgd(
         answers correctly: a transfer attack is scored on another model.
 
     Raises:
-        BadInput: see `inputs.checked` and `inputs.check_logits`.
+        BadInput: see `inputs.checked` and `losses.ascent`; "first broken" with diversity; a start of another shape.
+        UnknownName: no such `keep`.
     """
-    images, labels, targets = checked(model, images, labels, targets)
-
-    def seen(pixels: Tensor) -> Tensor:
-        return model(pixels if diversity is None else diversity(pixels, generator))
-
-    rise = ascent(seen, loss)
+    if keep not in get_args(Keep):
+        raise UnknownName(keep, get_args(Keep), kind="keep")
+    if diversity is not None and keep != "last":
+        raise BadInput(
+            f"keep={keep!r} needs the model's answer to each iterate, which input diversity hides; use keep='last'"
+        )
+    seen = see(model, output)
+    images, labels, targets = checked(seen, images, labels, targets)
+    if start is not None and start.shape != images.shape:
+        raise BadInput(f"start must be shaped like the images, {tuple(images.shape)}, got {tuple(start.shape)}")
+    if not len(images):
+        return images.clone()
+    attacked = seen if diversity is None else seen.behind(partial(diversity, generator=generator))
+    rise = ascent(attacked, loss)
+    ball = budget.around(images)
     result = images.clone()
     remaining = torch.arange(len(images), device=images.device)
     for attempt in range(budget.restarts):
@@ -144,20 +161,19 @@ def pgd(
             break
         # drawn for all images, so that a start does not depend on which others are still unbroken
         if start is not None:
-            starts = budget.project(start.detach(), images)
+            starts = ball.project(start.detach())
         else:
             starts = budget.start(images, generator) if budget.random_start else images
         rows, adversarial = _attempt(
             rise,
-            model,
-            images[remaining],
+            seen,
+            ball[remaining],
             starts[remaining],
             labels[remaining],
             None if targets is None else targets[remaining],
             budget,
             momentum=momentum,
             keep=keep,
-            exact=diversity is None,
             judged=attempt + 1 < budget.restarts,
             watch=watch,
         )
@@ -171,6 +187,7 @@ def accumulated(velocity: Tensor, gradient: Tensor, momentum: float) -> Tensor:
 
     The norm is clamped: after one gradient of zero, 0/0 would freeze the image for ever.
     """
+    gradient = full_precision(gradient)
     size = gradient.flatten(1).abs().sum(1).clamp_min(1e-12)
     return momentum * velocity + gradient / size.reshape(-1, *[1] * (gradient.dim() - 1))
 
@@ -178,7 +195,7 @@ def accumulated(velocity: Tensor, gradient: Tensor, momentum: float) -> Tensor:
 def _attempt(
     rise: Ascent,
     model: Model,
-    images: Tensor,
+    ball: Ball,
     adversarial: Tensor,
     labels: Tensor,
     targets: Tensor | None,
@@ -186,7 +203,6 @@ def _attempt(
     *,
     momentum: float,
     keep: Keep,
-    exact: bool,
     judged: bool,
     watch: Watch | None,
 ) -> tuple[Tensor, Tensor]:
@@ -195,27 +211,27 @@ def _attempt(
     If not `judged`, as for the last attempt, the last iterates are not tried, and all images still attacked count.
     """
     result = adversarial.clone()
-    active = torch.arange(len(images), device=images.device)
-    velocity = torch.zeros_like(images)
+    active = torch.arange(len(adversarial), device=adversarial.device)
+    velocity = torch.zeros_like(full_precision(adversarial))
     for step in range(budget.steps):
         gradient, _, logits = rise(adversarial, labels, targets)
-        if keep == "first broken" and exact:  # these logits are the model's own answer to this iterate
+        if keep == "first broken":  # these logits are the model's own answer to this iterate
             broken = succeeded(logits, labels, targets)
             if bool(broken.any()):
                 result[active[broken]] = adversarial[broken]
                 left = ~broken
-                active, images, adversarial, labels = active[left], images[left], adversarial[left], labels[left]
+                active, ball, adversarial, labels = active[left], ball[left], adversarial[left], labels[left]
                 gradient, velocity, logits = gradient[left], velocity[left], logits[left]
                 targets = None if targets is None else targets[left]
                 if not len(active):
                     break
         if momentum:
             gradient = velocity = accumulated(velocity, gradient, momentum)
-        adversarial = budget.project(adversarial + budget.step * budget.direction(gradient), images)
+        adversarial = ball.project(adversarial + budget.step * budget.direction(gradient))
         if watch is not None:
             watch(step, adversarial, logits)
     result[active] = adversarial
     if judged and len(active):
         with torch.no_grad():
-            active = active[~succeeded(full_precision(model(adversarial)), labels, targets)]
+            active = active[~succeeded(model(adversarial), labels, targets)]
     return active, result

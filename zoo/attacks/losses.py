@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.attacks.inputs import check_logits, check_mode, full_precision
+from zoo.attacks.inputs import (
+    Model,
+    check_logits,
+    check_numbers,
+    differentiable,
+    gradient_of,
+    see,
+)
 from zoo.errors import BadInput, UnknownName
 
 
@@ -50,7 +57,7 @@ def dlr(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor
     """Return the difference of logits ratio: -(z_y - max_{j != y} z_j) / (z_(1) - z_(3)); targeted below.
 
     Targeted: -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2). Unchanged by a positive factor on the logits (Croce and Hein
-    2020, arXiv:2003.01690, equations 6 and 7).
+    2020, arXiv:2003.01690, equations 6 and 7). NaN where fewer than 3 logits (targeted: 4) are more than -inf.
 
     Raises:
         BadInput: fewer than 3 classes, or than 4 if targeted.
@@ -59,12 +66,15 @@ def dlr(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor
     if logits.shape[1] < needed:
         raise BadInput(f"the DLR loss needs at least {needed} classes, got {logits.shape[1]}; use the margin loss")
     ordered = logits.topk(needed, dim=1).values
+    # without a third logit it would be 0 wherever the image is: nothing broken, and nobody told
+    lacking = ordered[:, -1].isneginf()
     true = logits.gather(1, labels[:, None])[:, 0]
     if targets is None:
         other = logits.scatter(1, labels[:, None], -math.inf).amax(1)
-        return (other - true) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+        return ((other - true) / (ordered[:, 0] - ordered[:, 2] + 1e-12)).masked_fill(lacking, math.nan)
     wanted = logits.gather(1, targets[:, None])[:, 0]
-    return (wanted - true) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+    ratio = (wanted - true) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+    return ratio.masked_fill(lacking, math.nan)
 
 
 LOSSES: dict[str, Loss] = {
@@ -98,26 +108,30 @@ Ascent = Callable[[Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor, Tens
 """(images, labels, targets) -> (gradient of the loss shaped like images, loss (batch,), logits (batch, class))."""
 
 
-def ascent(model: Callable[[Tensor], Tensor], loss: str | Loss = "cross_entropy") -> Ascent:
+def ascent(model: Model, loss: str | Loss = "cross_entropy") -> Ascent:
     """Return the function that gives an attack the gradient of `loss` on `model`; parameters collect none.
 
-    The model's first answer is checked (`inputs.check_logits`); later ones would only wait for the device.
+    Raises:
+        BadInput: see `inputs.see`; what it returns raises it as `inputs.Seen.answer`, `inputs.check_logits` (of
+            the first answer; later ones would only wait for the device) and `inputs.check_numbers` say.
     """
-    check_mode(model)
-    chosen = loss_named(loss)
+    chosen, seen = loss_named(loss), see(model)
     first = True
 
     def step(images: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal first
         with torch.enable_grad():
-            images = images.detach().requires_grad_(True)
-            logits = full_precision(model(images))
+            images = differentiable(images)
+            logits = seen.answer(images)
             if first:
                 check_logits(logits.detach(), labels, targets)
                 first = False
             losses = chosen(logits, labels, targets)
             # The sum, not the mean: a mean over a large batch may underflow an image's gradient.
-            (gradient,) = torch.autograd.grad(losses.sum(), images)
-        return gradient, losses.detach(), logits.detach()
+            gradient = gradient_of(losses.sum(), images)
+        losses, logits = losses.detach(), logits.detach()
+        if not seen.trusted:
+            check_numbers(logits, losses, gradient)
+        return gradient, losses, logits
 
     return step

@@ -20,7 +20,19 @@ from torch import Tensor
 from zoo import paths
 from zoo.attacks.budget import Budget, LinfBudget
 from zoo.attacks.gradient import accumulated
-from zoo.attacks.inputs import Model, check_logits, check_mode, checked, full_precision
+from zoo.attacks.inputs import (
+    Model,
+    Output,
+    Seen,
+    check_logits,
+    check_mode,
+    check_numbers,
+    checked,
+    differentiable,
+    full_precision,
+    gradient_of,
+    see,
+)
 from zoo.attacks.losses import Loss, ascent, loss_named
 from zoo.derive import mean_probability
 from zoo.errors import BadInput, UnknownName
@@ -46,11 +58,35 @@ def path_sampler(rgn: RandomGatedNetwork, rng: random.Random, *, folded: bool = 
 
 
 def path_model(rgn: RandomGatedNetwork, path: Sequence[int], *, folded: bool = True) -> Model:
-    """Return one path of a random gated network as a function of images, its weights detached."""
+    """Return one path of a random gated network as a function of images, its weights detached.
+
+    Raises:
+        BadInput: the network is in training mode and its BatchNorms are not folded.
+    """
     if folded:
         return rgn.runner(rgn.num_features, rgn.folded(path), folded=True)
+    check_mode(rgn)
     tensors = {name: tensor.detach() for name, tensor in rgn.select(path).items()}
     return rgn.runner(rgn.num_features, tensors)
+
+
+def seen_draws(sampler: Sampler, output: Output | None = None) -> Callable[[], Seen]:
+    """Return the sampler with each draw as attacks see it; the operations of the first one are looked at.
+
+    Raises:
+        BadInput: the sampler cannot be called; what it returns raises it for a draw in training mode.
+    """
+    if not callable(sampler):
+        raise BadInput(f"a sampler must be a function that returns a model, got {type(sampler).__name__}")
+    watched = False
+
+    def draw() -> Seen:
+        nonlocal watched
+        seen = see(sampler(), output, chance="expected", watched=watched)
+        watched = True
+        return seen
+
+    return draw
 
 
 def relaxed_model(rgn: RandomGatedNetwork) -> Model:
@@ -76,6 +112,7 @@ def eot_pgd(
     targets: Tensor | None = None,
     momentum: float = 0.0,
     generator: torch.Generator | None = None,
+    output: Output | None = None,
 ) -> Tensor:
     """PGD on a random model: every step averages over fresh draws, and the best iterate is chosen by its mean loss.
 
@@ -92,6 +129,7 @@ def eot_pgd(
         targets: int64 (batch,) for a targeted attack.
         momentum: as in `pgd`.
         generator: draws the random starts, on the CPU.
+        output: where the logits are in what a draw returns; see `inputs.Output`.
 
     Returns:
         For each image the iterate of all attempts with the highest mean loss over the draws of its own step. With one
@@ -104,15 +142,16 @@ def eot_pgd(
         raise BadInput(f"EOT needs at least 1 draw per step, got {draws}")
     if average not in get_args(Average):
         raise UnknownName(average, get_args(Average), kind="average")
-    rise = _expectation(sampler, draws, average, loss)
+    rise = _expectation(seen_draws(sampler, output), draws, average, loss)
     images, labels, targets = checked(None, images, labels, targets)
     best = images.clone()
     if not len(images):
         return best
-    best_loss = torch.full((len(images),), -torch.inf, device=images.device, dtype=images.dtype)
+    ball = budget.around(images)
+    best_loss = torch.full((len(images),), -torch.inf, device=images.device, dtype=full_precision(images).dtype)
     for _ in range(budget.restarts):
         adversarial = budget.start(images, generator) if budget.random_start else images
-        velocity = torch.zeros_like(images)
+        velocity = torch.zeros_like(full_precision(images))
         for _step in range(budget.steps + 1):
             last = _step == budget.steps
             if last and draws == 1:
@@ -126,19 +165,19 @@ def eot_pgd(
                 break
             if momentum:
                 gradient = velocity = accumulated(velocity, gradient, momentum)
-            adversarial = budget.project(adversarial + budget.step * budget.direction(gradient), images)
+            adversarial = ball.project(adversarial + budget.step * budget.direction(gradient))
     return best
 
 
 def _expectation(
-    sampler: Sampler, draws: int, average: Average, loss: str | Loss
+    sampler: Callable[[], Seen], draws: int, average: Average, loss: str | Loss
 ) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
     """Return the function that gives the averaged gradient and the mean loss of each image."""
     chosen = loss_named(loss)
 
     def separately(images: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-        total = torch.zeros_like(images)
-        losses = torch.zeros(len(images), device=images.device, dtype=images.dtype)
+        total = torch.zeros_like(full_precision(images))
+        losses = torch.zeros(len(images), device=images.device, dtype=total.dtype)
         for _ in range(draws):
             gradient, one, _ = ascent(sampler(), chosen)(images, labels, targets)
             total += gradient.sign() if average == "sign" else gradient
@@ -147,18 +186,17 @@ def _expectation(
 
     def together(images: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            images = images.detach().requires_grad_(True)
-            models = [sampler() for _ in range(draws)]
-            for model in models:
-                check_mode(model)
-            logits = torch.stack([full_precision(model(images)) for model in models])
+            images = differentiable(images)
+            logits = torch.stack([sampler()(images) for _ in range(draws)])
             check_logits(logits[0].detach(), labels, targets)
             if average == "probability":
                 losses = chosen(mean_probability(logits), labels, targets)
             else:
                 losses = torch.stack([chosen(one, labels, targets) for one in logits]).mean(0)
-            (gradient,) = torch.autograd.grad(losses.sum(), images)
-        return gradient, losses.detach().to(images.dtype)
+            gradient = gradient_of(losses.sum(), images)
+        losses = losses.detach()
+        check_numbers(logits.detach()[0], losses, gradient)
+        return gradient, losses.to(gradient.dtype)
 
     return separately if average in ("gradient", "sign") else together
 
@@ -171,6 +209,7 @@ def arc(
     *,
     weights: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
+    output: Output | None = None,
 ) -> Tensor:
     """Attack a randomised ensemble of known members so that its *expected* accuracy falls, member by member.
 
@@ -186,6 +225,7 @@ def arc(
             a local step is `step_size`, or eps if None, as in the paper's l_inf runs.
         weights: how often each member answers; alike if None.
         generator: draws the random starts, on the CPU.
+        output: where the logits are in what every member returns; see `inputs.Output`.
 
     Returns:
         The images with the lowest expected accuracy found, within `budget.eps` and [0, 1].
@@ -205,31 +245,31 @@ def arc(
     images, labels, _ = checked(None, images, labels)
     if not len(images):
         return images.clone()
-    for model in models:
-        checked(model, images[:0], labels[:0])
+    members = [see(model, output) for model in models]
 
     def expected(adversarial: Tensor) -> Tensor:
         total = torch.zeros(len(images), device=images.device)
         with torch.no_grad():
-            for model, weight in zip(models, share, strict=True):
-                total += weight * (model(adversarial).argmax(1) == labels)
+            for member, weight in zip(members, share, strict=True):
+                total += weight * (member(adversarial).argmax(1) == labels)
         return total
 
+    ball = budget.around(images)
     best, best_accuracy = images.clone(), expected(images)
     length = budget.eps if budget.step_size is None else budget.step_size
     for _ in range(budget.restarts):
         adversarial = budget.start(images, generator) if budget.random_start else images
         accuracy = expected(adversarial)
         for _round in range(budget.steps):
-            local = torch.zeros_like(images)
+            local = torch.zeros_like(full_precision(images))
             local_accuracy = accuracy
             for position, index in enumerate(order):
-                candidate = _towards_boundary(models[index], adversarial, local, labels, length, budget.eps, position)
-                found = expected(budget.project(adversarial + candidate, images))
+                candidate = _towards_boundary(members[index], adversarial, local, labels, length, budget.eps, position)
+                found = expected(ball.project(adversarial + candidate))
                 kept = (found <= local_accuracy)[:, None, None, None]
                 local = torch.where(kept, candidate, local)
                 local_accuracy = torch.minimum(found, local_accuracy)
-            moved = budget.project(adversarial + local, images)
+            moved = ball.project(adversarial + local)
             found = expected(moved)
             kept = found <= accuracy
             adversarial = torch.where(kept[:, None, None, None], moved, adversarial)
@@ -243,22 +283,23 @@ def arc(
 
 
 def _towards_boundary(
-    model: Model, adversarial: Tensor, local: Tensor, labels: Tensor, length: float, eps: float, position: int
+    model: Seen, adversarial: Tensor, local: Tensor, labels: Tensor, length: float, eps: float, position: int
 ) -> Tensor:
     """Return the local step extended towards the nearest linearised boundary of one member, of l_inf norm `length`."""
-    point = adversarial + local
+    point = (adversarial + local).to(adversarial.dtype)
     with torch.enable_grad():
-        point = point.detach().requires_grad_(True)
-        logits = full_precision(model(point))
+        point = differentiable(point)
+        logits = model(point)
         check_logits(logits.detach(), labels)
         predicted = logits.detach().argmax(1)
         nearest = torch.full((len(labels),), torch.inf, device=logits.device, dtype=logits.dtype)
-        direction, normal = torch.zeros_like(adversarial), torch.zeros_like(adversarial)
+        direction, normal = torch.zeros_like(local), torch.zeros_like(local)
         classes = logits.shape[1]
         top = logits.gather(1, predicted[:, None])[:, 0]
         for other in range(classes):
             difference = top - logits[:, other]
-            (gradient,) = torch.autograd.grad(difference.sum(), point, retain_graph=other < classes - 1)
+            gradient = gradient_of(difference.sum(), point, retain_graph=other < classes - 1)
+            check_numbers(logits.detach(), difference.detach(), gradient)
             size = gradient.flatten(1).abs().sum(1).clamp_min(1e-12)
             distance = difference.detach().abs() / size
             nearer = (distance < nearest) & (predicted != other)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import Budget, LinfBudget
-from zoo.attacks.inputs import Model, checked, first_logits, full_precision
+from zoo.attacks.inputs import Model, Output, checked, checked_images, first_logits, see
 from zoo.attacks.losses import succeeded
 from zoo.errors import BadInput
 
@@ -44,6 +44,7 @@ def rays(
     *,
     queries: int = 2000,
     generator: torch.Generator | None = None,
+    output: Output | None = None,
 ) -> Tensor:
     """Look for a wrong answer in the l_inf ball by the model's labels alone; see `shortest_rays` for the arguments.
 
@@ -59,8 +60,8 @@ def rays(
     """
     if not isinstance(budget, LinfBudget):
         raise BadInput(f"RayS is here for l_inf only, got a budget in {budget.norm}; use LinfBudget")
-    found = shortest_rays(model, images, labels, queries=queries, enough=budget.eps, generator=generator)
-    images = images.detach()
+    images = checked_images(images)
+    found = shortest_rays(model, images, labels, queries=queries, enough=budget.eps, generator=generator, output=output)
     length = found.radius.clamp_max(budget.eps)[:, None, None, None]
     return budget.project(images + length * found.direction, images)
 
@@ -74,6 +75,7 @@ def shortest_rays(
     enough: float = 0.0,
     tolerance: float | None = None,
     generator: torch.Generator | None = None,
+    output: Output | None = None,
 ) -> Rays:
     """Find the direction of signs along which the model's answer changes soonest, and the radius at which it does.
 
@@ -96,6 +98,7 @@ def shortest_rays(
             is 1e-3 in Euclidean length). Much less than 1/255 is wasted on a model that sees 8 bits.
         generator: draws the first direction and those that replace it, on the CPU; each is the same for all images. If
             None the first is all +1, as published, others are drawn from a fixed seed, and nothing is random.
+        output: where the logits are in what the model returns; see `inputs.Output`.
 
     Raises:
         BadInput: no query, a tolerance that is not positive; see `inputs.checked` and `inputs.check_logits`.
@@ -104,7 +107,8 @@ def shortest_rays(
         raise BadInput(f"need at least 1 query, got {queries}")
     if tolerance is not None and not tolerance > 0:
         raise BadInput(f"the tolerance must be a positive length in pixel units, got {tolerance}; 1e-5 is fine")
-    images, labels, _ = checked(model, images, labels)
+    seen = see(model, output)
+    images, labels, _ = checked(seen, images, labels)
     count, size = len(images), math.prod(images.shape[1:])
     if tolerance is None:
         tolerance = 1e-3 / math.sqrt(max(size, 1))
@@ -113,7 +117,7 @@ def shortest_rays(
     if not count:
         return Rays(direction=search.signs.reshape(images.shape), radius=search.radius, queries=asked)
 
-    broken = succeeded(first_logits(model, images, labels), labels)
+    broken = succeeded(first_logits(seen, images, labels), labels)
     search.radius[broken] = 0
     asked += 1
     active = (search.radius > enough).nonzero()[:, 0]
@@ -123,7 +127,7 @@ def shortest_rays(
         attempt, length = search.question(active)
         pixels = (images[active] + length[:, None, None, None] * attempt.reshape(-1, *images.shape[1:])).clamp_(0, 1)
         with torch.no_grad():
-            wrong = succeeded(full_precision(model(pixels)), labels[active])
+            wrong = succeeded(seen(pixels), labels[active])
         asked[active] += 1
         search.answer(active, attempt, length, wrong, tolerance)
         active = active[search.radius[active] > enough]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoo.attacks.budget import Budget, LinfBudget
 from zoo.attacks.gradient import Watch
-from zoo.attacks.inputs import Model, check_logits, checked, full_precision
+from zoo.attacks.inputs import Model, Output, check_logits, checked, see
 from zoo.attacks.losses import Loss, loss_named, succeeded
 from zoo.errors import BadInput
 
@@ -36,6 +36,7 @@ def square(
     early_stop: bool = True,
     generator: torch.Generator | None = None,
     watch: Watch | None = None,
+    output: Output | None = None,
 ) -> Tensor:
     """Search at random, square by square, for an image in the l_inf ball with a high loss.
 
@@ -69,6 +70,7 @@ def square(
         generator: draws stripes and squares, on the CPU; torch's global generator if None. An image's squares do not
             depend on which others are broken.
         watch: called after each square with (its number from 0, incumbents of all images, their last losses (batch,)).
+        output: where the logits are in what the model returns; see `inputs.Output`.
 
     Returns:
         The incumbents, within `budget.eps` of the images and in [0, 1], broken or not. An image that the model gets
@@ -84,11 +86,12 @@ def square(
         raise BadInput(f"need at least 1 query and 1 draw, got queries={queries} draws={draws}")
     if not 0 < share <= 1:
         raise BadInput(f"the share of pixels in a square must be in (0, 1], got {share}; 0.8 is usual")
-    images, labels, targets = checked(model, images, labels, targets)
+    seen = see(model, output, chance="tolerated" if draws == 1 else "expected")
+    images, labels, targets = checked(seen, images, labels, targets)
     if not len(images):
         return images.clone()
     search = _Search(
-        ask=_Scorer(model, loss_named(loss), labels, targets, draws),
+        ask=_Scorer(seen, loss_named(loss), labels, targets, draws),
         images=images,
         ends=torch.stack([budget.project(images - budget.eps, images), budget.project(images + budget.eps, images)]),
         queries=queries,
@@ -215,7 +218,7 @@ class _Scorer:
         total = torch.zeros(len(rows), device=candidates.device, dtype=torch.float64)
         broken = torch.zeros(len(rows), device=candidates.device, dtype=torch.bool)
         for _ in range(self._draws):
-            logits = full_precision(self._model(candidates))
+            logits = self._model(candidates)
             if not self._checked:
                 check_logits(logits, labels, targets)
                 self._checked = True

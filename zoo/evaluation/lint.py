@@ -38,7 +38,7 @@ from zoo.attacks.apgd import apgd_targeted
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.gradient import fgsm, pgd
 from zoo.attacks.grid import to_grid
-from zoo.attacks.inputs import Model, are_probabilities, checked, full_precision
+from zoo.attacks.inputs import Model, are_probabilities, as_it_is, checked, full_precision
 from zoo.attacks.losses import Loss, ascent, margin
 from zoo.attacks.random_gates import Sampler, eot_pgd
 from zoo.attacks.square import square
@@ -297,7 +297,7 @@ class Evidence:
                 logits = logits + 0 * images.flatten(1).sum(1, keepdim=True)
             return logits
 
-        return net
+        return as_it_is(net)
 
     # what the figures say of the setting
 
@@ -943,7 +943,7 @@ def _x1(evidence: Evidence) -> Answer:
         found.logical_or_(beyond.detach() > 0)
         return torch.stack([torch.zeros_like(beyond), beyond], 1)
 
-    pgd(binary, images, torch.zeros_like(labels), budget, generator=generator)
+    pgd(as_it_is(binary), images, torch.zeros_like(labels), budget, generator=generator)
     missed, total = _count(planted & ~found), _count(planted)
     return _exceeds(missed, total, PLANTED_MISSED), (
         f"PGD-{STEPS} misses {missed} of {total} planted adversarial examples ({INNER_POINTS} inner points; "
