@@ -1159,14 +1159,14 @@ CHECKS: tuple[Check, ...] = (
         code="S4",
         name="accuracy falls with eps to chance",
         meaning="A larger ball holds the smaller one, and at 0.5 every ball holds plain grey: an attack that does not "
-        "gain from room is failing; look at G1 to G3.",
+        "gain from room is failing; look at G1 to G4.",
         ask=_s4,
     ),
     Check(
         code="S5",
         name="an unbounded attack succeeds",
         meaning="With every image allowed no model can be right, so the attack does not see the model's gradients; "
-        "look at G1 to G3 and use attacks without gradients.",
+        "look at G1 to G4 and use attacks without gradients.",
         ask=_s5,
     ),
     Check(
