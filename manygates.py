@@ -678,6 +678,7 @@ def _attack(arguments: argparse.Namespace) -> int:
     import torch
 
     from zoo.attacks import Budget, L2Budget, LinfBudget, to_grid
+    from zoo.attacks.inputs import asked
     from zoo.attacks.named import ATTACKS, Settings, attack_named, linf_of
     from zoo.attacks.remote import RemoteModel, eight_bit
     from zoo.catalogue import open_model
@@ -730,8 +731,8 @@ def _attack(arguments: argparse.Namespace) -> int:
         """Return the probabilities; of random gates the share of 20 fresh draws that answers with each class."""
         with torch.no_grad():
             if not gated:
-                return network(pixels).softmax(1)[0]
-            votes = network(pixels.expand(JUDGING_DRAWS, -1, -1, -1)).argmax(1)
+                return asked(network, pixels).softmax(1)[0]
+            votes = asked(network, pixels.expand(JUDGING_DRAWS, -1, -1, -1)).argmax(1)
         return torch.bincount(votes, minlength=len(card.classes)) / JUDGING_DRAWS
 
     before = answer(image)
@@ -743,30 +744,40 @@ def _attack(arguments: argparse.Namespace) -> int:
         targets = torch.tensor([_label(arguments.target, card.classes, label)])
     elif arguments.targeted:
         raise BadInput("a targeted attack needs the class to be reached, got none; name it with --target CLASS")
-    settings = Settings(
-        budget=budget,
-        generator=torch.Generator().manual_seed(arguments.seed),
-        loss=arguments.loss,
-        targets=targets,
-        queries=arguments.queries,
-        draws=draws,
+    settings = chosen.settled(
+        Settings(
+            budget=budget,
+            generator=torch.Generator().manual_seed(arguments.seed),
+            loss=arguments.loss,
+            targets=targets,
+            queries=arguments.queries,
+            draws=draws,
+        ),
+        arguments.attack,
     )
     adversarial = chosen.run(network, image, torch.tensor([label]), settings) if eps else image
     # judged is what leaves as a picture; in l2 rounding may add up to half a level per pixel, which the report shows
     rounded = (adversarial * 255).round() / 255
     adversarial = to_grid(adversarial, image, budget.eps) if isinstance(budget, LinfBudget) else rounded
-    asked = (
+    queried = (
         None if remote is None else {"url": arguments.server, "queries": remote.queries, "requests": remote.requests}
     )
     after = answer(adversarial)
-    reached = int(after.argmax())
+    wanted = None if targets is None else int(targets[0])
+
+    def fooled(answered: torch.Tensor) -> bool:
+        return int(answered.argmax()) != label if wanted is None else int(answered.argmax()) == wanted
+
+    outcome = "broken" if fooled(after) else "not broken"
+    if fooled(before):  # no merit of the attack
+        outcome = "wrong before the attack"
     difference = adversarial - image
     report = {
         "model": card.name,
         "variant": arguments.variant,
         "attack": arguments.attack,
         "norm": budget.norm,
-        "loss": arguments.loss if chosen.loss is None else chosen.loss,
+        "loss": settings.loss or "none",
         "eps": float(eps),
         "eps_fraction": str(eps),
         "steps": 1 if arguments.attack == "fgsm" else arguments.steps,
@@ -775,9 +786,10 @@ def _attack(arguments: argparse.Namespace) -> int:
         "label": card.classes[label],
         "linf": float(difference.abs().max()),
         "l2": float(difference.square().sum().sqrt()),
-        "target": None if targets is None else card.classes[int(targets[0])],
-        "succeeded": reached != label if targets is None else reached == int(targets[0]),
-        "server": asked,
+        "target": None if wanted is None else card.classes[wanted],
+        "outcome": outcome,
+        "succeeded": outcome == "broken",
+        "server": queried,
         "before": {name: float(share) for name, share in zip(card.classes, before, strict=True)},
         "after": {name: float(share) for name, share in zip(card.classes, after, strict=True)},
     }
@@ -791,7 +803,6 @@ def _attack(arguments: argparse.Namespace) -> int:
         _print_json(report)
     else:
         names = [card.classes[int(share.argmax())] for share in (before, after)]
-        outcome = "broken" if report["succeeded"] else "not broken"
         print(
             f"{names[0]} ({before.max():.1%}) -> {names[1]} ({after.max():.1%}): "
             f"{outcome} at eps {eps}; {arguments.out}"
@@ -1305,7 +1316,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--targeted", action="store_true", help="insist on a --target")
     added.add_argument("--norm", choices=("linf", "l2"), default="linf")
     added.add_argument("--eps", default="8/255", metavar="EPS")
-    added.add_argument("--loss", default="cross_entropy", metavar="LOSS", help="cross_entropy, margin or dlr")
+    added.add_argument("--loss", metavar="LOSS", help="cross_entropy, margin or dlr; the attack's own by default")
     added.add_argument("--queries", type=int, default=1000, metavar="N", help="of square and rays")
     added.add_argument("--draws", type=int, default=1, metavar="N", help="forwards of random gates per step")
     added.add_argument("--server", metavar="URL", help="attack MODEL as this server answers, by square or rays")

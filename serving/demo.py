@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from serving.server import bind, url_of
 from zoo import data, paths
-from zoo.attacks import LinfBudget, fgsm, pgd, to_grid
+from zoo.attacks import LinfBudget, as_it_is, fgsm, pgd, to_grid
 from zoo.bundle import Bundle
 from zoo.card import Card, Result
 from zoo.catalogue import list_bundled, open_model, pin
@@ -106,7 +106,10 @@ class Contestant:
         """
         if not self.gated:
             return self.network
-        return lambda images: mean_probability(torch.stack([self._along_a_path(images, rng) for _ in range(EOT_DRAWS)]))
+        # random on purpose, of which an attack on a deterministic model would warn
+        return as_it_is(
+            lambda images: mean_probability(torch.stack([self._along_a_path(images, rng) for _ in range(EOT_DRAWS)]))
+        )
 
     @torch.no_grad()
     def probabilities(self, images: Tensor, rng: random.Random, draws: int = VOTES) -> Tensor:

@@ -391,6 +391,37 @@ def test_an_attack_may_be_repeated_into_the_same_folder(model: Path, picture: Pa
     assert (report["linf"], report["before"]) == (0, report["after"])
 
 
+@pytest.mark.parametrize("target", [False, True])
+def test_an_answer_that_was_wrong_before_is_no_success_of_the_attack(
+    target: bool, model: Path, picture: Path, tmp_path: Path
+) -> None:
+    words = ("--image", picture, "--out", tmp_path / "out", "--steps", "2")
+    answer = done("attack", model, *words, "--json").json["label"]
+    wrong = next(name for name in ("red", "green", "blue") if name != answer)
+    words += ("--label", wrong, *(("--target", answer) if target else ()))
+    report = done("attack", model, *words, "--json").json
+    assert (report["outcome"], report["succeeded"]) == ("wrong before the attack", False)
+    assert json.loads((tmp_path / "out/report.json").read_text()) == report
+    assert ": wrong before the attack at eps" in done("attack", model, *words).out
+
+
+@pytest.mark.parametrize("name", ["apgd-t", "square"])
+def test_an_attack_with_a_loss_of_its_own_takes_another(name: str, model: Path, picture: Path, tmp_path: Path) -> None:
+    def attacked(*words: str) -> dict[str, object]:
+        quick = ("--steps", "2", "--queries", "5", "--seed", "1", "--json", "--out", tmp_path)
+        return done("attack", model, "--image", picture, "--attack", name, *quick, *words).json
+
+    own = "margin" if name == "square" else "dlr"
+    if name == "square":
+        assert attacked()["loss"] == own
+    else:  # three classes are too few for a targeted DLR
+        assert "use the margin loss" in refused(
+            "attack", model, "--image", picture, "--attack", name, "--out", tmp_path / "no"
+        )
+    assert attacked("--loss", "cross_entropy")["loss"] == "cross_entropy"
+    assert attacked("--loss", "margin")["loss"] == "margin"
+
+
 def test_an_attack_does_not_replace_a_folder_that_holds_anything_else(
     model: Path, picture: Path, tmp_path: Path
 ) -> None:
@@ -799,6 +830,8 @@ def test_a_targeted_attack_in_the_euclidean_ball_reports_both_norms(model: Path,
         (("--targeted",), "needs the class to be reached, got none; name it with --target CLASS"),
         (("--target", "red", "--label", "red"), "the target of image 0 is its label"),
         (("--attack", "rays", "--target", "blue"), "rays cannot be asked for a class"),
+        (("--attack", "rays", "--loss", "margin"), "rays sees no scores, so it has no loss to maximise"),
+        (("--attack", "apgd-t", "--loss", "hinge"), "unknown loss 'hinge'"),
         (("--attack", "square", "--norm", "l2"), "square searches the l_inf ball, got a budget in l2"),
         (("--norm", "l2", "--eps", "-1"), "eps -1 is no length in l2"),
         (("--loss", "hinge"), "unknown loss 'hinge'"),

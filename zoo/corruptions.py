@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import io
 import math
+import operator
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -89,8 +90,9 @@ def corrupt(pixels: Tensor, name: str, severity: int, *, seed: int = 0, first: i
         BadInput: pixels of another type or shape, or a number out of range.
     """
     corruption = _corruption(name)
-    _check_severity(severity)
+    severity = _checked_severity(severity)
     _check_pixels(pixels)
+    seed, first = _whole(seed, "seed"), _whole(first, "first")
     if seed < 0 or first < 0:
         raise BadInput(f"seed {seed} and first {first} must not be negative; count from 0")
     images = np.ascontiguousarray(pixels.cpu().numpy())
@@ -119,7 +121,7 @@ def official(folder: Path, name: str, severity: int) -> Tensor:
         DataMissing: the file is missing, truncated, or not one of CIFAR-10-C.
     """
     _corruption(name)
-    _check_severity(severity)
+    severity = _checked_severity(severity)
     images = _mapped(folder / f"{name}.npy", (5 * OFFICIAL_IMAGES, 32, 32, 3), ("uint8",))
     cell = images[(severity - 1) * OFFICIAL_IMAGES : severity * OFFICIAL_IMAGES]
     return torch.from_numpy(np.array(cell.transpose(0, 3, 1, 2), order="C"))
@@ -148,12 +150,22 @@ def _corruption(name: str) -> Corruption:
     return CORRUPTIONS[name]
 
 
-def _check_severity(severity: int) -> None:
+def _checked_severity(severity: int) -> int:
     if severity not in SEVERITIES:
         raise BadInput(f"severity {severity!r} does not exist; expected 1 (mildest) to 5, and no corruption is no call")
+    return _whole(severity, "severity")
 
 
-def _check_pixels(pixels: Tensor) -> None:
+def _whole(value: int, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise BadInput(f"{name} must be a whole number, got {value!r:.40}") from error
+
+
+def _check_pixels(pixels: object) -> None:
+    if not isinstance(pixels, Tensor):
+        raise BadInput(f"pixels are a {type(pixels).__name__}, expected a torch tensor of uint8")
     if pixels.dtype != torch.uint8:
         raise BadInput(f"pixels are {pixels.dtype}, expected torch.uint8; corrupt them before scaling to [0, 1]")
     shape = tuple(pixels.shape)

@@ -49,7 +49,9 @@ class Ensemble(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return log-probabilities (batch, class); for one member its logits."""
-        logits = [member(images) for member in self.members]
+        # a copy each: a member that normalises in place would change what the next one sees; none alone, none in graphs
+        several = len(self.members) > 1 and not torch.compiler.is_compiling()
+        logits = [member(images.clone() if several else images) for member in self.members]
         return logits[0] if len(logits) == 1 else mean_probability(torch.stack(logits))
 
 

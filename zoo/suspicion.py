@@ -24,7 +24,16 @@ from torch import Tensor
 from zoo import data, paths
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.gradient import pgd
-from zoo.attacks.inputs import Model, check_logits, checked
+from zoo.attacks.inputs import (
+    Model,
+    Seen,
+    check_logits,
+    check_numbers,
+    checked,
+    differentiable,
+    gradient_of,
+    see,
+)
 from zoo.attacks.losses import margin
 from zoo.attacks.random_gates import eot_pgd, path_model, path_sampler
 from zoo.attacks.square import square
@@ -195,9 +204,14 @@ def unanimous(
     best = images.clone()
     if not len(images):
         return best
+    ball = budget.around(images)
+
+    def heard() -> list[Seen]:
+        return [see(model, chance="expected", watched=True) for model in models()]
+
     score = torch.full((len(images),), -torch.inf)
     with torch.no_grad():
-        mean = mean_probability(torch.stack([model(images) for model in models()]))
+        mean = mean_probability(torch.stack([model(images) for model in heard()]))
     check_logits(mean, labels)
     order = mean.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
     for attempt in range(budget.restarts):
@@ -207,8 +221,8 @@ def unanimous(
         for step in range(budget.steps + 1):
             if not len(active):
                 break
-            pixels = adversarial[active].detach().requires_grad_(True)
-            voices = models()
+            pixels = differentiable(adversarial[active])
+            voices = heard()
             # one voter after the other: the gradient of a sum needs no graph of all voters at once
             logits = torch.stack([model(pixels) for model in voices])
             mean = mean_probability(logits)
@@ -221,7 +235,8 @@ def unanimous(
             )
             loss = margin(mean, labels[active], wanted, confidence=confidence)
             loss = loss + votes.clamp_max(confidence).reshape(len(logits), -1).mean(0)
-            (gradient,) = torch.autograd.grad(loss.sum(), pixels)
+            gradient = gradient_of(loss.sum(), pixels)
+            check_numbers(mean.detach(), loss.detach(), gradient)
             reached = _reached(logits.detach(), loss.detach(), labels[active])
             better = reached > score[active]
             best[active[better]] = pixels.detach()[better]
@@ -229,7 +244,7 @@ def unanimous(
             if step == budget.steps:
                 break
             moved = adversarial[active] + budget.step * budget.direction(gradient)
-            adversarial[active] = budget.project(moved, images[active])
+            adversarial[active] = ball[active].project(moved)
             if not fresh:
                 active = active[score[active] < 2]
     return best

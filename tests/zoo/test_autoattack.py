@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -306,3 +306,35 @@ def test_the_recheck_averages_over_draws_and_counts_what_every_draw_answers() ->
 def test_a_recheck_of_nothing_is_refused() -> None:
     with pytest.raises(BadInput, match="draws=0 and 4 images"):
         recheck(lambda: nn.Identity(), torch.rand(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64), draws=0)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("attack", [autoattack, fab])
+def test_models_as_people_write_them_are_taken_or_refused(
+    attack: Callable[..., AutoAttackResult | Tensor], model: Small, images: Tensor, labels: Tensor
+) -> None:
+    def found(asked: Callable[[Tensor], object], **options: object) -> Tensor:
+        result = attack(asked, images, labels, BUDGET, **options)
+        return result if isinstance(result, Tensor) else result.adversarial
+
+    def in_place(pixels: Tensor) -> Tensor:
+        return model(pixels.sub_(0.5).div_(0.5))
+
+    def rooted(pixels: Tensor) -> Tensor:
+        return model(pixels) + 0 * (pixels - pixels.detach()).abs().sqrt().sum((1, 2, 3))[:, None]
+
+    expected, given = found(lambda pixels: model((pixels - 0.5) / 0.5)), images.clone()
+    assert torch.equal(found(in_place), expected)
+    assert torch.equal(images, given)
+    assert torch.equal(found(lambda pixels: {"logits": model(pixels)}, output="logits"), found(model))
+    for broken in (rooted, lambda pixels: model(pixels) * torch.nan, lambda pixels: (model(pixels),)):
+        with pytest.raises(BadInput):
+            found(broken)
+
+
+@pytest.mark.parametrize("version", ["standard", "rand"])
+def test_two_possible_classes_are_too_few_for_dlr(version: Version, model: Small, images: Tensor) -> None:
+    mask = torch.tensor([0.0, 0.0, *[-torch.inf] * 4])
+    labels = (model(images) + mask).argmax(1)
+    with pytest.raises(BadInput, match="-inf"):
+        autoattack(lambda pixels: model(pixels) + mask, images, labels, BUDGET, version=version)

@@ -29,6 +29,7 @@ from training.randomness import gate_generator
 from zoo import graphs
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.distillation import distil
+from zoo.attacks.inputs import as_it_is
 from zoo.derive import Ensemble
 from zoo.errors import BadInput
 from zoo.paths import sample_distinct
@@ -172,7 +173,7 @@ class DistilledObjective(Objective):
         feature = self._feature(network, layer)
         with network.statistics(self.batch_norm):
             return distil(
-                feature,
+                as_it_is(feature),
                 source,
                 target,
                 budget,

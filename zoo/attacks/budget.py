@@ -132,8 +132,8 @@ class Budget(ABC):
 
     def __post_init__(self) -> None:
         for name in ("eps", "step_size"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _number(getattr(self, name), name))
+            if name == "eps" or self.step_size is not None:
+                object.__setattr__(self, name, number(getattr(self, name), name))
         for name in ("steps", "restarts"):
             object.__setattr__(self, name, _count(getattr(self, name), name))
         if self.steps < 1 or self.restarts < 1:
@@ -238,7 +238,12 @@ class L2Budget(Budget):
         return _norm(adversarial - images)
 
 
-def _number(value: object, name: str) -> float:
+def number(value: object, name: str) -> float:
+    """Return a number that may be written as a `Fraction` or a text such as "8/255".
+
+    Raises:
+        BadInput: it is none; the message calls it `name`.
+    """
     if isinstance(value, int | float):
         return value
     try:

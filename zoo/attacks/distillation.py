@@ -8,13 +8,14 @@ not robust. Ensemble-in-One trains each path on what the others confuse.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from zoo.attacks.budget import Budget
 from zoo.attacks.gradient import accumulated
-from zoo.attacks.inputs import checked_images, differentiable, full_precision, gradient_of
+from zoo.attacks.inputs import AsItIs, checked_images, differentiable, full_precision, gradient_of, said_of_model
 from zoo.errors import BadInput
 
 
@@ -33,7 +34,7 @@ def distil(
     min_{x'} |f(x') - f(x_t)|_2^2  subject to  |x' - x_s| <= eps
 
     Args:
-        feature: images -> any feature (batch, ...), such as `RandomGatedNetwork.runner(layer, ...)`.
+        feature: images -> any feature (batch, ...), such as `RandomGatedNetwork.runner(layer, ...)`. It gets a copy.
         source: float (batch, channel, height, width) in [0, 1].
         target: as `source`; row i is imitated by image i.
         budget: radius, steps, step size, random start; one attempt, whatever its `restarts`.
@@ -43,7 +44,8 @@ def distil(
         generator: draws the random start, on the CPU.
 
     Raises:
-        BadInput: a pixel outside [0, 1], or sources and targets of different shapes.
+        BadInput: a pixel outside [0, 1], sources and targets of different shapes, a feature that fails, or one whose
+            gradient is missing, NaN or infinite (the last not for `as_it_is(feature)`).
     """
     source, target = checked_images(source), checked_images(target)
     if source.shape != target.shape:
@@ -52,14 +54,21 @@ def distil(
     ball = budget.around(source)
     velocity = torch.zeros_like(full_precision(source))
     wanted: Tensor | None = None
+    trusted = isinstance(feature, AsItIs)
     for _ in range(budget.steps):
         if wanted is None or not fixed:
-            with torch.no_grad():
+            with torch.no_grad(), nullcontext() if trusted else said_of_model(target):
                 wanted = full_precision(feature(target.clone()))
         with torch.enable_grad():
             images = differentiable(images)
-            distance = (full_precision(feature(images.clone())) - wanted).square().sum()
+            with nullcontext() if trusted else said_of_model(images):
+                distance = (full_precision(feature(images.clone())) - wanted).square().sum()
             gradient = gradient_of(distance, images)
+        if not trusted and not bool(gradient.isfinite().all()):
+            raise BadInput(
+                "the gradient of the feature is NaN or infinite, so nothing can be distilled; look for a root, a "
+                "logarithm or a division at 0, or a weight that is NaN"
+            )
         if momentum:
             gradient = velocity = accumulated(velocity, gradient, momentum)
         images = ball.project(images.detach() - budget.step * budget.direction(gradient))

@@ -8,6 +8,7 @@ for each image, the one with the largest loss summed over all exits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from zoo.attacks.budget import Budget
 from zoo.attacks.gradient import pgd
-from zoo.attacks.inputs import AsItIs, Model, as_it_is, checked
+from zoo.attacks.inputs import AsItIs, Model, as_it_is, checked, said_of_model
 from zoo.attacks.losses import Loss, cross_entropy, loss_named
 from zoo.errors import BadInput
 
@@ -29,7 +30,8 @@ def exits_of(model: MultiExit, images: Tensor) -> list[Tensor]:
     Raises:
         BadInput: the model returns one tensor of logits, so it has a single exit, or no logits at all.
     """
-    outputs = model(images.clone())  # it may change them in place
+    with nullcontext() if isinstance(model, AsItIs) else said_of_model(images):
+        outputs = model(images.clone())  # it may change them in place
     if isinstance(outputs, Tensor) and outputs.dim() != 3:
         raise BadInput(
             f"the model returns logits of shape {tuple(outputs.shape)}, so it has one exit; expected the logits of "

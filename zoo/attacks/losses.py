@@ -128,7 +128,8 @@ def ascent(model: Model, loss: str | Loss = "cross_entropy") -> Ascent:
                 first = False
             losses = chosen(logits, labels, targets)
             # The sum, not the mean: a mean over a large batch may underflow an image's gradient.
-            gradient = gradient_of(losses.sum(), images)
+            with seen.errors(images):
+                gradient = gradient_of(losses.sum(), images)
         losses, logits = losses.detach(), logits.detach()
         if not seen.trusted:
             check_numbers(logits, losses, gradient)

@@ -21,6 +21,8 @@ from zoo.attacks.rays import rays
 from zoo.attacks.square import square
 from zoo.errors import BadInput, UnknownName
 
+CROSS_ENTROPY = "cross_entropy"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -28,7 +30,8 @@ class Settings:
 
     budget: Budget
     generator: torch.Generator
-    loss: str = "cross_entropy"
+    loss: str | None = None
+    """One of `LOSSES`; the attack's own (`Named.loss`) if None."""
     targets: Tensor | None = None
     """The class to be reached (batch,), for a targeted attack."""
     queries: int = 1000
@@ -52,12 +55,22 @@ class Named:
     """Can be asked for a class to be reached."""
     random: bool = False
     """Can average over the draws of a random model."""
-    loss: str | None = None
-    """The loss it has of its own, whatever the settings say."""
+    loss: str | None = CROSS_ENTROPY
+    """The loss it maximises if no other is named; None if it has none and takes none."""
+
+    def settled(self, settings: Settings, name: str) -> Settings:
+        """Return settings with the loss resolved.
+
+        Raises:
+            BadInput: a loss is named, and the attack called `name` maximises none.
+        """
+        if settings.loss is not None and self.loss is None:
+            raise BadInput(f"{name} sees no scores, so it has no loss to maximise, got {settings.loss!r}; leave it out")
+        return replace(settings, loss=settings.loss or self.loss)
 
 
 def _fgsm(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    return fgsm(model, images, labels, settings.budget, loss=settings.loss, targets=settings.targets)
+    return fgsm(model, images, labels, settings.budget, loss=settings.loss or CROSS_ENTROPY, targets=settings.targets)
 
 
 def _pgd(
@@ -77,7 +90,7 @@ def _pgd(
             labels,
             settings.budget,
             draws=settings.draws,
-            loss=settings.loss,
+            loss=settings.loss or CROSS_ENTROPY,
             targets=settings.targets,
             momentum=momentum,
             generator=settings.generator,
@@ -87,7 +100,7 @@ def _pgd(
         images,
         labels,
         settings.budget,
-        loss=settings.loss,
+        loss=settings.loss or CROSS_ENTROPY,
         targets=settings.targets,
         momentum=momentum,
         diversity=diversity,
@@ -106,12 +119,19 @@ def _diverse(model: Model, images: Tensor, labels: Tensor, settings: Settings) -
 def _apgd(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
     budget = linf_of(settings.budget, "apgd")
     return apgd(
-        model, images, labels, budget, loss=settings.loss, targets=settings.targets, generator=settings.generator
+        model,
+        images,
+        labels,
+        budget,
+        loss=settings.loss or CROSS_ENTROPY,
+        targets=settings.targets,
+        generator=settings.generator,
     )
 
 
 def _apgd_targeted(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    return apgd_targeted(model, images, labels, linf_of(settings.budget, "apgd-t"), generator=settings.generator)
+    budget = linf_of(settings.budget, "apgd-t")
+    return apgd_targeted(model, images, labels, budget, loss=settings.loss or "dlr", generator=settings.generator)
 
 
 def _square(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
@@ -121,6 +141,7 @@ def _square(model: Model, images: Tensor, labels: Tensor, settings: Settings) ->
         labels,
         linf_of(settings.budget, "square"),
         queries=settings.queries,
+        loss=settings.loss or "margin",
         targets=settings.targets,
         draws=settings.draws,
         early_stop=settings.draws == 1,
@@ -142,12 +163,15 @@ ATTACKS: dict[str, Named] = {
     "m-di2-fgsm": Named(run=_diverse, summary="momentum and input diversity, for transfer"),
     "apgd": Named(run=_apgd, summary="Auto-PGD, which sets its own steps"),
     "apgd-t": Named(
-        run=_apgd_targeted, summary="Auto-PGD on DLR towards nine classes in turn", targeted=False, loss="dlr"
+        run=_apgd_targeted,
+        summary="Auto-PGD, by default on DLR, towards nine classes in turn",
+        targeted=False,
+        loss="dlr",
     ),
     "square": Named(
         run=_square, needs="scores", summary="random search by the scores alone", random=True, loss="margin"
     ),
-    "rays": Named(run=_rays, needs="labels", summary="search by the answered class alone", targeted=False, loss="none"),
+    "rays": Named(run=_rays, needs="labels", summary="search by the answered class alone", targeted=False, loss=None),
 }
 
 

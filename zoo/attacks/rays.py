@@ -53,7 +53,7 @@ def rays(
 
     Returns:
         The image at the radius found, where that is within `budget.eps` (the model was asked about exactly these
-        pixels), else at `budget.eps` along the best direction; in [0, 1].
+        pixels, but for rounding at the border of the ball), else at `budget.eps` along the best direction; in [0, 1].
 
     Raises:
         BadInput: an `L2Budget`; see `shortest_rays` for the rest.

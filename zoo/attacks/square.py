@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoo.attacks.budget import Budget, LinfBudget
 from zoo.attacks.gradient import Watch
-from zoo.attacks.inputs import Model, Output, check_logits, checked, see
+from zoo.attacks.inputs import Model, Output, Seen, check_logits, check_numbers, checked, see
 from zoo.attacks.losses import Loss, loss_named, succeeded
 from zoo.errors import BadInput
 
@@ -205,7 +205,7 @@ class _Search:
 class _Scorer:
     """Asks the model about some of the images, and checks its first answer."""
 
-    def __init__(self, model: Model, loss: Loss, labels: Tensor, targets: Tensor | None, draws: int) -> None:
+    def __init__(self, model: Seen, loss: Loss, labels: Tensor, targets: Tensor | None, draws: int) -> None:
         self._model, self._loss, self._draws = model, loss, draws
         self._labels, self._targets = labels, targets
         self._checked = False
@@ -222,7 +222,10 @@ class _Scorer:
             if not self._checked:
                 check_logits(logits, labels, targets)
                 self._checked = True
-            total = total + self._loss(logits, labels, targets)
+            losses = self._loss(logits, labels, targets)
+            if not self._model.trusted:
+                check_numbers(logits, losses)
+            total = total + losses
             broken = succeeded(logits, labels, targets)
         return total / self._draws, broken
 

@@ -140,7 +140,10 @@ def budgeted(
 def _answers(network: MultiExit, pixels: Tensor) -> Tensor:
     """Return the logits of every exit (image, exit, class)."""
     with torch.no_grad():
-        return torch.stack(exits_of(network, pixels), dim=1)
+        answers = torch.stack(exits_of(network, pixels), dim=1)
+    if bool(answers.isnan().any()):
+        raise BadInput("the network answers NaN at some exit, which is no class; look for a weight that is NaN")
+    return answers
 
 
 def _right(answers: Tensor, labels: Tensor) -> Tensor:

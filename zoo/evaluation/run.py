@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from zoo import data, paths
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.inputs import Model, check_logits
+from zoo.attacks.inputs import Model, asked, check_logits
 from zoo.attacks.random_gates import Sampler, path_model
 from zoo.bundle import AGREEMENT, Bundle, int8_file
 from zoo.card import Check, Result, Table
@@ -146,8 +146,7 @@ class Run:
         Raises:
             BadInput: it does not, so that a deterministic protocol would mistake luck for robustness.
         """
-        with torch.no_grad():
-            first, second = (self.network(pixels) for _ in range(2))
+        first, second = (asked(self.network, pixels) for _ in range(2))
         if not torch.equal(first, second):
             raise BadInput(
                 f"{self.bundle.card.name} answers the same image differently (by up to "
@@ -279,9 +278,12 @@ def ready(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def correct(model: Model, pixels: Tensor, labels: Tensor) -> Tensor:
-    """Return where the model answers with the label (batch,) bool."""
-    with torch.no_grad():
-        return model(pixels).argmax(1) == labels
+    """Return where the model answers with the label (batch,) bool.
+
+    Raises:
+        BadInput: it answers NaN; see `inputs.asked`.
+    """
+    return asked(model, pixels).argmax(1) == labels
 
 
 def share(kept: Tensor) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo import data, paths
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.gradient import fgsm, pgd
+from zoo.attacks.inputs import asked
 from zoo.attacks.random_gates import path_model
 from zoo.card import Check, Result, Table
 from zoo.data import Images
@@ -30,9 +31,8 @@ def clean(run: Run) -> list[Result]:
     if run.request.variant != "gated":
 
         def answered(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
-            with torch.no_grad():
-                found = run.network(pixels).argmax(1)
-                theirs = run.weights(pixels).argmax(1) if run.rounds else found
+            found = asked(run.network, pixels).argmax(1)
+            theirs = asked(run.weights, pixels).argmax(1) if run.rounds else found
             return torch.stack([found == labels, found == theirs], dim=1)
 
         judged = run.judged("clean", images, answered)
@@ -52,8 +52,8 @@ def clean(run: Run) -> list[Result]:
         right = torch.stack([correct(run.along(path), pixels, labels) for path in drawn], dim=1)
         if not run.rounds:
             return right
-        with torch.no_grad():
-            ours, theirs = (model(pixels).argmax(1) for model in (run.along(drawn[0]), path_model(run.rgn, drawn[0])))
+        both = run.along(drawn[0]), path_model(run.rgn, drawn[0])
+        ours, theirs = (asked(model, pixels).argmax(1) for model in both)
         return torch.cat([right, (ours == theirs)[:, None]], dim=1)
 
     judged = run.judged("clean", images, judge, size=GROUP)
@@ -128,8 +128,7 @@ def _on_weights(run: Run, images: Images, eps: Fraction, budget: LinfBudget) -> 
     def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
         generator = run.generator(stage, batch)
         theirs, ours, last = shown(run.weights, run.network, pixels, labels, budget, generator)
-        with torch.no_grad():
-            same = run.network(last).argmax(1) == run.weights(last).argmax(1)
+        same = asked(run.network, last).argmax(1) == asked(run.weights, last).argmax(1)
         return torch.stack([theirs, ours, same], dim=1)
 
     judged = run.judged(stage, images, judge)
