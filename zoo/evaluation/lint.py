@@ -111,7 +111,7 @@ EXPLAINED, UNEXPLAINED_IMAGES = 0.1, 0.5
 """G3: part of a true change that gradients must account for, and the share of images where they may fail to."""
 COVERED = 0.8
 """G4: part of the change along directions of one kind that gradients must account for. It is 1 for every function that
-its gradient is the slope of; the zoo's models show 0.95 to 1.07."""
+its gradient is the slope of; the bundled models show 0.94 or more."""
 NOTABLE = 1e-3
 """G3, G4, X1: the smallest change that is judged, as part of the mean margin: below it is rounding."""
 ROUNDING_STEPS = 8
