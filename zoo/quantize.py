@@ -6,13 +6,15 @@ first convolution, the last linear layer and what comes behind it stay in float3
 
 A gated graph is taken apart into one plain graph per candidate, which ONNX Runtime can quantise, and put together
 again: the weights and the convolution of a candidate, and the rounding of its output, stand in its branch of the `If`,
-so that each branch becomes one integer convolution. The ranges are common to all paths.
+so that each branch becomes one integer convolution. The ranges are common to all paths. A branch of several nodes has
+no ranges inside and stays in float32 there.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ ROUNDED = (
     "Unsqueeze",
 )
 """What ONNX Runtime computes on integers; anything else stays in float32."""
+_INSIDE = "/inside/"
+"""Between the name of a choice and the number of a value within its branch."""
 
 
 def quantised(content: bytes, images: np.ndarray, *, seed: int = 0) -> bytes:
@@ -56,7 +60,8 @@ def quantised(content: bytes, images: np.ndarray, *, seed: int = 0) -> bytes:
         seed: of the paths along which a gated graph is calibrated.
 
     Raises:
-        BadInput: no images, or a graph without a convolution or linear layer to round.
+        BadInput: no images; a graph without a convolution or linear layer to round, or whose values on these images
+            are not finite; branches of a form that `zoo.onnx_graphs` does not make.
     """
     if not len(images):
         raise BadInput("calibration needs at least one training image, got none")
@@ -68,7 +73,9 @@ def quantised(content: bytes, images: np.ndarray, *, seed: int = 0) -> bytes:
         return _assembled(model, list(rounded.graph.node), list(rounded.graph.initializer))
     choices = {node.output[0]: node for node in model.graph.node if node.op_type == "If"}
     flat = [_along(model, choices, candidate) for candidate in range(int(facts["candidates"]))]
-    nodes = _gathered([_rounded(one, ranges) for one in flat], choices)
+    mixed = _mixed(flat, choices)
+    chosen = [name for name in _to_round(flat[0].graph) if name.partition(_INSIDE)[0] not in mixed]
+    nodes = _gathered([_rounded(one, ranges, chosen) for one in flat], choices)
     gates = _choosing(model.graph, choices)
     numbers = {name for node in gates for name in node.input}
     tensors = [tensor for tensor in model.graph.initializer if tensor.name in numbers]
@@ -87,7 +94,7 @@ class _Reader(_library.CalibrationDataReader):  # type: ignore[misc]
 
 
 def _ranges(model: ModelProto, images: np.ndarray, facts: Mapping[str, str], seed: int) -> Any:
-    """Return the smallest and largest value of every float tensor outside the branches."""
+    """Return the smallest and largest value of every float tensor outside the branches that may be rounded."""
     rng = np.random.default_rng(seed)
 
     def feeds() -> Iterator[dict[str, np.ndarray]]:
@@ -100,21 +107,36 @@ def _ranges(model: ModelProto, images: np.ndarray, facts: Mapping[str, str], see
 
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "model.onnx"
-        onnx.save(model, file)
+        onnx.save(_with_what_branches_read(model), file)
         calibrator = _library.create_calibrator(
             file,
-            [*ROUNDED, "If"],
+            [*ROUNDED, "If", "Identity"],
             str(Path(scratch) / "augmented.onnx"),
             _library.CalibrationMethod.MinMax,
         )
-        calibrator.collect_data(_Reader(feeds()))
-        return calibrator.compute_data()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of NaN, which `_check_ranges` refuses
+            calibrator.collect_data(_Reader(feeds()))
+            return calibrator.compute_data()
+
+
+def _with_what_branches_read(model: ModelProto) -> ModelProto:
+    """Return the model with a node that reads what the branches do, of whatever kind: the library overlooks these."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    known = {tensor.name for tensor in model.graph.initializer}
+    read = set().union(*(_read(node) - set(node.input) for node in model.graph.node)) - known
+    copy.graph.node.extend(helper.make_node("Identity", [name], [f"{name}/read"], name=f"{name}/read") for name in read)
+    return copy
 
 
 # --- rounding of a graph without branches ---
 
 
-def _rounded(model: ModelProto, ranges: Any) -> ModelProto:
+def _rounded(model: ModelProto, ranges: Any, chosen: Sequence[str] | None = None) -> ModelProto:
+    """Return the model with the nodes of these names rounded, all that `_to_round` names if None."""
+    chosen = _to_round(model.graph) if chosen is None else chosen
+    _check_ranges(model.graph, ranges, set(chosen))
     copy = ModelProto()
     copy.CopyFrom(model)  # the quantiser changes what it is given
     quantizer = _library.QDQQuantizer(
@@ -124,7 +146,7 @@ def _rounded(model: ModelProto, ranges: Any) -> ModelProto:
         weight_qType=_library.QuantType.QInt8,
         activation_qType=_library.QuantType.QUInt8,
         tensors_range=ranges,
-        nodes_to_quantize=_to_round(model.graph),
+        nodes_to_quantize=list(chosen),
         nodes_to_exclude=[],
         op_types_to_quantize=list(ROUNDED),
         extra_options={"WeightSymmetric": True, "ActivationSymmetric": False},
@@ -132,6 +154,17 @@ def _rounded(model: ModelProto, ranges: Any) -> ModelProto:
     quantizer.quantize_model()
     result: ModelProto = quantizer.model.model
     return result
+
+
+def _check_ranges(graph: GraphProto, ranges: Any, chosen: Set[str]) -> None:
+    for name in {name for node in graph.node if node.name in chosen for name in (*node.input, *node.output)}:
+        if name in ranges.data:
+            low, high = (float(np.min(bound)) for bound in ranges[name].range_value)
+            if not (np.isfinite(low) and np.isfinite(high)):
+                raise BadInput(
+                    f"the values of {name!r} on the calibration images reach from {low:g} to {high:g}, and only finite "
+                    "values can be rounded; look for NaN or infinity in the weights"
+                )
 
 
 def _to_round(graph: GraphProto) -> list[str]:
@@ -144,7 +177,11 @@ def _to_round(graph: GraphProto) -> list[str]:
     first = {name for name, way in behind.items() if not way & names}
     last = names - set().union(*behind.values())
     kept = first | last if names - first - last else set()
-    chosen = [node.name for node in graph.node if node.op_type in ROUNDED and node.name in ways - kept]
+    stored = {tensor.name for tensor in graph.initializer} | {""}
+    computed = {  # the library has no scale for weights or biases that are values of the graph
+        node.name for node in weighted if node.op_type != "MatMul" and not stored.issuperset(node.input[1:])
+    }
+    chosen = [node.name for node in graph.node if node.op_type in ROUNDED and node.name in ways - kept - computed]
     if not names:
         raise BadInput("the graph has no convolution and no linear layer, so there is nothing to round")
     return chosen
@@ -174,10 +211,7 @@ def _along(model: ModelProto, choices: Mapping[str, NodeProto], candidate: int) 
     for node in model.graph.node:
         if node.output[0] in choices:
             branch = _branch_of(node, candidate)
-            (work,) = branch.node
-            copy = flat.graph.node.add()
-            copy.CopyFrom(work)
-            copy.name, copy.output[0] = node.output[0], node.output[0]
+            flat.graph.node.extend(_inlined(branch, node.output[0]))
             flat.graph.initializer.extend(branch.initializer)
         elif node.name not in skipped:
             flat.graph.node.add().CopyFrom(node)
@@ -185,6 +219,36 @@ def _along(model: ModelProto, choices: Mapping[str, NodeProto], candidate: int) 
     del flat.graph.input[:]
     flat.graph.input.extend(kept)
     return flat
+
+
+def _inlined(branch: GraphProto, output: str) -> list[NodeProto]:
+    """Return copies of the nodes of a branch that make `output`; the last has its name, others carry it in theirs."""
+    (answer,) = branch.output
+    inner = [name for node in branch.node for name in node.output if name]
+    if any(_branches(node) for node in branch.node) or [answer.name] not in [list(node.output) for node in branch.node]:
+        raise BadInput(
+            f"a branch of {output!r} holds branches, or no node that makes its output alone; expected a candidate's "
+            "layer, and further choices only in a branch of their own"
+        )
+    names = {name: f"{output}{_INSIDE}{position}" for position, name in enumerate(inner)} | {answer.name: output}
+    copies = []
+    for node in branch.node:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        for ends in (copy.input, copy.output):
+            for position, name in enumerate(ends):
+                ends[position] = names.get(name, name)
+        copy.name = output if output in copy.output else copy.output[0]
+        copies.append(copy)
+    return copies
+
+
+def _mixed(flat: Sequence[ModelProto], choices: Collection[str]) -> set[str]:
+    """Return the names of the choices that are not one node of the same type in every branch."""
+    types: dict[str, list[str]] = {name: [] for name in choices}
+    for node in (node for model in flat for node in model.graph.node):
+        types.get(_choice_of(node), []).append(node.op_type)
+    return {name for name, found in types.items() if len(found) > len(flat) or len(set(found)) > 1}
 
 
 def _choosing(graph: GraphProto, choices: Mapping[str, NodeProto]) -> list[NodeProto]:
@@ -211,14 +275,16 @@ def _branch_of(choice: NodeProto, candidate: int) -> GraphProto:
     otherwise: GraphProto = branches["else_branch"]
     if candidate == 0:
         return then
-    (only,) = otherwise.node
-    return _branch_of(only, candidate - 1) if only.op_type == "If" else otherwise
+    nested = [node for node in otherwise.node if node.op_type == "If"]
+    if nested and len(otherwise.node) == 1:
+        return _branch_of(nested[0], candidate - 1)
+    return otherwise
 
 
 def _gathered(flat: Sequence[ModelProto], choices: Mapping[str, NodeProto]) -> ModelProto:
     """Return one graph whose choices hold the rounded layers of all candidates.
 
-    The candidates' graphs are the same but for the tensors of their gated layers.
+    The candidates' graphs are the same but for their gated layers.
     """
     graphs = [model.graph for model in flat]
     common = ModelProto()
@@ -230,20 +296,24 @@ def _gathered(flat: Sequence[ModelProto], choices: Mapping[str, NodeProto]) -> M
             continue
         rounding = [other for other in graphs[0].node if node.output[0] in other.input]
         rounding = rounding if [other.op_type for other in rounding] == ["QuantizeLinear"] else []
-        works = [[*_layer(graph, node.name), *rounding] for graph in graphs]
+        layers = [[other for other in graph.node if _choice_of(other) == node.name] for graph in graphs]
+        works = [[*_numbers(graph, layer), *layer, *rounding] for graph, layer in zip(graphs, layers, strict=True)]
         output = [node, *rounding][-1].output[0]
         common.graph.node.append(_choice(choices[node.name], works, [_tensors(graph) for graph in graphs], output))
-        replaced |= {node.name, *(other.name for other in rounding)}
+        replaced |= {other.name for other in (*layers[0], *rounding)}
     common.graph.node.extend(node for node in graphs[0].node if node.name not in replaced)
     return common
 
 
-def _layer(graph: GraphProto, name: str) -> list[NodeProto]:
-    """Return a layer and, before it, what it reads its numbers through."""
-    makes = {output: node for node in graph.node for output in node.output}
-    work = next(node for node in graph.node if node.name == name)
-    reads = [makes[source] for source in work.input if source in makes]
-    return [*(node for node in reads if node.op_type == "DequantizeLinear"), work]
+def _choice_of(node: NodeProto) -> str:
+    """Return the name of the choice in whose branch a node stood, if it did."""
+    return str(node.name).partition(_INSIDE)[0]
+
+
+def _numbers(graph: GraphProto, layer: Sequence[NodeProto]) -> list[NodeProto]:
+    """Return the nodes through which a layer reads rounded numbers."""
+    read = {name for node in layer for name in node.input}
+    return [node for node in graph.node if node.op_type == "DequantizeLinear" and read & set(node.output)]
 
 
 def _choice(

@@ -228,6 +228,31 @@ class Decoyed(Wrapped):
         return torch.cat([logits, (logits.max(1).values - 0.05 + lure)[:, None]], dim=1)
 
 
+class PartlyRounded(Wrapped):
+    """Rounds a part of the image, without a gradient: what an average leaves, the average, a channel, half of it."""
+
+    def __init__(self, network: nn.Module, part: str, size: int = 4, step: float = 0.06) -> None:
+        super().__init__(network)
+        self.part, self.size, self.step = part, size, step
+
+    def forward(self, images: Tensor) -> Tensor:
+        average = F.interpolate(F.avg_pool2d(images, self.size), scale_factor=self.size)
+        hidden = {
+            "detail": images - average,
+            "average": average,
+            "channel": images * torch.tensor([0.0, 1, 0])[:, None, None],
+            "colour": images - images.mean(1, keepdim=True),
+            "grey": images.mean(1, keepdim=True).expand_as(images),
+            "half": images * (torch.arange(images.shape[3]) < images.shape[3] // 2),
+        }[self.part]
+        return self.network(images - hidden + ((hidden / self.step).round() * self.step).detach())
+
+
+class HalfDetached(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(0.5 * images + 0.5 * images.detach())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Defect:
     plant: Callable[[nn.Module], Model]
@@ -246,6 +271,9 @@ DEFECTS = {
     "8-bit rounding": Defect(plant=Rounded, raises=MASKING, leaves=("O1", "R1", "B1", "M1", "D1")),
     "detached": Defect(plant=Detached, raises=MASKING, leaves=("O1", "R1")),
     "NaN gradient": Defect(plant=WithNaNGradient, raises={"G1", "S5"}, leaves=("O1", "R1", "B1")),
+    "detail rounded": Defect(plant=lambda net: PartlyRounded(net, "detail"), raises={"G4"}, leaves=("G1", "O1", "R1")),
+    "average rounded": Defect(plant=lambda net: PartlyRounded(net, "average"), raises={"G4"}, leaves=("G1", "O1")),
+    "half detached": Defect(plant=HalfDetached, raises={"G4"}, leaves=("G1", "G2", "W1", "O1", "R1", "B1", "M1")),
     "false gradient": Defect(plant=Lying, raises={"G3", "W1", "X1"}, leaves=("G1", "O1", "R1", "B1")),
     "batch statistics": Defect(plant=BatchStatistics, raises={"B1"}, leaves=("O1", "R1", "G1")),
     "noise": Defect(plant=Noisy, raises={"R1"}, leaves=("O1", "G1")),
@@ -266,6 +294,138 @@ def test_an_honest_network_raises_no_alarm(networks: dict[str, nn.Module], name:
         *("E1", "E2", "E3"),  # of random models
         *("Q1", "Q2"),  # of int8 graphs
     }
+
+
+@pytest.mark.parametrize("part", ["detail", "average", "channel", "colour", "grey", "half"])
+@pytest.mark.parametrize("step", [0.03, 0.06, 0.12])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_part_of_the_image_without_a_gradient_raises_an_alarm(
+    robust: nn.Module, part: str, step: float, size: int
+) -> None:
+    """Where the answer depends on it, as that of a network on all of its input does."""
+    finding = only("G4", PartlyRounded(robust, part, size, step))
+    assert finding.verdict == "alarm", finding.figure
+
+
+def only(code: str, model: Model, images: Tensor | None = None, labels: Tensor | None = None) -> Finding:
+    """Return the finding of one check alone."""
+    check = next(check for check in CHECKS if check.code == code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lint, "CHECKS", (check,))
+        images, labels = (IMAGES, LABELS) if images is None or labels is None else (images, labels)
+        (finding,) = lint_model(model, images, labels, eps=EPS, queries=QUERIES)
+    return finding
+
+
+@pytest.mark.parametrize("classes", [100, 1000])
+@pytest.mark.parametrize("code", ["S4", "S5"])
+@pytest.mark.parametrize(("left", "alarm"), [(0, False), (1, False), (10, True)])
+def test_one_image_of_fifty_left_by_an_attack_without_bounds_is_no_alarm(
+    classes: int, code: str, left: int, alarm: bool
+) -> None:
+    """Of a linear model, except for some images that nothing moves."""
+    weight = torch.randn(classes, 192, generator=torch.Generator().manual_seed(1))
+    images = (torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 255).round() / 255
+    images[:left, 0, 0, 0] = 0.123
+
+    def model(pixels: Tensor) -> Tensor:
+        flat = (pixels - 0.5).flatten(1)
+        fixed = torch.zeros(len(pixels), dtype=torch.bool)
+        if len(pixels) == 50:
+            fixed[:left] = True
+        return torch.where(fixed[:, None], flat.detach() * 0 @ weight.T + stuck, flat @ weight.T)
+
+    stuck = F.one_hot(torch.tensor(0), classes).float()
+    labels = model(images).argmax(1)
+    assert only(code, model, images, labels).verdict == ("alarm" if alarm else "ok")
+
+
+# --- half precision ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("side", "given"), [(16, "half"), (16, "float"), pytest.param(224, "half", marks=pytest.mark.slow)]
+)
+def test_an_honest_model_in_half_precision_raises_no_alarm(dtype: torch.dtype, side: int, given: str) -> None:
+    """The sum of an image of 224 x 224 pixels is more than the largest float16, and small probabilities are none."""
+    patterns = F.interpolate(torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(7)), side, mode="bilinear")
+    labels = torch.arange(12) % 4
+    noise = torch.randn(12, 3, side, side, generator=torch.Generator().manual_seed(1))
+    images = ((0.5 + 0.06 * patterns[labels] + 0.07 * noise).clamp(0, 1) * 255).round() / 255
+    network = nn.Sequential(nn.AvgPool2d(side // 8), nn.Flatten(), nn.Linear(192, 4))
+    with torch.no_grad():
+        weight = F.avg_pool2d(patterns, side // 8).flatten(1)
+        network[2].weight.copy_(weight - weight.mean(0))
+        network[2].bias.copy_(-network[2].weight.sum(1) / 2)
+    network = network.to(dtype).eval()
+    model = network if given == "half" else lambda pixels: network(pixels.to(dtype))
+    findings = lint_model(model, images.to(dtype) if given == "half" else images, labels, eps=EPS, queries=10)
+    assert passed(findings), render(findings)
+
+
+def test_a_masked_model_in_half_precision_is_an_alarm_all_the_same(plain: nn.Module) -> None:
+    masked = copy.deepcopy(plain).bfloat16()
+    findings = lint_model(Quantised(masked), IMAGES.bfloat16(), LABELS, eps=EPS, queries=QUERIES)
+    assert {"G1", "G3", "G4"} <= {finding.code for finding in findings if finding.verdict == "alarm"}
+
+
+# --- models as people write them ---
+
+
+class InPlace(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.sub_(0.5).div_(0.25).mul_(0.25).add_(0.5))
+
+
+def test_a_model_that_begins_in_place_is_linted_like_any_other_and_leaves_the_images_alone(plain: nn.Module) -> None:
+    images = IMAGES.clone()
+    findings = lint_model(InPlace(plain), images, LABELS, eps=EPS, queries=QUERIES, surrogate=InPlace(plain))
+    assert torch.equal(images, IMAGES)
+    assert passed(findings), render(findings)
+
+
+@pytest.mark.parametrize(
+    ("answer", "output"),
+    [
+        (lambda logits: {"logits": logits, "loss": None}, "logits"),
+        (lambda logits: (None, logits), 1),
+        (lambda logits: [logits], lambda found: found[0]),
+    ],
+)
+def test_logits_are_picked_from_what_a_model_returns(
+    plain: nn.Module, answer: Callable[[Tensor], object], output: object
+) -> None:
+    def model(images: Tensor) -> Tensor:
+        return answer(plain(images))  # type: ignore[return-value]
+
+    findings = linted(model, output=output)
+    assert alarms(findings) == set(), render(list(findings.values()))
+    assert linted(model, output=output, sampler=lambda: model)["E1"].verdict == "ok"
+    with pytest.raises(BadInput, match="must return logits"):
+        linted(model)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda logits: logits.argmax(1),
+        lambda logits: logits.detach().numpy(),
+        lambda logits: None,
+        lambda logits: logits[:1],
+        lambda logits: logits * torch.nan,
+        lambda logits: logits.where(torch.arange(4) != 2, torch.nan),
+        lambda logits: logits.nothing,
+    ],
+)
+def test_answers_that_are_no_logits_are_refused(plain: nn.Module, broken: Callable[[Tensor], object]) -> None:
+    with pytest.raises(BadInput):
+        linted(lambda images: broken(plain(images)))  # type: ignore[arg-type, return-value]
+
+
+def test_dropout_within_a_function_is_refused(plain: nn.Module) -> None:
+    with pytest.raises(BadInput, match="dropout"):
+        linted(lambda images: plain(F.dropout(images, 0.1)))
 
 
 def served(network: nn.Module, pixels: np.ndarray) -> np.ndarray:
@@ -302,7 +462,7 @@ def test_the_watch_on_gradients_ends_when_a_forward_fails() -> None:
     def broken(images: Tensor) -> Tensor:
         raise RuntimeError("no such model")
 
-    with pytest.raises(RuntimeError, match="no such model"):
+    with pytest.raises(BadInput, match="no such model"):
         linted(broken)
     assert torch.autograd._engine_run_backward is before
 

@@ -10,10 +10,12 @@ say of theirs, and every "ok" is worth the budget printed beside it.
     Pintor et al. 2022, arXiv:2106.09947         indicators of attack failure (S3, S6, T1)
     Zimmermann et al. 2022, arXiv:2206.13991     planted adversarial examples (X1)
 
-Two questions of our own are for int8 graphs, where rounding can look like robustness (Q1, Q2).
+Three questions are our own: whether some kinds of direction have no gradient although the answer depends on them (G4),
+and two for int8 graphs, where rounding can look like robustness (Q1, Q2).
 
 The checks share their attacks: `Evidence` runs each one when the first check asks for it. A share of images is compared
-with its threshold by the lower end of its 95 % Wilson interval, so that one image among few raises no alarm.
+with its threshold by the lower end of its 95 % Wilson interval, so that one image among few raises no alarm. A model
+gets a copy of the images in the type they came in; everything else is computed in float32 or better.
 """
 
 from __future__ import annotations
@@ -38,7 +40,17 @@ from zoo.attacks.apgd import apgd_targeted
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.gradient import fgsm, pgd
 from zoo.attacks.grid import to_grid
-from zoo.attacks.inputs import Model, are_probabilities, as_it_is, checked, full_precision
+from zoo.attacks.inputs import (
+    Chance,
+    Model,
+    Output,
+    Seen,
+    are_probabilities,
+    as_it_is,
+    checked,
+    full_precision,
+    see,
+)
 from zoo.attacks.losses import Loss, ascent, margin
 from zoo.attacks.random_gates import Sampler, eot_pgd
 from zoo.attacks.square import square
@@ -62,6 +74,11 @@ NOISES = 16
 REPEATED_IMAGES, REPEATS = 8, 8
 """R1 asks so often, because a model of two paths answers alike half the time."""
 SLOPE_IMAGES, SLOPE_POINTS = 50, 12
+COVER_IMAGES, FEWEST_COVER_IMAGES = 24, 8
+COVER_POINTS, CERTAIN_POINTS = 3, 16
+"""G4 takes so many gradients along each direction, and the second number before it alarms."""
+MOST_GROUPS = 4
+"""G4 looks at so many groups of channels."""
 NEAREST = 3
 """G2 goes towards so many classes, in the order of their logits."""
 PLANTED_IMAGES, INNER_POINTS = 32, 32
@@ -77,10 +94,14 @@ STILL_RISING = 0.2
 """S3: part of the loss gained by the last ten of forty steps; a line that rises evenly has 0.25 there."""
 CURVE_RISE = 0.03
 """S4: more answered correctly at a larger eps."""
+LEFT_OVER = 0.05
+"""S4, S5: what attacks without bounds may leave, whatever the number of classes: none should be, a few are luck."""
 SILENT = 0.02
 """S6: fooled on the way and right again at the end (Pintor et al. 2022, "silent success")."""
 OUTSIDE = 1e-6
 """S7: how far beyond eps a pixel may be, in pixel units: rounding in float32."""
+NO_GRADIENT = 0.01
+"""G1: images with a gradient of zero; none may have NaN."""
 BLACK_BOX_ALONE = 0.01
 """W1: broken by queries, noise or transfer and by no gradient (AutoAttack's flag allows none)."""
 LOSS_GAP = 0.05
@@ -88,12 +109,18 @@ LOSS_GAP = 0.05
 points by another loss, and up to 10 towards the nearest classes (the zoo's TRADES: 7 of 71)."""
 EXPLAINED, UNEXPLAINED_IMAGES = 0.1, 0.5
 """G3: part of a true change that gradients must account for, and the share of images where they may fail to."""
+COVERED = 0.8
+"""G4: part of the change along directions of one kind that gradients must account for. It is 1 for every function that
+its gradient is the slope of; the bundled models show 0.94 or more."""
 NOTABLE = 1e-3
-"""G3, X1: the smallest change that is judged, as part of the mean margin: below it is rounding."""
+"""G3, G4, X1: the smallest change that is judged, as part of the mean margin: below it is rounding."""
+ROUNDING_STEPS = 8
+"""And the same in steps of the number type of the model, of the size of its largest logits."""
 REPEATED = 1e-4
 """R1: difference between answers to the same images, as part of the mean size of a logit (GPU sums vary by 1e-6)."""
 COUPLED = 1e-3
-"""B1: the same between a batch and its images one by one; other kernels sum in another order."""
+"""B1: the same between a batch and its images one by one; other kernels sum in another order. In half precision the
+limit is `ROUNDING_STEPS` steps of the number type, if that is more."""
 EOT_GAIN, SELF_REPORT_GAP, FIXED_GAP = 0.02, 0.05, 0.05
 """E1, E2, E3: accuracies that differ by more, and by two standard errors."""
 SURROGATE_SUCCESS = 0.9
@@ -132,6 +159,7 @@ def lint_model(
     seed: int = 0,
     queries: int = QUERIES,
     watch: Callable[[Finding], None] | None = None,
+    output: Output | None = None,
 ) -> tuple[Finding, ...]:
     """Ask a model every question of `CHECKS`.
 
@@ -151,12 +179,15 @@ def lint_model(
         seed: of starts, noise and squares.
         queries: of the Square attack, for each image that no gradient broke.
         watch: called with each finding as soon as it is there.
+        output: where the logits are in what the model and its draws return; a surrogate that needs it is given as
+            `inputs.see(surrogate, output)`.
 
     Returns:
         One finding per check, in the order of `CHECKS`.
 
     Raises:
-        BadInput: no image is answered correctly, eps is outside (0, 1], fewer than 1 query; see `inputs.checked`.
+        BadInput: no image is answered correctly, eps is outside (0, 1], fewer than 1 query, a model that fails, returns
+            no logits or NaN, or is partly in training mode; see `inputs.checked` and `inputs.see`.
     """
     if not 0 < eps <= 1:
         raise BadInput(f"need 0 < eps <= 1, got {eps}; pixels are in [0, 1], so write 8/255, not 8")
@@ -174,6 +205,7 @@ def lint_model(
             served=served,
             seed=seed,
             queries=queries,
+            output=output,
         )
         for check in CHECKS:
             alarm, figure = check.ask(evidence)
@@ -240,24 +272,33 @@ class Evidence:
         served: Served | None,
         seed: int,
         queries: int,
+        output: Output | None = None,
     ) -> None:
         images, labels, _ = checked(model, images, labels)
         checked(surrogate, images[:0], labels[:0])
-        self.model, self.sampler, self.served = model, sampler, served
+        self.sampler, self.served, self.output = sampler, served, output
+        self.model = model
+        self.seen = see(model, output, chance=self._chance)
+        self.half: torch.dtype | None = None
         self.eps, self.seed, self.queries = eps, seed, queries
+        self.type, images = images.dtype, full_precision(images)
         self.state = _state(model, images.device)  # before anything is asked of the model
         with _backward_calls() as calls, torch.enable_grad():
-            raw = model(images[:REPEATED_IMAGES]).detach()
+            raw = self.seen.answer(images[:REPEATED_IMAGES].to(self.type)).detach()
             if not calls[0]:  # it may differentiate only where nobody else does
                 with torch.no_grad():
-                    model(images[:REPEATED_IMAGES])
+                    self.seen.answer(images[:REPEATED_IMAGES].to(self.type))
         self.calls = calls[0]
-        self._check_shape(raw, images[:REPEATED_IMAGES], labels)
-        self.outputs = full_precision(raw)
+        if int(labels.max()) >= raw.shape[1]:
+            raise BadInput(
+                f"label {int(labels.max())} is out of range, expected 0 to {raw.shape[1] - 1}: "
+                f"the model has {raw.shape[1]} classes"
+            )
+        self.outputs, self.half = raw, _half(raw, self.type)
         drawn = model if sampler is None else sampler()
-        self.net = self._net(drawn)
-        self.weights = self._net(drawn.weights) if isinstance(drawn, Rounded) else None
-        self.surrogate = None if surrogate is None else self._net(surrogate)
+        self.net = self._drawn(drawn)
+        self.weights = self._net(see(drawn.weights)) if isinstance(drawn, Rounded) else None
+        self.surrogate = None if surrogate is None else self._net(see(surrogate, chance="tolerated"))
         with torch.no_grad():
             right = torch.cat([self.net(part).argmax(1) for part in _parts(images)]) == labels
         if not bool(right.any()):
@@ -269,32 +310,35 @@ class Evidence:
         self.images, self.labels = images[right], labels[right]
         self.number = len(self.images)
 
-    @staticmethod
-    def _check_shape(outputs: Tensor, images: Tensor, labels: Tensor) -> None:
-        if outputs.dim() != 2 or outputs.shape[0] != len(images) or outputs.shape[1] < 2:
-            raise BadInput(
-                f"a model must return logits (batch, class), got shape {tuple(outputs.shape)} for {len(images)} images"
-            )
-        if int(labels.max()) >= outputs.shape[1]:
-            raise BadInput(
-                f"label {int(labels.max())} is out of range, expected 0 to {outputs.shape[1] - 1}: "
-                f"the model has {outputs.shape[1]} classes"
-            )
+    @property
+    def _chance(self) -> Chance:
+        """What a draw may do at random; R1 is there to say it."""
+        return "tolerated" if self.sampler is None else "expected"
 
-    def _net(self, model: Model) -> Model:
-        """Return the model as attacks need it: logits in full precision, in form differentiable in the images."""
+    def _drawn(self, model: Model) -> Model:
+        """Return the model, or a draw of it, as attacks need it; the whole was asked before."""
+        return self._net(see(model, self.output, chance=self._chance, watched=True))
+
+    def _net(self, seen: Seen) -> Model:
+        """Return a model as attacks need it: logits in full precision, in form differentiable in the images."""
 
         def net(images: Tensor) -> Tensor:
+            ask = seen if bool(images.isfinite().all()) else seen.answer  # NaN from an attack is not the model's
             if self.calls and not torch.is_grad_enabled():
                 with torch.enable_grad():  # it differentiates in its forward
-                    logits = full_precision(model(images)).detach()
+                    logits = ask(images.to(self.type)).detach()
+            elif self.half is not None and torch.is_grad_enabled() and images.requires_grad:
+                sizes: list[Tensor] = []
+                # torch has no annotations for these
+                logits = ask(_Rescaled.apply(images, sizes).to(self.type))  # type: ignore[no-untyped-call]
+                logits = _Scaled.apply(logits, sizes)  # type: ignore[no-untyped-call]
             else:
-                logits = full_precision(model(images))
+                logits = ask(images.to(self.type))
             if self.probabilities:
                 logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
             if torch.is_grad_enabled() and images.requires_grad:
                 # without a path from the logits to the pixels: a gradient of zero, for G1 to find, and no error
-                logits = logits + 0 * images.flatten(1).sum(1, keepdim=True)
+                logits = logits + (0 * images).flatten(1).sum(1, keepdim=True)
             return logits
 
         return as_it_is(net)
@@ -434,6 +478,15 @@ class Evidence:
         return max(float(margins.mean()), 1e-12)
 
     @cached_property
+    def notable(self) -> float:
+        """The smallest change of a margin that is no rounding."""
+        rounding = 0.0
+        if self.half is not None:
+            largest = float(self.outputs.nan_to_num(0, 0, 0).abs().amax(1).mean())
+            rounding = ROUNDING_STEPS * torch.finfo(self.half).eps * largest
+        return max(NOTABLE * self.scale, rounding)
+
+    @cached_property
     def other_losses(self) -> dict[str, Tensor]:
         """Return, by loss, which of the images that cross-entropy left are broken (image,) bool."""
         left = ~self.cross_entropy
@@ -550,7 +603,7 @@ class Evidence:
 
     def _plain(self, images: Tensor) -> Tensor:
         with torch.set_grad_enabled(bool(self.calls)):
-            return full_precision(self.model(images)).detach()
+            return self.seen.answer(images.to(self.type)).detach()
 
     # random models
 
@@ -566,7 +619,7 @@ class Evidence:
         fooled = torch.zeros_like(labels, dtype=torch.bool)
 
         def recorded() -> Model:
-            net = self._net(sampler())
+            net = self._drawn(sampler())
 
             def answer(pixels: Tensor) -> Tensor:
                 logits = net(pixels)
@@ -578,7 +631,7 @@ class Evidence:
         budget = LinfBudget(eps=self.eps, steps=EOT_STEPS, step_size=2.5 * self.eps / EOT_STEPS)
         found = eot_pgd(recorded, images, labels, budget, draws=draws, generator=self.generator(f"eot {draws}"))
         reported = (~fooled).double()
-        fresh = [self.wrong(found, labels, self._net(sampler())) for _ in range(FRESH_DRAWS)]
+        fresh = [self.wrong(found, labels, self._drawn(sampler())) for _ in range(FRESH_DRAWS)]
         return 1 - torch.stack(fresh).double().mean(0), reported
 
 
@@ -626,20 +679,21 @@ def _s3(evidence: Evidence) -> Answer:
 
 def _s4(evidence: Evidence) -> Answer:
     lefts = [accuracy for _, accuracy in evidence.curve]
+    stays = _exceeds(round(lefts[-1] * evidence.number), evidence.number, LEFT_OVER)
     rise = max((after - before for before, after in pairwise(lefts)), default=0.0)
     rises = _exceeds(round(max(rise, 0.0) * evidence.number), evidence.number, CURVE_RISE)
     shown = ", ".join(f"{eps:.3g}: {accuracy:.2f}" for eps, accuracy in evidence.curve)
-    return rises or lefts[-1] > 1 / evidence.classes, (
-        f"accuracy by eps {shown} (PGD-{CURVE_STEPS}, n = {evidence.number}; the last may be at most "
-        f"{1 / evidence.classes:.2f}, chance)"
+    return rises or stays, (
+        f"accuracy by eps {shown} (PGD-{CURVE_STEPS}, n = {evidence.number}; the last may be {LEFT_OVER} within its "
+        "interval)"
     )
 
 
 def _s5(evidence: Evidence) -> Answer:
     everything = torch.arange(evidence.number, device=evidence.images.device)
     left = evidence.number - _count(evidence.attacked("unbounded", everything, eps=1.0))
-    return left > evidence.number / evidence.classes, (
-        f"PGD-{STEPS} at eps 1 leaves {left} of {evidence.number} (chance is {1 / evidence.classes:.2f})"
+    return _exceeds(left, evidence.number, LEFT_OVER), (
+        f"PGD-{STEPS} at eps 1 leaves {left} of {evidence.number} (it may leave {LEFT_OVER:.0%} within the interval)"
     )
 
 
@@ -699,7 +753,7 @@ def _g1(evidence: Evidence) -> Answer:
         pairs = zip(_parts(evidence.images), _parts(evidence.labels), strict=True)
         gradient = torch.cat([rise(*pair, None)[0] for pair in pairs]).flatten(1)
         zero, bad = _count((gradient == 0).all(1)), _count(~gradient.isfinite().all(1))
-        alarm = alarm or zero + bad > 0
+        alarm = alarm or bad > 0 or _exceeds(zero, len(gradient), NO_GRADIENT)
         shown.append(f"{loss.replace('_', '-')}: {zero} zero, {bad} with NaN")
     return alarm, f"gradients of {evidence.number} images, {'; '.join(shown)}"
 
@@ -743,17 +797,13 @@ def _g3(evidence: Evidence) -> Answer:
         change = torch.where(larger, difference, change)
         low = torch.where(larger[:, None, None, None], below, low)
         high = torch.where(larger[:, None, None, None], above, high)
-    slope = torch.zeros_like(change)
-    rise = ascent(evidence.net, "margin")
-    for point in range(SLOPE_POINTS):
-        gradient, _, _ = rise(low + (point + 0.5) / SLOPE_POINTS * (high - low), labels, None)
-        slope += (gradient * (high - low)).flatten(1).sum(1).nan_to_num() / SLOPE_POINTS
-    judged = change.abs() > NOTABLE * evidence.scale
+    slope = _slope(evidence, low, high, labels, SLOPE_POINTS)
+    judged = change.abs() > evidence.notable
     if not bool(judged.any()):
         return None, f"the margin of none of {number} images changes along {' or '.join(directions)} ({evidence.ball})"
     explained = slope[judged] / change[judged]
     poor, total = _count(explained < EXPLAINED), len(explained)
-    return poor > UNEXPLAINED_IMAGES * total, (
+    return _exceeds(poor, total, UNEXPLAINED_IMAGES), (
         f"gradients account for less than {EXPLAINED:.0%} of the change along {' or '.join(directions)} on {poor} of "
         f"{total} images, the median is {float(explained.median()):.0%} ({SLOPE_POINTS} gradients each; "
         f"{evidence.ball})"
@@ -769,6 +819,101 @@ def _corner_direction(evidence: Evidence, number: int) -> Tensor:
         weight = (values[2 * pair] - values[2 * pair + 1]).nan_to_num().to(total)
         total += weight[:, None, None, None] * evidence.corner(2 * pair)[:number]
     return total.sign()
+
+
+def _g4(evidence: Evidence) -> Answer:
+    """The same for each kind of direction, so that none without a gradient hides behind the others.
+
+    G3's direction is a mixture, of which the gradient may account for enough while all its fine detail, or a channel,
+    has none. Each image's change c along its direction of a kind, and the integral s of its gradient along it, are
+    equal for an honest function; over images, sum(s c) / sum(c c) is the part that gradients account for.
+    """
+    number = min(COVER_IMAGES, evidence.number)
+    if evidence.weights is not None:
+        return None, "the gradients of an int8 graph are those of its weights, which leave rounding out: see Q1 and Q2"
+    if number < FEWEST_COVER_IMAGES:
+        return None, f"{number} images are too few, needs {FEWEST_COVER_IMAGES}"
+    if evidence.sampler is None and not evidence.repeated_difference <= REPEATED:
+        return None, "answers differ from call to call anyway, see R1"
+    images, labels = evidence.images[:number], evidence.labels[:number]
+    parts: dict[str, tuple[float, float]] = {}
+    for name, direction in _kinds_of_direction(images.shape, evidence.generator("kinds of direction")):
+        signs = direction.to(images)
+        low, high = ((images + way * evidence.eps * signs).clamp(0, 1) for way in (-1, 1))
+        with torch.no_grad():
+            change = (margin(evidence.net(high), labels) - margin(evidence.net(low), labels)).nan_to_num().double()
+        if float(change.square().mean().sqrt()) <= evidence.notable:
+            continue
+        part, error = _accounted(evidence, low, high, labels, change, COVER_POINTS)
+        if part < 1 - (1 - COVERED) / 2:  # few gradients are a coarse integral
+            part, error = _accounted(evidence, low, high, labels, change, CERTAIN_POINTS)
+        parts[name] = part, error
+    if not parts:
+        return None, f"the margin of {number} images changes along no kind of direction ({evidence.ball})"
+    least = min(parts, key=lambda name: sum(parts[name]))
+    part, error = parts[least]
+    lacking = sum(part + error < COVERED for part, error in parts.values())
+    return lacking > 0, (
+        f"gradients account for {part:.0%} ± {error:.0%} of the change along {least}, and for less than {COVERED:.0%} "
+        f"along {lacking} of {len(parts)} kinds of direction (n = {number}; {evidence.ball})"
+    )
+
+
+def _accounted(
+    evidence: Evidence, low: Tensor, high: Tensor, labels: Tensor, change: Tensor, points: int
+) -> tuple[float, float]:
+    """Return the part of the change from `low` to `high` that gradients account for, and two standard errors of it."""
+    slope = _slope(evidence, low, high, labels, points).double()
+    size = change.square().sum()
+    part = (slope * change).sum() / size
+    error = ((slope - part * change) * change).square().sum().sqrt() / size
+    return float(part), 2 * float(error)
+
+
+def _slope(evidence: Evidence, low: Tensor, high: Tensor, labels: Tensor, points: int) -> Tensor:
+    """Return the integral of the margin's gradient from `low` to `high` (image,), by the midpoint rule."""
+    slope, rise = torch.zeros(len(low), device=low.device, dtype=low.dtype), ascent(evidence.net, "margin")
+    for point in range(points):
+        gradient, _, _ = rise(low + (point + 0.5) / points * (high - low), labels, None)
+        slope += (gradient * (high - low)).flatten(1).sum(1).nan_to_num() / points
+    return slope
+
+
+def _kinds_of_direction(shape: torch.Size, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and signs (image, channel, height, width) of random directions, from fine to coarse, and by channel.
+
+    A pattern of a size is a Haar wavelet: it has no mean over squares twice that size, and is constant in squares of
+    that size. The patterns, and the squares behind the last, are a basis of all images.
+    """
+    channels, side = shape[1], min(shape[2:])
+    size = 1
+    while 8 * size <= side:
+        yield f"patterns of {size} pixel{'s' if size > 1 else ''}", _patterns(shape, size, generator)
+        size *= 2
+    if size > 1 or channels == 1:
+        yield f"squares of {size} pixel{'s' if size > 1 else ''}", _squares(shape, size, generator)
+    yield "whole channels", _squares(shape, max(shape[2:]), generator)
+    groups = min(channels, MOST_GROUPS)
+    for group in range(groups if channels > 1 else 0):
+        signs = torch.zeros(shape)
+        signs[:, group::groups] = _squares(signs[:, group::groups].shape, 1, generator)
+        yield f"channel {group}" if groups == channels else f"every {groups}th channel from {group}", signs
+
+
+def _squares(shape: torch.Size, size: int, generator: torch.Generator) -> Tensor:
+    images, channels, height, width = shape
+    signs = torch.randint(0, 2, (images, channels, -(-height // size), -(-width // size)), generator=generator) * 2 - 1
+    return F.interpolate(signs.float(), scale_factor=size)[..., :height, :width]
+
+
+def _patterns(shape: torch.Size, size: int, generator: torch.Generator) -> Tensor:
+    images, channels, height, width = shape
+    rows, columns = -(-height // (2 * size)), -(-width // (2 * size))
+    wavelets = torch.tensor([[[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]])
+    chosen = torch.randint(0, 3, (images, channels, rows, columns), generator=generator)
+    signs = torch.randint(0, 2, (images, channels, rows, columns, 1, 1), generator=generator) * 2 - 1
+    tiles = (wavelets[chosen] * signs).transpose(3, 4).reshape(images, channels, 2 * rows, 2 * columns)
+    return F.interpolate(tiles.float(), scale_factor=size)[..., :height, :width]
 
 
 def _o1(evidence: Evidence) -> Answer:
@@ -841,7 +986,8 @@ def _b1(evidence: Evidence) -> Answer:
         among = evidence.net(torch.cat([images, 1 - images, images.flip(3)]))[: len(images)]
     difference = max(_relative(together, alone), _relative(together, among))
     changed = _count((together.argmax(1) != alone.argmax(1)) | (together.argmax(1) != among.argmax(1)))
-    return not difference <= COUPLED, (
+    limit = COUPLED if evidence.half is None else max(COUPLED, ROUNDING_STEPS * torch.finfo(evidence.half).eps)
+    return not difference <= limit, (
         f"logits of {len(images)} images alone and among others differ by {difference:.2g} of a mean logit, {changed} "
         "answers change"
     )
@@ -874,8 +1020,7 @@ def _t1(evidence: Evidence) -> Answer:
     _, known, lost = evidence.on_surrogate
     if not bool(known.any()):
         return True, f"the surrogate answers none of {evidence.number} images correctly"
-    success = _count(lost) / _count(known)
-    return success < SURROGATE_SUCCESS, (
+    return _exceeds(_count(known & ~lost), _count(known), 1 - SURROGATE_SUCCESS), (
         f"PGD-{STEPS} on the surrogate fools it on {_count(lost)} of its {_count(known)} images ({evidence.ball})"
     )
 
@@ -900,7 +1045,7 @@ def _p1(evidence: Evidence) -> Answer:
             probabilities = served if are_probabilities(served) else served.softmax(1)
             furthest = max(furthest, float((probabilities - attacked.softmax(1)).abs().max()))
             top = attacked.topk(2, dim=1).values
-            clear = top[:, 0] - top[:, 1] > NOTABLE * evidence.scale  # a tie may fall either way
+            clear = top[:, 0] - top[:, 1] > evidence.notable  # a tie may fall either way
             disagreeing += _count((served.argmax(1) != attacked.argmax(1)) & clear)
             counted += len(part)
     return disagreeing > SERVED_DISAGREEMENT * counted, (
@@ -933,7 +1078,7 @@ def _x1(evidence: Evidence) -> Answer:
             [progress(evidence.net(budget.start(images, generator))) for _ in range(INNER_POINTS)]
         ).amax(0)
     border = (1 + inner.clamp_min(0)) / 2
-    planted = (length.sqrt() > NOTABLE * evidence.scale) & (inner < 0.9)
+    planted = (length.sqrt() > evidence.notable) & (inner < 0.9)
     if not bool(planted.any()):
         return None, f"in none of {len(images)} balls do the logits tell a corner from inner points ({evidence.ball})"
     found = torch.zeros_like(planted)
@@ -1014,14 +1159,14 @@ CHECKS: tuple[Check, ...] = (
         code="S4",
         name="accuracy falls with eps to chance",
         meaning="A larger ball holds the smaller one, and at 0.5 every ball holds plain grey: an attack that does not "
-        "gain from room is failing; look at G1 to G3.",
+        "gain from room is failing; look at G1 to G4.",
         ask=_s4,
     ),
     Check(
         code="S5",
         name="an unbounded attack succeeds",
         meaning="With every image allowed no model can be right, so the attack does not see the model's gradients; "
-        "look at G1 to G3 and use attacks without gradients.",
+        "look at G1 to G4 and use attacks without gradients.",
         ask=_s5,
     ),
     Check(
@@ -1065,6 +1210,14 @@ CHECKS: tuple[Check, ...] = (
         meaning="The gradient is not the slope of the model: a step function or a false backward pass lies in "
         "between; use BPDA or attacks without gradients.",
         ask=_g3,
+    ),
+    Check(
+        code="G4",
+        name="gradients cover every kind of direction",
+        meaning="The answer depends on something that gradients do not see, such as fine detail, one channel or a "
+        "detached branch: a step function lies in the way of a part of the image; use BPDA there, or attacks without "
+        "gradients.",
+        ask=_g4,
     ),
     Check(
         code="O1",
@@ -1158,6 +1311,47 @@ CHECKS: tuple[Check, ...] = (
 
 
 # --- helpers ---
+
+
+class _Scaled(torch.autograd.Function):
+    """The identity; on the way back each image's gradient is divided by its largest entry, which `sizes` gets.
+
+    A model in half precision would lose it otherwise: a wrong class of probability 1e-8 has no gradient in float16.
+    """
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, sizes: list[Tensor]) -> Tensor:
+        context.sizes = sizes
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        size = gradient.abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        context.sizes[:] = [size]
+        return gradient / size[:, None], None
+
+
+class _Rescaled(torch.autograd.Function):
+    """The identity; on the way back the gradient is multiplied by what `_Scaled` divided it by."""
+
+    @staticmethod
+    def forward(context: Any, images: Tensor, sizes: list[Tensor]) -> Tensor:
+        context.sizes = sizes
+        return images.view_as(images)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (size,) = context.sizes
+        return gradient * size.to(gradient)[:, None, None, None], None
+
+
+def _half(outputs: Tensor, images: torch.dtype) -> torch.dtype | None:
+    """Return the type of half precision in which a model computes, as its images or its answers tell; or None."""
+    for dtype in (torch.bfloat16, torch.float16):
+        same = outputs.to(dtype).to(outputs) == outputs
+        if images == dtype or bool(same[outputs.isfinite()].all()):
+            return dtype
+    return None
 
 
 def _count(mask: Tensor) -> int:
