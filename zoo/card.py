@@ -28,6 +28,8 @@ INT8 = "-int8"
 MEASURED_VARIANTS = (*VARIANTS, *(f"{variant}{INT8}" for variant in VARIANTS))
 SHARINGS = ("independent", "shared_conv")
 RESIZES = ("nearest", "bilinear", "bicubic", "lanczos")
+MAX_PIXELS = 4_000_000
+"""Of a picture that is decoded, unless somebody allows more, and of a model's input: none is larger than that."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
