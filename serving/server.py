@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -55,7 +55,7 @@ def build(settings: Settings) -> Application:
     repository = Repository(settings)
     application = Application(repository.load_all(), settings, repository)
     if settings.demo:
-        _mount_demo(application, [model.source for model in settings.model_settings])
+        _mount_demo(application)
     return application
 
 
@@ -116,6 +116,8 @@ def _serve(settings: Settings) -> None:
     else:
         print(f"manygates serves {names} at {url} (Ctrl-C stops)", file=sys.stderr, flush=True)
     _log_models(application)
+    if missing := application.repository.missing() if application.repository else "":
+        logger.warning("not ready: %s", missing)
     server.run(sockets=[listener])
     if application.service.scheduler.stuck and threading.current_thread() is threading.main_thread():
         # a thread that the interpreter finds in a model at its end makes it abort
@@ -283,9 +285,11 @@ class Server(uvicorn.Server):
             logger.error("the certificate stays as it was: %s", error)
 
 
-def _mount_demo(application: Application, models: Sequence[str]) -> None:
+def _mount_demo(application: Application) -> None:
     try:
         demo = importlib.import_module("serving.demo")  # not above: it is an extra, and may load torch
     except ModuleNotFoundError as error:
         raise BadInput(f"the demo needs {error.name!r}; install it with `pip install 'manygates[demo]'`") from error
-    application.rest = demo.mount(application.starlette, "/demo", list(models))
+    settings = application.settings
+    models = [model.source for model in settings.model_settings]
+    application.rest = demo.mount(application.starlette, "/demo", models, max_pixels=settings.max_image_pixels)
