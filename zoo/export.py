@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -38,8 +37,7 @@ from zoo.models import (
 )
 from zoo.networks import num_exits
 from zoo.rgn import RandomGatedNetwork
-
-_runtime: Any = onnxruntime  # it re-exports its names without saying so, which strict typing refuses
+from zoo.runtime import runtime as _runtime
 
 TOLERANCE = 1e-4
 """How far logits below 100 may differ; larger ones by a millionth of the largest, about what float32 rounds away."""

@@ -11,6 +11,7 @@ so that each branch becomes one integer convolution. The ranges are common to al
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +20,12 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from onnxruntime import quantization
 
 from zoo.errors import BadInput
 from zoo.onnx_graphs import GATES, IMAGES, IR_VERSION, OPSET
+from zoo.runtime import runtime
 
-_library: Any = quantization  # it re-exports its names without saying so, which strict typing refuses
+_library: Any = importlib.import_module(f"{runtime.__name__}.quantization")  # a package of its own, and a large one
 
 METHOD = "min-max, uint8 activations, int8 weights per channel; first convolution and last linear layer in float32"
 BATCH, GATED_BATCH = 32, 8
