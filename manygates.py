@@ -13,6 +13,7 @@ Nothing heavy is imported before it is needed: `manygates serve` never loads tor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -854,12 +855,15 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _check_recordable(arguments: argparse.Namespace) -> None:
     from zoo.catalogue import resolve
     from zoo.errors import BadInput
+    from zoo.files import check_writable
 
     if arguments.record and resolve(arguments.model).kind != "local":
         raise BadInput(
             f"--record writes into a bundle of yours, and {arguments.model} is the package's or the hub's; "
             f"first manygates pull {arguments.model} --to DIR, then {arguments.command} local-dir:DIR"
         )
+    if arguments.record and (folder := resolve(arguments.model).folder) is not None:
+        check_writable(folder)  # before the work, which may take hours
 
 
 def _rounds(arguments: argparse.Namespace, card: Card) -> bool:
@@ -1354,9 +1358,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG
     arguments = parser().parse_args(argv)
     from zoo.errors import ManygatesError
+    from zoo.files import check_writable
 
     try:
-        return int(arguments.run(arguments))
+        if getattr(arguments, "out", None) is not None and not getattr(arguments, "resume", False):
+            check_writable(arguments.out)  # before the work, which may take hours
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()  # here, where a full disk is an error like any other
+        return code
     except ManygatesError as error:
         _say(f"manygates: {error}")
         return WRONG
@@ -1367,14 +1376,53 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(f"manygates: {error.name} is not installed; pip install 'manygates[{extra}]'")
         return WRONG
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:  # a place the user named
-        _say(f"manygates: {error.strerror}: {error.filename}; choose another place")
-        return WRONG
     except BrokenPipeError:  # the reader of our output went away: `manygates list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except OSError as error:  # a place that cannot be written or read: by its rights, or because a disk is full
+        if error.errno is None:  # a defect of ours, or of a library's
+            raise
+        _say(f"manygates: {_told(error, arguments)}")
+        return WRONG
     except KeyboardInterrupt:
         return 130
+
+
+def _told(error: OSError, arguments: argparse.Namespace) -> str:
+    """Say in a sentence which place cannot be used, and what puts it elsewhere."""
+    place = error.filename2 or error.filename
+    if place is None:  # `zoo.files` names every other place
+        with contextlib.suppress(OSError, ValueError):  # tests may have put something else there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        return f"standard output: {error.strerror}; send it to another place, or make room"
+    return f"{place}: {error.strerror}; {_elsewhere(Path(str(place)), arguments)}"
+
+
+def _elsewhere(place: Path, arguments: argparse.Namespace) -> str:
+    """Say which setting makes a command use another place than this one."""
+    import tempfile
+
+    from zoo.cache import CACHE_VARIABLE, cache_dir
+
+    def within(folder: object) -> bool:
+        """Whether the place is in a folder, or is what that folder was to be made in."""
+        if not folder:
+            return False
+        ours, theirs = place.absolute(), Path(str(folder)).absolute()
+        return ours.is_relative_to(theirs) or (theirs.is_relative_to(ours) and not ours.is_dir())
+
+    out, stored = getattr(arguments, "out", None), getattr(arguments, "set", None)
+    if within(out) or (getattr(arguments, "zoo", False) and within(out.parent / "figures")):
+        return "choose another place with --out"
+    if isinstance(stored, Path) and within(stored):
+        return "choose another place with --set"
+    if within(cache_dir()):
+        return f"set {CACHE_VARIABLE} to a folder that can be written"
+    if within(os.environ.get("TMPDIR")) or within(tempfile.gettempdir()):
+        return "set TMPDIR to a folder that can be written"
+    if getattr(arguments, "record", False):
+        return "the card cannot be changed there; record in a copy, made by `manygates pull MODEL --out DIR`"
+    return "choose another place"
 
 
 if __name__ == "__main__":
