@@ -7,15 +7,19 @@ dimension of n candidates. So `conv1.weight` is (16, 3, 3, 3) in a plain ResNet-
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from zoo import networks
 from zoo.data import source
@@ -25,6 +29,10 @@ from zoo.files import write_bytes_atomic
 from zoo.rgn import RandomGatedNetwork, Sharing, randomly_gate
 
 FORMAT = "manygates-weights-1"
+MOST = 1024
+"""Candidates of a layer, and members of an ensemble."""
+MOST_OPTION = 65_536
+"""Of a network's options, which are counts of layers and channels, and shares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,17 @@ class Architecture:
     sharing: Sharing | None = None
     members: int = 1
     """Separate networks that are trained together, as an `Ensemble`."""
+
+    def __post_init__(self) -> None:
+        texts = isinstance(self.network, str) and isinstance(self.dataset, str) and isinstance(self.options, dict)
+        if not texts or self.sharing not in (None, *get_args(Sharing)):
+            raise BadInput(f"an architecture is described by names and options, got {self.described()}")
+        if any(abs(number) > MOST_OPTION for number in _numbers(self.options)):
+            raise BadInput(f"the options {self.options} hold a number above {MOST_OPTION}; expected layers or channels")
+        for name in ("candidates", "members"):
+            number = getattr(self, name)
+            if type(number) is not int or not 1 <= number <= MOST:
+                raise BadInput(f"{name} is {number!r}, expected a whole number from 1 to {MOST}")
 
     @property
     def gated(self) -> bool:
@@ -60,11 +79,45 @@ class Architecture:
         """Build the network, freshly initialised from torch's global generator."""
         if self.members > 1:
             return Ensemble(self.member.build() for _ in range(self.members))
-        dataset = source(self.dataset)
-        template = networks.build(self.network, images=dataset.format, classes=len(dataset.classes), **self.options)
         if self.sharing is None:
-            return template
-        return randomly_gate(template, candidates=self.candidates, sharing=self.sharing)
+            return self._template()
+        return randomly_gate(self._template(), candidates=self.candidates, sharing=self.sharing)
+
+    def outline(self) -> dict[str, Tensor]:
+        """Return what `network_state` returns of such a network, without values: it takes no memory."""
+        with torch.device("meta"), _Valueless():
+            if self.members > 1:
+                return network_state(Ensemble(self.member._template() for _ in range(self.members)))
+            if self.sharing is None:
+                return network_state(self._template())
+            gated = RandomGatedNetwork(self._template(), candidates=self.candidates, sharing=self.sharing)
+            return network_state(gated)
+
+    def _template(self) -> nn.Module:
+        dataset = source(self.dataset)
+        return networks.build(self.network, images=dataset.format, classes=len(dataset.classes), **self.options)
+
+
+def _numbers(options: object) -> Iterator[float]:
+    """Yield the numbers in a JSON document."""
+    if isinstance(options, (list, tuple, dict)):
+        for entry in options.values() if isinstance(options, dict) else options:
+            yield from _numbers(entry)
+    elif isinstance(options, (int, float)):
+        yield options
+
+
+class _Valueless(TorchFunctionMode):
+    """Does without values what torch would import its compiler for, for seconds: initialising and stacking."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass on everything else."""
+        kwargs = kwargs or {}
+        if func is torch.stack:
+            return args[0][0].new_empty((len(args[0]), *args[0][0].shape))
+        if func is Tensor.normal_ or getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def network_state(network: nn.Module) -> dict[str, Tensor]:
@@ -84,7 +137,78 @@ def load_network_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: names or shapes differ; the message says which.
     """
-    expected = network_state(network)
+    _check_state(network_state(network), state)
+    with torch.no_grad():
+        if not isinstance(network, RandomGatedNetwork):
+            network.load_state_dict(dict(state))
+            return
+        own = network.template.state_dict()
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        for gate in range(network.candidates):
+            for name, tensor in network.select([gate] * network.num_gates).items():
+                tensor.copy_(state[name][gate])
+
+
+def assembled(architecture: Architecture, state: Mapping[str, Tensor]) -> nn.Module:
+    """Build a network and copy what `network_state` returned into it; in evaluation mode.
+
+    Nothing is built unless the tensors are those of the architecture, so that a file makes nothing larger than itself.
+
+    Raises:
+        CheckpointError: they are not; the message says in which names or shapes.
+    """
+    check_fits(architecture, state)
+    network = architecture.build()
+    load_network_state(network, state)
+    return network.eval()
+
+
+def check_fits(architecture: Architecture, state: Mapping[str, Tensor]) -> None:
+    """Compare the names and shapes of tensors with those of an architecture, without memory for any of its own.
+
+    Raises:
+        CheckpointError: they differ; the message says in what.
+    """
+    claimed = "these weights belong to another network than their header claims"
+    if architecture.gated and not any(tensor.shape[:1] == (architecture.candidates,) for tensor in state.values()):
+        raise CheckpointError(f"{claimed}: no tensor is stacked over {architecture.candidates} candidates")
+    most = len(state) * architecture.candidates
+    try:
+        with _at_most_parameters(2 * most):  # twice: a template, and the candidates made of it
+            expected = architecture.outline()
+    except _TooManyError as error:
+        raise CheckpointError(f"{claimed}: it has far more parameters than the {len(state)} tensors here") from error
+    except (BadInput, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        reason = error if isinstance(error, BadInput) else "no network can be built so"
+        raise CheckpointError(f"{claimed}: {architecture.described()} ({reason}); export the bundle again") from error
+    _check_state(expected, state)
+
+
+class _TooManyError(Exception):
+    """A network has more parameters than it should."""
+
+
+@contextmanager
+def _at_most_parameters(most: int) -> Iterator[None]:
+    """Stop whatever this thread builds in the block at so many parameters: an option may ask for billions of layers."""
+    thread, seen = threading.get_ident(), 0
+
+    def count(*_: object) -> None:
+        nonlocal seen
+        if threading.get_ident() == thread:
+            seen += 1
+            if seen > most:
+                raise _TooManyError
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     shapes = [
         f"{name} {_kind(state[name])} instead of {_kind(expected[name])}"
@@ -97,16 +221,6 @@ def load_network_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}, shapes {shapes[:3] or 'equal'} "
             f"({len(missing)}, {len(unknown)} and {len(shapes)} in all); check the network's name and options"
         )
-    with torch.no_grad():
-        if not isinstance(network, RandomGatedNetwork):
-            network.load_state_dict(dict(state))
-            return
-        own = network.template.state_dict()
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
-        for gate in range(network.candidates):
-            for name, tensor in network.select([gate] * network.num_gates).items():
-                tensor.copy_(state[name][gate])
 
 
 def _kind(tensor: Tensor) -> str:
@@ -156,7 +270,7 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     try:
         header = json.loads(metadata["header"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} has a damaged header ({error}); fetch or export it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has a header that is no object; fetch or export it again")
@@ -176,9 +290,7 @@ def load_network(file: Path) -> tuple[nn.Module, Architecture]:
     """
     tensors, header = load(file)
     architecture = read_architecture(header, file)
-    network = architecture.build()
-    load_network_state(network, tensors)
-    return network.eval(), architecture
+    return assembled(architecture, tensors), architecture
 
 
 def read_architecture(header: Mapping[str, Any], file: Path) -> Architecture:

@@ -9,9 +9,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from zoo import checkpoint
-from zoo.checkpoint import Architecture, load_network, load_network_state, network_state, save_network
-from zoo.errors import CheckpointError
+from zoo import checkpoint, networks
+from zoo.checkpoint import Architecture, load, load_network, load_network_state, network_state, save_network
+from zoo.errors import CheckpointError, ManygatesError
+from zoo.models import load_members, save_members
 from zoo.rgn import RandomGatedNetwork
 
 PLAIN = Architecture(network="resnet8", options={"width": 4})
@@ -152,3 +153,89 @@ def test_saving_over_a_file_leaves_no_other_file_behind(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "file", {"tensor": torch.tensor(value)}, {})
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     assert float(checkpoint.load(tmp_path / "file")[0]["tensor"]) == 2.0
+
+
+# --- headers that claim more than the file holds ---
+
+
+def must_not_build(*_: object) -> nn.Module:
+    raise AssertionError("something was built")
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"members": 10**6},
+        {"members": 1000},
+        {"members": True},
+        {"members": 0},
+        {"candidates": 10**6, "sharing": "independent"},
+        {"candidates": 1000, "sharing": "independent"},
+        {"candidates": 1000, "sharing": "shared_conv"},
+        {"candidates": -2, "sharing": "independent"},
+        {"sharing": "none"},
+        {"network": "resnet110"},
+        {"network": "msdnet", "options": {"exits": 10**9}},
+        {"network": "msdnet", "options": {"exits": 60_000}},
+        {"network": "msdnet", "options": {"base": 60_000}},
+        {"network": "vgg16", "options": {"width": 1e300}},
+        {"network": "preact_resnet18", "options": {"width": 60_000}},
+        {"network": ["resnet8"]},
+        {"options": {"width": 2**62}},
+        {"options": {"width": 40_000}},
+        {"options": {"width": -4}},
+        {"options": {"width": "4"}},
+        {"options": [4]},
+        {"options": {"widths": 4}},
+        {"dataset": "mnist"},
+        {"dataset": 7},
+    ],
+)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_file_that_claims_another_network_than_it_holds_is_refused_before_anything_is_built(
+    claim: dict[str, Any], stacked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "weights.safetensors"
+    members = [built(PLAIN), built(PLAIN)]
+    if stacked:
+        save_members(file, members, PLAIN)
+    else:
+        save_network(file, members[0], PLAIN)
+    tensors, header = load(file)
+    checkpoint.save(file, tensors, {**header, "architecture": {**header["architecture"], **claim}})
+    monkeypatch.setattr(Architecture, "build", must_not_build)
+    for read in (load_network, load_members):
+        with pytest.raises(ManygatesError):
+            read(file)
+
+
+@pytest.mark.parametrize("members", [10**6, 1000, 3, 0, -1, True, "2", None])
+def test_a_file_that_claims_other_members_than_it_holds_is_refused_before_anything_is_built(
+    members: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_members(file, [built(PLAIN), built(PLAIN)], PLAIN)
+    tensors, header = load(file)
+    assert len(load_members(file)[0]) == header["members"] == 2
+    checkpoint.save(file, tensors, {**header, "members": members})
+    monkeypatch.setattr(Architecture, "build", must_not_build)
+    with pytest.raises(CheckpointError):
+        load_members(file)
+    checkpoint.save(file, {}, {**header, "members": members})
+    with pytest.raises(CheckpointError):
+        load_members(file)
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_the_outline_of_a_network_is_its_state_without_values(name: str) -> None:
+    architecture = Architecture(network=name)
+    state, outline = network_state(architecture.build()), architecture.outline()
+    assert {key: (tensor.shape, tensor.dtype) for key, tensor in state.items()} == {
+        key: (tensor.shape, tensor.dtype) for key, tensor in outline.items()
+    }
+    assert {tensor.device.type for tensor in outline.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("architecture", [INDEPENDENT, SHARED_CONV, Architecture(network="resnet8", members=3)])
+def test_the_outline_of_several_networks_is_their_state_too(architecture: Architecture) -> None:
+    checkpoint.check_fits(architecture, network_state(architecture.build()))
