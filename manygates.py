@@ -54,6 +54,11 @@ PROTOCOLS = (
 )
 PRECISIONS = ("fp32", "int8")
 JUDGING_DRAWS = 20
+COUNTS = {
+    **dict.fromkeys(("calibration_images", "attacked", "queries", "draws"), 1),
+    **dict.fromkeys(("images", "steps", "restarts"), 0),  # whoever takes them says what 0 would mean
+}
+"""Options that count something -> the least they may be."""
 ATTACK_FILES = ("clean.png", "adversarial.png", "perturbation.png", "report.json")
 
 # name -> (module, attribute); resolved on first use
@@ -1357,10 +1362,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"manygates: {problem}")
         return WRONG
     arguments = parser().parse_args(argv)
-    from zoo.errors import ManygatesError
+    from zoo.errors import ManygatesError, check_count
     from zoo.files import check_writable
 
     try:
+        for name, lowest in COUNTS.items():
+            if type(number := getattr(arguments, name, None)) is int:  # the server's settings are texts here
+                check_count(f"--{name.replace('_', '-')}", number, lowest)
         if getattr(arguments, "out", None) is not None and not getattr(arguments, "resume", False):
             check_writable(arguments.out)  # before the work, which may take hours
         code = int(arguments.run(arguments))
@@ -1414,14 +1422,15 @@ def _elsewhere(place: Path, arguments: argparse.Namespace) -> str:
     out, stored = getattr(arguments, "out", None), getattr(arguments, "set", None)
     if within(out) or (getattr(arguments, "zoo", False) and within(out.parent / "figures")):
         return "choose another place with --out"
+    models = [getattr(arguments, name, None) for name in ("model", "source")]
+    if any(isinstance(model, str) and within(model.removeprefix("local-dir:")) for model in models):
+        return "the bundle cannot be changed there; change a copy, made by `manygates pull MODEL --out DIR`"
     if isinstance(stored, Path) and within(stored):
         return "choose another place with --set"
     if within(cache_dir()):
         return f"set {CACHE_VARIABLE} to a folder that can be written"
     if within(os.environ.get("TMPDIR")) or within(tempfile.gettempdir()):
         return "set TMPDIR to a folder that can be written"
-    if getattr(arguments, "record", False):
-        return "the card cannot be changed there; record in a copy, made by `manygates pull MODEL --out DIR`"
     return "choose another place"
 
 

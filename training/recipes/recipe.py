@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from training.augmentation import AUGMENTATIONS
 from training.objectives import EnsembleInOne, Objective
-from zoo.errors import BadInput, UnknownName
+from zoo.errors import BadInput, UnknownName, check_count
 from zoo.rgn import Sharing
 
 Schedule = Literal["step", "cosine", "cyclic"]
@@ -119,6 +119,8 @@ class Recipe:
                 f"need validate_every >= 1, held_out >= 0 and start_noise >= 0, got {self.validate_every}, "
                 f"{self.held_out} and {self.start_noise}"
             )
+        if self.train_images is not None:
+            check_count("train_images", self.train_images)
         gated = [phase.objective for phase in self.phases if isinstance(phase.objective, EnsembleInOne)]
         if gated and self.candidates < 2:
             raise BadInput(f"ensemble_in_one needs candidates >= 2 per gated layer, got {self.candidates}")
