@@ -1420,7 +1420,8 @@ def _elsewhere(place: Path, arguments: argparse.Namespace) -> str:
         return ours.is_relative_to(theirs) or (theirs.is_relative_to(ours) and not ours.is_dir())
 
     out, stored = getattr(arguments, "out", None), getattr(arguments, "set", None)
-    if within(out) or (getattr(arguments, "zoo", False) and within(out.parent / "figures")):
+    beside = getattr(arguments, "zoo", False) and isinstance(out, Path) and within(out.parent / "figures")
+    if within(out) or beside:
         return "choose another place with --out"
     models = [getattr(arguments, name, None) for name in ("model", "source")]
     if any(isinstance(model, str) and within(model.removeprefix("local-dir:")) for model in models):
