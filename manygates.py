@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import importlib.util
 import json
@@ -1372,7 +1373,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(arguments, "out", None) is not None and not getattr(arguments, "resume", False):
             check_writable(arguments.out)  # before the work, which may take hours
         code = int(arguments.run(arguments))
-        sys.stdout.flush()  # here, where a full disk is an error like any other
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()  # here, where a full disk is an error like any other
         return code
     except ManygatesError as error:
         _say(f"manygates: {error}")
@@ -1388,19 +1390,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:  # a place that cannot be written or read: by its rights, or because a disk is full
-        if error.errno is None:  # a defect of ours, or of a library's
+        told = _told(error, arguments)
+        if told is None:
             raise
-        _say(f"manygates: {_told(error, arguments)}")
+        _say(f"manygates: {told}")
         return WRONG
     except KeyboardInterrupt:
         return 130
 
 
-def _told(error: OSError, arguments: argparse.Namespace) -> str:
-    """Say in a sentence which place cannot be used, and what puts it elsewhere."""
+def _told(error: OSError, arguments: argparse.Namespace) -> str | None:
+    """Say in a sentence which place cannot be used, and what puts it elsewhere; None of errors that have no place."""
     place = error.filename2 or error.filename
+    if place is None and error.errno == errno.ENOENT:  # of tempfile, which has tried them all
+        return f"{error.strerror}; set TMPDIR to a folder that can be written"
+    if place is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return None
     if place is None:  # `zoo.files` names every other place
-        with contextlib.suppress(OSError, ValueError):  # tests may have put something else there
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed, or no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
         return f"standard output: {error.strerror}; send it to another place, or make room"
     return f"{place}: {error.strerror}; {_elsewhere(Path(str(place)), arguments)}"
@@ -1430,7 +1437,7 @@ def _elsewhere(place: Path, arguments: argparse.Namespace) -> str:
         return "choose another place with --set"
     if within(cache_dir()):
         return f"set {CACHE_VARIABLE} to a folder that can be written"
-    if within(os.environ.get("TMPDIR")) or within(tempfile.gettempdir()):
+    if within(os.environ.get("TMPDIR")) or within(tempfile.tempdir):
         return "set TMPDIR to a folder that can be written"
     return "choose another place"
 

@@ -627,6 +627,23 @@ def test_output_that_cannot_be_written_is_an_error_like_any_other(model: Path, m
     assert told.getvalue().startswith("manygates: standard output: No space left on device")
 
 
+def test_a_machine_without_a_folder_for_temporary_files_is_told_of_the_variable(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    assert "set TMPDIR to a folder that can be written" in refused("export", run, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("width", [-4, "wide", 2**40])
+def test_a_width_that_no_network_has_is_refused(width: object, tmp_path: Path) -> None:
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    option = f"network_options={json.dumps({'width': width})}"
+    assert "width" in refused("train", "smoke", "--out", tmp_path / "run", *settings, "--set", option)
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [

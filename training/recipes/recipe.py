@@ -47,6 +47,8 @@ class Phase:
             raise BadInput(f"need 0 <= momentum < 1 and weight_decay >= 0, got {self.momentum} and {self.weight_decay}")
         if self.nesterov and not self.momentum:
             raise BadInput("nesterov needs momentum > 0, got 0; set momentum=0.9 or nesterov=false")
+        for milestone in self.milestones:
+            check_count("a milestone", milestone, 0)
         for name, kind in (("schedule", Schedule), ("optimizer", Optimizer)):
             if getattr(self, name) not in get_args(kind):
                 raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
