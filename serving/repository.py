@@ -106,7 +106,7 @@ class Repository:
         A model that a client unloaded on purpose is not missing, and neither is one that came when all else was served
         and cannot be loaded: that must not stop the others. With the setting `allow_empty` nothing is ever missing.
         """
-        wanted = [entry for entry in self._entries if not entry.late or entry.state == "READY"]
+        wanted = [entry for entry in self._entries if not entry.late]
         return self._settings.allow_empty or (
             bool(wanted) and all(entry.state == "READY" or entry.unloaded for entry in wanted)
         )
@@ -273,7 +273,7 @@ class Repository:
             if other is not entry and other.state == "READY" and names:
                 raise BadInput(f"{model.card.name!r} is to be served twice; name each model once, or give it a name")
         entry.name, entry.version = model.card.name, model.version
-        entry.state, entry.reason, entry.unloaded = "READY", "", False
+        entry.state, entry.reason, entry.unloaded, entry.late = "READY", "", False, False
         entry.fingerprint = fingerprint
 
     def _failed(self, entry: Entry, error: ManygatesError) -> None:

@@ -729,11 +729,17 @@ def test_what_comes_later_and_cannot_be_loaded_does_not_stop_what_is_served(writ
     folder = write("repository/a", 1).parent
 
     async def main() -> None:
-        async with serving(settings_for(folder)) as server:
+        async with serving(settings_for(folder, allow_repository_changes=True)) as server:
             truncate(write("repository/b", 2))
             await server.refresh(2)
             assert (await server.index())["b", "1"][0] == "UNAVAILABLE"
             assert await server.ready() is True
+            write("repository/c", 3)
+            await server.refresh()
+            assert (await server.ask("c/unload")).status_code == 200
+            assert await server.ready() is True
+            shutil.rmtree(folder / "c")
+            await server.refresh(2)
             shutil.rmtree(folder / "a")
             await server.refresh(2)
             assert await server.ready() is False, "nothing is served any more"
