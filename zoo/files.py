@@ -114,8 +114,9 @@ def replace_directory(target_dir: Path) -> Iterator[Path]:
             "choose a folder inside it"
         )
     new_dir = _sibling(target_dir)
-    with writing(asked, new_dir, target_dir.parent):
+    with writing(asked, target_dir.parent):
         target_dir.parent.mkdir(parents=True, exist_ok=True)
+    with writing(asked, new_dir, target_dir):
         new_dir.mkdir()
         try:
             yield new_dir
