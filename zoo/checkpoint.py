@@ -19,7 +19,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
 
 from zoo import networks
 from zoo.data import source
@@ -31,6 +30,8 @@ from zoo.rgn import RandomGatedNetwork, Sharing, randomly_gate
 FORMAT = "manygates-weights-1"
 MOST = 1024
 """Candidates of a layer, and members of an ensemble."""
+COPIES = 16
+"""How often the tensors of a file may be made while its network is built."""
 MOST_OPTION = 65_536
 """Of a network's options, which are counts of layers and channels, and shares."""
 
@@ -79,23 +80,11 @@ class Architecture:
         """Build the network, freshly initialised from torch's global generator."""
         if self.members > 1:
             return Ensemble(self.member.build() for _ in range(self.members))
-        if self.sharing is None:
-            return self._template()
-        return randomly_gate(self._template(), candidates=self.candidates, sharing=self.sharing)
-
-    def outline(self) -> dict[str, Tensor]:
-        """Return what `network_state` returns of such a network, without values: it takes no memory."""
-        with torch.device("meta"), _Valueless():
-            if self.members > 1:
-                return network_state(Ensemble(self.member._template() for _ in range(self.members)))
-            if self.sharing is None:
-                return network_state(self._template())
-            gated = RandomGatedNetwork(self._template(), candidates=self.candidates, sharing=self.sharing)
-            return network_state(gated)
-
-    def _template(self) -> nn.Module:
         dataset = source(self.dataset)
-        return networks.build(self.network, images=dataset.format, classes=len(dataset.classes), **self.options)
+        template = networks.build(self.network, images=dataset.format, classes=len(dataset.classes), **self.options)
+        if self.sharing is None:
+            return template
+        return randomly_gate(template, candidates=self.candidates, sharing=self.sharing)
 
 
 def _numbers(options: object) -> Iterator[float]:
@@ -105,19 +94,6 @@ def _numbers(options: object) -> Iterator[float]:
             yield from _numbers(entry)
     elif isinstance(options, (int, float)):
         yield options
-
-
-class _Valueless(TorchFunctionMode):
-    """Does without values what torch would import its compiler for, for seconds: initialising and stacking."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass on everything else."""
-        kwargs = kwargs or {}
-        if func is torch.stack:
-            return args[0][0].new_empty((len(args[0]), *args[0][0].shape))
-        if func is Tensor.normal_ or getattr(func, "__module__", None) == nn.init.__name__:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 def network_state(network: nn.Module) -> dict[str, Tensor]:
@@ -137,7 +113,19 @@ def load_network_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: names or shapes differ; the message says which.
     """
-    _check_state(network_state(network), state)
+    expected = network_state(network)
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    shapes = [
+        f"{name} {_kind(state[name])} instead of {_kind(expected[name])}"
+        for name in sorted(expected.keys() & state.keys())
+        if _kind(state[name]) != _kind(expected[name])
+    ]
+    if missing or unknown or shapes:
+        raise CheckpointError(
+            "these weights belong to another network: "
+            f"missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}, shapes {shapes[:3] or 'equal'} "
+            f"({len(missing)}, {len(unknown)} and {len(shapes)} in all); check the network's name and options"
+        )
     with torch.no_grad():
         if not isinstance(network, RandomGatedNetwork):
             network.load_state_dict(dict(state))
@@ -153,73 +141,56 @@ def load_network_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 def assembled(architecture: Architecture, state: Mapping[str, Tensor]) -> nn.Module:
     """Build a network and copy what `network_state` returned into it; in evaluation mode.
 
-    Nothing is built unless the tensors are those of the architecture, so that a file makes nothing larger than itself.
+    What is claimed is compared with the tensors first, and building stops where it gets larger than they are: a file
+    makes nothing that it does not hold.
 
     Raises:
-        CheckpointError: they are not; the message says in which names or shapes.
-    """
-    check_fits(architecture, state)
-    network = architecture.build()
-    load_network_state(network, state)
-    return network.eval()
-
-
-def check_fits(architecture: Architecture, state: Mapping[str, Tensor]) -> None:
-    """Compare the names and shapes of tensors with those of an architecture, without memory for any of its own.
-
-    Raises:
-        CheckpointError: they differ; the message says in what.
+        CheckpointError: they belong to another network; the message says in which names or shapes.
     """
     claimed = "these weights belong to another network than their header claims"
     if architecture.gated and not any(tensor.shape[:1] == (architecture.candidates,) for tensor in state.values()):
         raise CheckpointError(f"{claimed}: no tensor is stacked over {architecture.candidates} candidates")
-    most = len(state) * architecture.candidates
+    if architecture.members > 1 and not any(name.startswith(f"members.{architecture.members - 1}.") for name in state):
+        raise CheckpointError(f"{claimed}: there are no tensors of {architecture.members} members")
     try:
-        with _at_most_parameters(2 * most):  # twice: a template, and the candidates made of it
-            expected = architecture.outline()
-    except _TooManyError as error:
-        raise CheckpointError(f"{claimed}: it has far more parameters than the {len(state)} tensors here") from error
+        with _no_larger_than(state, architecture.candidates):
+            network = architecture.build()
+    except _TooLargeError as error:
+        raise CheckpointError(f"{claimed}: it is far larger than the {len(state)} tensors here") from error
     except BadInput as error:
         raise CheckpointError(f"{claimed}: {error}; export the bundle again") from error
-    _check_state(expected, state)
+    load_network_state(network, state)
+    return network.eval()
 
 
-class _TooManyError(Exception):
-    """A network has more parameters than it should."""
+class _TooLargeError(Exception):
+    """A network has more parameters than there are."""
 
 
 @contextmanager
-def _at_most_parameters(most: int) -> Iterator[None]:
-    """Stop whatever this thread builds in the block at so many parameters: an option may ask for billions of layers."""
-    thread, seen = threading.get_ident(), 0
+def _no_larger_than(state: Mapping[str, Tensor], candidates: int) -> Iterator[None]:
+    """Stop what this thread builds in the block where it gets larger than the tensors of a network.
 
-    def count(*_: object) -> None:
-        nonlocal seen
-        if threading.get_ident() == thread:
-            seen += 1
-            if seen > most:
-                raise _TooManyError
+    An option may ask for billions of layers or channels. A parameter is counted before it is initialised, when it is
+    no more than a reservation of memory.
+    """
+    # a gated network is made of a template, of its candidates, and perhaps of copies to check them by
+    numbers = sum(map(Tensor.numel, state.values()))
+    left = {"parameters": COPIES * len(state) * candidates, "numbers": COPIES * numbers}
+    thread = threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: Tensor | None) -> None:
+        if parameter is not None and threading.get_ident() == thread:
+            left["parameters"] -= 1
+            left["numbers"] -= parameter.numel()
+            if min(left.values()) < 0:
+                raise _TooLargeError
 
     hook = register_module_parameter_registration_hook(count)
     try:
         yield
     finally:
         hook.remove()
-
-
-def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    shapes = [
-        f"{name} {_kind(state[name])} instead of {_kind(expected[name])}"
-        for name in sorted(expected.keys() & state.keys())
-        if _kind(state[name]) != _kind(expected[name])
-    ]
-    if missing or unknown or shapes:
-        raise CheckpointError(
-            "these weights belong to another network: "
-            f"missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}, shapes {shapes[:3] or 'equal'} "
-            f"({len(missing)}, {len(unknown)} and {len(shapes)} in all); check the network's name and options"
-        )
 
 
 def _kind(tensor: Tensor) -> str:
