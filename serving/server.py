@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -55,7 +55,7 @@ def build(settings: Settings) -> Application:
     repository = Repository(settings)
     application = Application(repository.load_all(), settings, repository)
     if settings.demo:
-        _mount_demo(application)
+        _mount_demo(application, [model.source for model in settings.model_settings])
     return application
 
 
@@ -285,11 +285,10 @@ class Server(uvicorn.Server):
             logger.error("the certificate stays as it was: %s", error)
 
 
-def _mount_demo(application: Application) -> None:
+def _mount_demo(application: Application, models: Sequence[str]) -> None:
     try:
         demo = importlib.import_module("serving.demo")  # not above: it is an extra, and may load torch
     except ModuleNotFoundError as error:
         raise BadInput(f"the demo needs {error.name!r}; install it with `pip install 'manygates[demo]'`") from error
-    settings = application.settings
-    models = [model.source for model in settings.model_settings]
-    application.rest = demo.mount(application.starlette, "/demo", models, max_pixels=settings.max_image_pixels)
+    most = application.settings.max_image_pixels
+    application.rest = demo.mount(application.starlette, "/demo", list(models), max_pixels=most)
