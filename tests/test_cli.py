@@ -627,6 +627,7 @@ def test_output_that_cannot_be_written_is_an_error_like_any_other(model: Path, m
     assert told.getvalue().startswith("manygates: standard output: No space left on device")
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_folder_for_temporary_files_is_told_of_the_variable(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
