@@ -13,6 +13,8 @@ Nothing heavy is imported before it is needed: `manygates serve` never loads tor
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
 import importlib.util
 import json
@@ -53,6 +55,11 @@ PROTOCOLS = (
 )
 PRECISIONS = ("fp32", "int8")
 JUDGING_DRAWS = 20
+COUNTS = {
+    **dict.fromkeys(("calibration_images", "attacked", "queries", "draws"), 1),
+    **dict.fromkeys(("images", "steps", "restarts"), 0),  # whoever takes them says what 0 would mean
+}
+"""Options that count something -> the least they may be."""
 ATTACK_FILES = ("clean.png", "adversarial.png", "perturbation.png", "report.json")
 
 # name -> (module, attribute); resolved on first use
@@ -865,12 +872,15 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _check_recordable(arguments: argparse.Namespace) -> None:
     from zoo.catalogue import resolve
     from zoo.errors import BadInput
+    from zoo.files import check_writable
 
     if arguments.record and resolve(arguments.model).kind != "local":
         raise BadInput(
             f"--record writes into a bundle of yours, and {arguments.model} is the package's or the hub's; "
             f"first manygates pull {arguments.model} --to DIR, then {arguments.command} local-dir:DIR"
         )
+    if arguments.record and (folder := resolve(arguments.model).folder) is not None:
+        check_writable(folder)  # before the work, which may take hours
 
 
 def _rounds(arguments: argparse.Namespace, card: Card) -> bool:
@@ -1364,10 +1374,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"manygates: {problem}")
         return WRONG
     arguments = parser().parse_args(argv)
-    from zoo.errors import ManygatesError
+    from zoo.errors import ManygatesError, check_count
+    from zoo.files import check_writable
 
     try:
-        return int(arguments.run(arguments))
+        for name, lowest in COUNTS.items():
+            if type(number := getattr(arguments, name, None)) is int:  # the server's settings are texts here
+                check_count(f"--{name.replace('_', '-')}", number, lowest)
+        if getattr(arguments, "out", None) is not None and not getattr(arguments, "resume", False):
+            check_writable(arguments.out)  # before the work, which may take hours
+        code = int(arguments.run(arguments))
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()  # here, where a full disk is an error like any other
+        return code
     except ManygatesError as error:
         _say(f"manygates: {error}")
         return WRONG
@@ -1378,14 +1397,60 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(f"manygates: {error.name} is not installed; pip install 'manygates[{extra}]'")
         return WRONG
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:  # a place the user named
-        _say(f"manygates: {error.strerror}: {error.filename}; choose another place")
-        return WRONG
     except BrokenPipeError:  # the reader of our output went away: `manygates list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except OSError as error:  # a place that cannot be written or read: by its rights, or because a disk is full
+        told = _told(error, arguments)
+        if told is None:
+            raise
+        _say(f"manygates: {told}")
+        return WRONG
     except KeyboardInterrupt:
         return 130
+
+
+def _told(error: OSError, arguments: argparse.Namespace) -> str | None:
+    """Say in a sentence which place cannot be used, and what puts it elsewhere; None of errors that have no place."""
+    place = error.filename2 or error.filename
+    if place is None and error.errno == errno.ENOENT:  # of tempfile, which has tried them all
+        return f"{error.strerror}; set TMPDIR to a folder that can be written"
+    if place is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return None
+    if place is None:  # `zoo.files` names every other place
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed, or no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        return f"standard output: {error.strerror}; send it to another place, or make room"
+    return f"{place}: {error.strerror}; {_elsewhere(Path(str(place)), arguments)}"
+
+
+def _elsewhere(place: Path, arguments: argparse.Namespace) -> str:
+    """Say which setting makes a command use another place than this one."""
+    import tempfile
+
+    from zoo.cache import CACHE_VARIABLE, cache_dir
+
+    def within(folder: object) -> bool:
+        """Whether the place is in a folder, or is what that folder was to be made in."""
+        if not folder:
+            return False
+        ours, theirs = place.absolute(), Path(str(folder)).absolute()
+        return ours.is_relative_to(theirs) or (theirs.is_relative_to(ours) and not ours.is_dir())
+
+    out, stored = getattr(arguments, "out", None), getattr(arguments, "set", None)
+    beside = getattr(arguments, "zoo", False) and isinstance(out, Path) and within(out.parent / "figures")
+    if within(out) or beside:
+        return "choose another place with --out"
+    models = [getattr(arguments, name, None) for name in ("model", "source")]
+    if any(isinstance(model, str) and within(model.removeprefix("local-dir:")) for model in models):
+        return "the bundle cannot be changed there; change a copy, made by `manygates pull MODEL --out DIR`"
+    if isinstance(stored, Path) and within(stored):
+        return "choose another place with --set"
+    if within(cache_dir()):
+        return f"set {CACHE_VARIABLE} to a folder that can be written"
+    if within(os.environ.get("TMPDIR")) or within(tempfile.tempdir):
+        return "set TMPDIR to a folder that can be written"
+    return "choose another place"
 
 
 if __name__ == "__main__":

@@ -83,6 +83,8 @@ class Application:
             raise BadInput("no model to serve; name at least one")
         self.service = Service(models, self.settings)
         self.repository = repository
+        if repository is not None:
+            self.service.complete = lambda: repository.complete
         self.admission = Admission(self.settings)
         self.tracer = _tracer(self.settings)
         self._edge = Edge(self._route, self.settings, self.admission, self._refuse, self.tracer)
@@ -124,7 +126,7 @@ class Application:
 
     @property
     def ready(self) -> bool:
-        """Whether every model takes requests, and will for a while."""
+        """Whether all is served that should be, and every model takes requests, and will for a while."""
         return self.service.ready
 
     def begin_drain(self) -> None:
@@ -393,7 +395,8 @@ class Application:
             raise busy(429, "queue_full", f"{_MAX_DECODING} images are being decoded; try again in a second")
         try:
             async with asyncio.timeout(timeout):
-                return await self._decoders.run(functools.partial(decode_image, content, served.model.card.input))
+                decode = functools.partial(decode_image, max_pixels=self.settings.max_image_pixels)
+                return await self._decoders.run(functools.partial(decode, content, served.model.card.input))
         except TimeoutError as error:
             raise self.service.failure(served, DeadlineExceeded()) from error
         except UnsupportedImage as error:
@@ -444,8 +447,7 @@ class Application:
 
     async def _model_ready(self, request: Request) -> Response:
         served = self._model_of(request)
-        ready = self.ready and served.queue.accepting
-        return _readiness({"name": served.name, "ready": ready}, ready)
+        return _readiness({"name": served.name, "ready": served.ready}, served.ready)
 
     async def _model_config(self, request: Request) -> Response:
         return JSONResponse(self._model_of(request).configuration())
@@ -464,8 +466,8 @@ class Application:
         repository = self.changeable()
         if (await self._json(request)).get("parameters"):
             raise bad_request("a model is loaded as the operator configured it; send no parameters")
-        await repository.load(self.service, request.path_params["model"])
-        return JSONResponse({})
+        gone = await repository.load(self.service, request.path_params["model"])
+        return JSONResponse({"gone": gone} if gone else {})
 
     async def _unload(self, request: Request) -> Response:
         repository = self.changeable()

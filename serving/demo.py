@@ -45,7 +45,7 @@ from zoo.catalogue import list_bundled, open_model, pin
 from zoo.derive import Ensemble, folded_copy, mean_probability
 from zoo.errors import BadImage, BadInput, ManygatesError, MissingFile, UnknownName
 from zoo.models import load_rgn, member_networks, weights_file
-from zoo.pictures import FORMATS, decode_image, encode_png
+from zoo.pictures import DAMAGE, FORMATS, MAX_PIXELS, decode_image, encode_png
 from zoo.rgn import RandomGatedNetwork
 
 Levels = NDArray[np.uint8]
@@ -218,12 +218,14 @@ def png_distance(clean_png: bytes, adversarial_png: bytes) -> int:
 class Shelf:
     """The models on offer: their cards at once, their weights when they are first attacked."""
 
-    def __init__(self, models: Sequence[str]) -> None:
+    def __init__(self, models: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> None:
         """Open the bundles of `models`; all that come with the package if there are none.
 
         Raises:
             ManygatesError: if a model cannot be found or opened, or holds no weights; or if two have the same name.
         """
+        self.max_pixels = max_pixels
+        """Of an uploaded image."""
         self._bundles: dict[str, Bundle] = {}
         self._loaded: dict[tuple[str, str], Contestant] = {}
         for model in models or [card.name for card in list_bundled()]:
@@ -384,7 +386,7 @@ def contest(shelf: Shelf, content: bytes, settings: Settings) -> tuple[Outcome, 
         UnknownName: if a model is not on offer.
     """
     contestants = shelf.contestant(settings.model_a), shelf.contestant(settings.model_b)
-    clean = [_levels(content, contestant.card) for contestant in contestants]
+    clean = [_levels(content, contestant.card, shelf.max_pixels) for contestant in contestants]
     _check_still(content)
     if settings.scenario != "own":
         _check_comparable(*contestants)
@@ -419,14 +421,17 @@ def contest(shelf: Shelf, content: bytes, settings: Settings) -> tuple[Outcome, 
 
 def _check_still(content: bytes) -> None:
     """Refuse an image that can be decoded but moves: of an animation the decoder takes the first frame."""
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        frames = getattr(image, "n_frames", 1)
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            frames = getattr(image, "n_frames", 1)
+    except DAMAGE:  # in its metadata, which the decoder leaves alone
+        return
     if frames > 1:
         raise BadImage(f"the image is an animation of {frames} frames, expected a still image; export one frame")
 
 
-def _levels(content: bytes, card: Card) -> Levels:
-    levels: Levels = np.rint(decode_image(content, card.input)[0] * 255).astype(np.uint8)
+def _levels(content: bytes, card: Card, max_pixels: int = MAX_PIXELS) -> Levels:
+    levels: Levels = np.rint(decode_image(content, card.input, max_pixels=max_pixels)[0] * 255).astype(np.uint8)
     return levels
 
 
@@ -830,7 +835,7 @@ class _Side:
     results: list[Any]
 
 
-def build(models: list[str]) -> gr.Blocks:
+def build(models: list[str], *, max_pixels: int = MAX_PIXELS) -> gr.Blocks:
     """Build the page for `models`; for all that come with the package if the list is empty.
 
     Its endpoint "/attack" can be called with gradio_client; docs/demo.md shows how.
@@ -838,7 +843,7 @@ def build(models: list[str]) -> gr.Blocks:
     Raises:
         ManygatesError: if a model cannot be found or opened, or holds no weights; or if two have the same name.
     """
-    shelf = Shelf(models)
+    shelf = Shelf(models, max_pixels=max_pixels)
     # uploads and results are deleted after an hour, looked for every hour
     with gr.Blocks(title="manygates: attack two models", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(_INTRODUCTION)
@@ -1175,15 +1180,15 @@ def _test_images(name: str) -> data.Images:
 # ----------------------------------------------------------------------------------------------------------- to the web
 
 
-def mount(app: Starlette, path: str, models: list[str]) -> ASGIApp:
+def mount(app: Starlette, path: str, models: list[str], *, max_pixels: int = MAX_PIXELS) -> ASGIApp:
     """Add the page for `models` to `app` under `path`, like "/demo", and return the application.
 
-    From here on torch computes with one thread in this process.
+    From here on torch computes with one thread in this process. `max_pixels` is of an uploaded image.
 
     Raises:
         ManygatesError: as `build`.
     """
-    page = build(models)
+    page = build(models, max_pixels=max_pixels)
     # One small image is too little work to share, and the server beside it needs the other cores.
     torch.set_num_threads(1)
     # Only `launch` sets this, and without it gradio (6.31) takes any file of this machine for an upload.

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from serving.exits import LAST_EXIT, ExitChoice, always_last, choose_exit, num_exits
@@ -22,6 +21,7 @@ from serving.gates import GateSource, SystemGates, open_gated
 from zoo.bundle import EARLY_EXIT_FILE, Bundle
 from zoo.card import Card
 from zoo.errors import BadInput, BundleError, UnknownName
+from zoo.runtime import runtime as _runtime
 
 Mode = Literal["single", "ensemble", "random"]
 Device = Literal["cpu", "cuda"]
@@ -29,7 +29,6 @@ Precision = Literal["fp32", "int8"]
 GateScope = Literal["image", "batch"]
 
 VARIANT_OF_MODE: dict[str, str] = {"single": "single", "ensemble": "ensemble", "random": "gated"}
-_runtime: Any = onnxruntime  # it re-exports its names without saying so, which strict typing refuses
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INPUT, _GATES, _LIMITS, _OUTPUTS = "images", "gates", "limits", ["probabilities", "logits"]
 _EXIT, _AGREEMENT = "exit", "agreement"

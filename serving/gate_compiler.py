@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
+
+from zoo.runtime import runtime as _runtime
 
 Scope = Literal["image", "batch"]
 Array = NDArray[Any]
 
-_runtime: Any = onnxruntime  # it re-exports its names without saying so, which strict typing refuses
 _IMAGES, _GATES, _OUTPUTS = "images", "gates", ("logits", "probabilities")
 _BLOCKED = "com.microsoft.nchwc"
 _OURS = "manygates/"  # no name of a graph that ONNX Runtime wrote begins like this

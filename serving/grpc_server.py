@@ -420,7 +420,7 @@ class _Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
             served = self._service.find(name, version)
         except RequestError:
             return False
-        return self._service.ready and served.queue.accepting
+        return served.ready
 
     async def _model_metadata(self, request: Any, call: _Call) -> Any:
         served = self._find(request.name, request.version, call)
@@ -553,7 +553,7 @@ class _Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         """Return the status of the server (an empty name), the protocol's service or a model; None for other names."""
         if name in ("", SERVICE):
             ready = self._service.ready and not self.stopping.is_set()
-        elif name in self._service.names:
+        elif name in self._service.names or any(name == entry["name"] for entry in self._application.index()):
             ready = self._is_ready(name) and not self.stopping.is_set()
         else:
             return None

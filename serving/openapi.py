@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from serving.protocol import AGREEMENT, EXIT, INPUT, OUTPUTS, SUSPICIOUS
 from serving.service import MAX_DRAWS, Served, Service
-from zoo.pictures import MAX_PIXELS
 
 Json = dict[str, Any]
 
@@ -105,7 +104,10 @@ def _paths(service: Service) -> Json:
         "/v2": {"get": _get("server_metadata", "server", "The server's name, version and extensions.", "Server")},
         "/v2/health/live": {"get": _get("server_live", "server", "Whether the process answers.", "Live")},
         "/v2/health/ready": {
-            "get": _ready(_get("server_ready", "server", "Whether every model takes requests.", "Ready"), "Ready")
+            "get": _ready(
+                _get("server_ready", "server", "Whether all models that should be served take requests.", "Ready"),
+                "Ready",
+            )
         },
         "/v2/repository/index": {
             "post": {
@@ -122,7 +124,7 @@ def _paths(service: Service) -> Json:
         off = "" if service.settings.allow_repository_changes else " Not allowed on this server, so always 403."
         paths[f"/v2/repository/models/{{model}}/{verb}"] = {
             "post": {
-                **_get(f"model_{verb}", "models", what, "Nothing"),
+                **_get(f"model_{verb}", "models", what, "Loaded" if verb == "load" else "Nothing"),
                 "description": what + off,
                 "parameters": [_parameter("KnownModel")],
                 "requestBody": _optional_body("LoadRequest" if verb == "load" else "UnloadRequest"),
@@ -191,7 +193,8 @@ def _optional_body(schema: str) -> Json:
 
 
 def _classify(service: Service) -> Json:
-    what = f"PNG, JPEG or WEBP, up to {MAX_PIXELS:,} pixels; brought to the model's size by its card's rule."
+    most = service.settings.max_image_pixels
+    what = f"PNG, JPEG or WEBP, up to {most:,} pixels; brought to the model's size by its card's rule."
     binary = {"type": "string", "format": "binary"}
     form = {
         "type": "object",
@@ -380,6 +383,16 @@ def _schemas(served: list[Served], max_images: int) -> Json:
             {"error": {"type": "string", "description": "What was wrong, what was expected, what to do."}}
         ),
         "Nothing": {"type": "object"},
+        "Loaded": {
+            "type": "object",
+            "properties": {
+                "gone": {
+                    "type": "array",
+                    "items": {"type": "string"},
+                    "description": "Versions that have gone from the repository, and are served no longer.",
+                }
+            },
+        },
         "OpenApi": {"type": "object", "required": ["openapi", "info", "paths"]},
         "Live": _object({"live": {"type": "boolean"}}),
         "Ready": _object({"ready": {"type": "boolean"}}),

@@ -60,7 +60,7 @@ def app(arguments: Mapping[str, Any]) -> Any:
 
         def check_health(self) -> None:
             """Tell Ray whether to keep this replica: it asks every few seconds, and replaces one that fails thrice."""
-            if not self.app.ready:  # type: ignore[attr-defined]  # what `application` returned; Ray puts it there
+            if not self.app.service.healthy:  # type: ignore[attr-defined]  # what `application` returned; Ray puts it there
                 raise RuntimeError("a model of this replica takes no requests")
 
     deployment = serve.deployment(

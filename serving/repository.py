@@ -2,14 +2,17 @@
 
 A source is a bundle, or a folder of numbered versions of it (`NAME/1`, `NAME/2`), of which the latest is served. A
 model is loaded, its checksums checked and warmed up on a thread beside the event loop, and takes the place of the one
-before only when all of that has succeeded: a bundle that is damaged or half copied never stops a model that works.
+before only when all of that has succeeded: a bundle that is damaged or half copied never stops a model that works, and
+neither does a repository that cannot be read for a while.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import re
+import stat
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +32,7 @@ logger = logging.getLogger("manygates.serving")
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
+_MOMENT: Final = 0.1  # seconds; a bundle is replaced by two renames
 
 
 @dataclasses.dataclass
@@ -48,6 +52,8 @@ class Entry:
     """Whether a client asked not to serve it."""
     missing: bool = False
     """Whether its card was not there at the last look; while a bundle is replaced it is away for a moment."""
+    late: bool = False
+    """Whether it was found when all else was served; it costs no readiness if it cannot be loaded."""
 
 
 class Repository:
@@ -61,11 +67,16 @@ class Repository:
         """
         self._settings = settings
         self._entries: list[Entry] = [Entry(settings=model) for model in settings.model_settings]
-        self._folder = Path(settings.model_repository).resolve() if settings.model_repository else None
+        # not resolved: a link is followed at every look, because a release may be made by changing it
+        self._folder = Path(settings.model_repository).absolute() if settings.model_repository else None
         if self._folder is not None and not self._folder.is_dir():
             raise BadInput(f"model_repository is {settings.model_repository!r}, expected a folder of bundles")
+        self._seen: tuple[int, int] | None = None
+        """Device and inode of the folder when it was last read."""
+        self._away = ""
+        """Why the folder cannot be read; empty if it can."""
         self._lock = asyncio.Lock()
-        self._loading: set[asyncio.Future[None]] = set()
+        self._loading: set[asyncio.Future[list[str]]] = set()
         self._find()
 
     def load_all(self) -> list[Model]:
@@ -88,6 +99,28 @@ class Repository:
             models.append(model)
         return models
 
+    @property
+    def complete(self) -> bool:
+        """Whether all is served that should be: what the settings name and what the repository's folder holds.
+
+        A model that a client unloaded on purpose is not missing, and neither is one that came when all else was served
+        and cannot be loaded: that must not stop the others. With the setting `allow_empty` nothing is ever missing.
+        """
+        wanted = [entry for entry in self._entries if not entry.late]
+        return self._settings.allow_empty or (
+            bool(wanted) and all(entry.state == "READY" or entry.unloaded for entry in wanted)
+        )
+
+    def missing(self) -> str:
+        """Say what should be served and is not, and what can be done; empty if nothing is missing."""
+        if self.complete:
+            return ""
+        lacking = [entry.name or entry.settings.source for entry in self._entries if entry.state != "READY"]
+        what = f"{', '.join(lacking)} cannot be loaded" if lacking else "the model repository is empty"
+        if self._settings.reload_seconds or self._settings.allow_repository_changes:
+            return f"{what}; the server is ready when that is mended, or at once with --allow-empty"
+        return f"{what}, and nobody looks again; set --reload-seconds, or --allow-empty to be ready all the same"
+
     def index(self) -> list[dict[str, str]]:
         """Return what the protocol calls the repository's index."""
         return [
@@ -96,34 +129,56 @@ class Repository:
             for entry in self._entries
         ]
 
-    async def load(self, service: Service, name: str) -> None:
-        """Load a model of the index, again if it is served already.
+    async def load(self, service: Service, name: str) -> list[str]:
+        """Load a model of the index, all of its versions, again if they are served already.
+
+        A version that has gone from the repository is served no longer. What can be loaded is, whatever else fails.
+
+        Returns:
+            The versions that have gone.
 
         Raises:
-            RequestError: 404 if there is none of this name, 400 if it cannot be loaded.
+            RequestError: 404 if there is none of this name, 400 if a version cannot be loaded; it says which.
         """
         # a client that gives up stops nothing in the middle: what is served and what the index says stay the same
         task = asyncio.ensure_future(self._load_named(service, name))
         self._loading.add(task)
         task.add_done_callback(self._ended)
-        await asyncio.shield(task)
+        return await asyncio.shield(task)
 
-    def _ended(self, task: asyncio.Future[None]) -> None:
+    def _ended(self, task: asyncio.Future[list[str]]) -> None:
         self._loading.discard(task)
         if not task.cancelled():
             task.exception()  # told whoever still waits, and in the log and the index
 
-    async def _load_named(self, service: Service, name: str) -> None:
+    async def _load_named(self, service: Service, name: str) -> list[str]:
         async with self._lock:
-            await asyncio.to_thread(self._find)
-            failure: ManygatesError | None = None
+            readable = await asyncio.to_thread(self._find)
+            gone: list[str] = []
+            loaded: list[str] = []
+            failures: list[tuple[str, ManygatesError]] = []
             for entry in self._entries_of(name):
+                if readable and entry.of_folder and await _has_gone(entry):
+                    gone.append(entry.version)
+                    self._forget(service, entry)
+                    continue
                 try:
                     await self._renew(service, entry)
+                    loaded.append(entry.version)
                 except ManygatesError as error:
-                    failure = error
-            if failure is not None:
-                raise RequestError(400, "load_failed", f"{name} was not loaded: {self._without_paths(failure)}")
+                    failures.append((entry.version, error))
+            if failures:
+                reasons = [
+                    (f"version {version}: " if len(failures) > 1 or loaded or gone else "") + self._without_paths(error)
+                    for version, error in failures
+                ]
+                told = "; ".join(reasons) + (f". Loaded: version {', '.join(loaded)}" if loaded else "")
+                raise RequestError(400, "load_failed", f"{name} was not loaded{' in full' * bool(loaded)}: {told}")
+            if not loaded:
+                raise RequestError(
+                    404, "unknown_model", f"{name} has gone from the repository, and is served no longer"
+                )
+            return gone
 
     async def unload(self, service: Service, name: str) -> None:
         """Serve a model no longer; it can be loaded again.
@@ -148,25 +203,37 @@ class Repository:
                 logger.exception("looking for changed bundles failed")
 
     async def refresh(self, service: Service) -> None:
-        """Load again whatever has changed, and what is new in the repository's folder; drop what has gone from it."""
+        """Load again whatever has changed, and what is new in the repository's folder; drop what has gone from it.
+
+        While the folder cannot be read, nothing has gone from it.
+        """
         async with self._lock:
-            await asyncio.to_thread(self._find)
+            readable = await asyncio.to_thread(self._find)
             for entry in list(self._entries):
-                if entry.of_folder and not (_folder_of(entry) / CARD_FILE).is_file():
+                if entry.of_folder and not readable:
+                    continue
+                if entry.of_folder and await asyncio.to_thread(_is_file, _folder_of(entry) / CARD_FILE) is False:
                     if entry.missing:
                         self._forget(service, entry)
                     entry.missing = True
-                    continue
-                entry.missing = False
-                if entry.unloaded or not (found := await asyncio.to_thread(self._fingerprint, entry)):
-                    continue
-                if found == entry.fingerprint:
-                    entry.reason = ""  # what could not be loaded has been taken back
-                    continue
-                try:
-                    await self._renew(service, entry)
-                except ManygatesError:
-                    continue  # it is in the log and the index
+                elif not entry.unloaded:
+                    await self._look_again(service, entry)
+
+    async def _look_again(self, service: Service, entry: Entry) -> None:
+        """Load a bundle again if it has changed; whatever is wrong with it is in the log and the index."""
+        try:
+            found = await asyncio.to_thread(self._fingerprint, entry)
+        except ManygatesError as error:
+            if entry.missing or entry.of_folder:  # of a bundle that is named: not while it is being replaced
+                self._failed(entry, error)
+            entry.missing = True
+            return
+        entry.missing = False
+        if found == entry.fingerprint:
+            entry.reason = ""  # what could not be loaded has been taken back
+        elif found:
+            with contextlib.suppress(ManygatesError):
+                await self._renew(service, entry)
 
     def _forget(self, service: Service, entry: Entry) -> None:
         """Serve no longer what has gone from the repository's folder."""
@@ -194,11 +261,10 @@ class Repository:
     def _load(self, entry: Entry) -> tuple[Model, str]:
         """Load a model, perhaps on a thread beside the event loop; returns it and its card's fingerprint."""
         try:
+            self._check_inside(entry)
             return load(entry.settings, self._settings, version=entry.version)
         except OSError as error:  # it is being written, or may not be read
-            raise BundleError(
-                f"{_folder_of(entry)} cannot be read ({error.strerror or error}); expected a bundle"
-            ) from error
+            raise _unreadable(_folder_of(entry), error) from error
 
     def _loaded(self, entry: Entry, model: Model, fingerprint: str) -> None:
         """Note that a model is about to be served."""
@@ -207,7 +273,7 @@ class Repository:
             if other is not entry and other.state == "READY" and names:
                 raise BadInput(f"{model.card.name!r} is to be served twice; name each model once, or give it a name")
         entry.name, entry.version = model.card.name, model.version
-        entry.state, entry.reason, entry.unloaded = "READY", "", False
+        entry.state, entry.reason, entry.unloaded, entry.late = "READY", "", False, False
         entry.fingerprint = fingerprint
 
     def _failed(self, entry: Entry, error: ManygatesError) -> None:
@@ -233,33 +299,70 @@ class Repository:
         return re.sub(r"(?:/[^\s/:;,()'\"]+){2,}", "…", text)
 
     def _fingerprint(self, entry: Entry) -> str:
+        """Return what changes when the bundle of an entry does; empty where that cannot be seen.
+
+        Raises:
+            ManygatesError: if it is not there, or cannot be read.
+        """
         try:
+            self._check_inside(entry)
             source, _ = _versioned(entry.settings.source) if not entry.of_folder else (entry.settings.source, "")
             return _fingerprint(source)
-        except (ManygatesError, OSError):
-            return ""
-
-    def _find(self) -> None:
-        """Add what is new in the repository's folder."""
-        if self._folder is None:
-            return
-        known = {entry.settings.source for entry in self._entries}
-        try:
-            found = [
-                (place, *bundle)
-                for place in sorted(self._folder.iterdir())
-                if _NAME.fullmatch(place.name)  # others are hidden, or half written
-                for bundle in _bundles_in(place)
-            ]
         except OSError as error:
-            logger.error("the model repository cannot be read (%s)", error.strerror or error)
-            return
+            raise _unreadable(_folder_of(entry), error) from error
+
+    def _check_inside(self, entry: Entry) -> None:
+        """Refuse a bundle of the repository that is a link to somewhere else by now."""
+        if entry.of_folder and not self._is_inside(_folder_of(entry)):
+            raise BundleError(f"{_folder_of(entry)} is a link that leads out of the model repository; copy the bundle")
+
+    def _is_inside(self, folder: Path) -> bool:
+        assert self._folder is not None
+        try:
+            return (folder / CARD_FILE).resolve().is_relative_to(self._folder.resolve())
+        except RuntimeError:  # a link that leads to itself
+            return False
+
+    def _find(self) -> bool:
+        """Add what is new in the repository's folder; returns False if the folder cannot be read now."""
+        if self._folder is None:
+            return True
+        try:
+            identity = self._folder.stat()
+            places = [place for place in sorted(self._folder.iterdir()) if _NAME.fullmatch(place.name)]
+        except OSError as error:
+            return self._note_away(error.strerror or str(error))
+        known = {entry.settings.source for entry in self._entries}
+        found = [(place, *bundle) for place in places for bundle in self._bundles_of(place)]
+        seen = (identity.st_dev, identity.st_ino)
+        if not found and self._seen not in (None, seen) and any(entry.of_folder for entry in self._entries):
+            # what is left of a mount that has gone is an empty folder, and not the one that was there before
+            return self._note_away("another folder is there, and it is empty")
+        if self._away:
+            logger.info("the model repository can be read again")
+        self._seen, self._away = seen, ""
+        late = self.complete
         for place, folder, version in found:
             source = f"{LOCAL_PREFIX}{folder}"
-            # no link to somewhere else
-            if source not in known and (folder / CARD_FILE).resolve().is_relative_to(self._folder):
+            if source not in known and self._is_inside(folder):  # no link to somewhere else
                 own = self._settings.settings_of(ModelTable(source=source, name=place.name))
-                self._entries.append(Entry(settings=own, name=place.name, version=version, of_folder=True))
+                entry = Entry(settings=own, name=place.name, version=version, of_folder=True, late=late)
+                self._entries.append(entry)
+        return True
+
+    def _bundles_of(self, place: Path) -> list[tuple[Path, str]]:
+        """Return the bundles in one folder of the repository; of one that cannot be read, the folder itself."""
+        try:
+            return _bundles_in(place)
+        except OSError:  # loading it says why
+            loaded = any(place in (folder := _folder_of(entry), folder.parent) for entry in self._entries)
+            return [] if loaded else [(place, VERSION)]
+
+    def _note_away(self, reason: str) -> bool:
+        if self._away != reason:  # once, not at every look
+            logger.error("the model repository cannot be read (%s); what was loaded is still served", reason)
+        self._away = reason
+        return False
 
 
 def described(model: Model) -> str:
@@ -387,7 +490,30 @@ def _fingerprint(source: str) -> str:
     try:
         return hashlib.sha256((place / CARD_FILE).read_bytes()).hexdigest()
     except OSError as error:
-        raise BundleError(f"{place / CARD_FILE} cannot be read ({error.strerror}); expected a bundle") from error
+        raise _unreadable(place / CARD_FILE, error) from error
+
+
+def _unreadable(folder: Path, error: OSError) -> BundleError:
+    return BundleError(f"{folder} cannot be read ({error.strerror or error}); expected a bundle")
+
+
+def _is_file(place: Path) -> bool | None:
+    """Whether there is a file of this name; None if that cannot be told, for lack of a permission or a mount."""
+    try:
+        return stat.S_ISREG(place.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return None
+
+
+async def _has_gone(entry: Entry) -> bool:
+    """Whether the bundle of an entry is not there, at two looks: while it is replaced it is away for a moment."""
+    for wait in (0.0, _MOMENT):
+        await asyncio.sleep(wait)
+        if await asyncio.to_thread(_is_file, _folder_of(entry) / CARD_FILE) is not False:
+            return False
+    return True
 
 
 def _folder_of(entry: Entry) -> Path:

@@ -116,6 +116,8 @@ def _serve(settings: Settings) -> None:
     else:
         print(f"manygates serves {names} at {url} (Ctrl-C stops)", file=sys.stderr, flush=True)
     _log_models(application)
+    if missing := application.repository.missing() if application.repository else "":
+        logger.warning("not ready: %s", missing)
     server.run(sockets=[listener])
     if application.service.scheduler.stuck and threading.current_thread() is threading.main_thread():
         # a thread that the interpreter finds in a model at its end makes it abort
@@ -288,4 +290,5 @@ def _mount_demo(application: Application, models: Sequence[str]) -> None:
         demo = importlib.import_module("serving.demo")  # not above: it is an extra, and may load torch
     except ModuleNotFoundError as error:
         raise BadInput(f"the demo needs {error.name!r}; install it with `pip install 'manygates[demo]'`") from error
-    application.rest = demo.mount(application.starlette, "/demo", list(models))
+    most = application.settings.max_image_pixels
+    application.rest = demo.mount(application.starlette, "/demo", list(models), max_pixels=most)

@@ -9,7 +9,7 @@ import functools
 import importlib.metadata
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -90,7 +90,7 @@ class Served:
             num_exits=num_exits(model.card),
             suspicion=model.suspicion,
             waiting=lambda: self.queue.waiting,
-            ready=lambda: service.ready and self.queue.accepting,
+            ready=lambda: self.ready,
             info={"modes": " ".join(model.modes), **dict(model.details)},
         )
         self.queue = Queue(
@@ -119,6 +119,11 @@ class Served:
         self._service = service
         self.replaced = False
         """Whether it was loaded again, so that another takes its requests."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether this model takes requests, and will for a while, whatever becomes of the others."""
+        return self._service.running and self.queue.accepting
 
     @property
     def latest(self) -> "Served":
@@ -161,6 +166,8 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.scheduler = Scheduler(settings.workers)
+        self.complete: Callable[[], bool] = lambda: True
+        """Tells whether all is served that should be; where models may be missing, a repository knows."""
         self.generation = 0
         """Grows whenever what is served changes, so that nobody remembers a model for longer."""
         self._served: dict[str, dict[str, Served]] = {}
@@ -186,13 +193,19 @@ class Service:
         return self._draining
 
     @property
+    def running(self) -> bool:
+        """Whether requests are taken, and will be for a while."""
+        return self._started and not self._draining
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every model that is served takes requests, and will for a while."""
+        return self.running and all(served.queue.accepting for served in self.everything())
+
+    @property
     def ready(self) -> bool:
-        """Whether every model takes requests, and will for a while."""
-        return (
-            self._started
-            and not self._draining
-            and all(served.queue.accepting for versions in self._served.values() for served in versions.values())
-        )
+        """Whether all is served that should be, and every model takes requests, and will for a while."""
+        return self.healthy and self.complete()
 
     def begin_drain(self) -> None:
         """Say that we are not ready any more, so that no new clients are sent here; requests are still answered."""

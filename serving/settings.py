@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from serving.cores import usable_cores
+from zoo.card import MAX_PIXELS
 from zoo.errors import BadInput
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ PREFIX = "MANYGATES_SERVE_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
 TABLE_START, TABLE_END = "<!-- settings: start -->", "<!-- settings: end -->"
 _DAY = 86_400
+_MOST_PIXELS = 89_478_485  # Pillow warns of a decompression bomb beyond
 _MODES = ("", "single", "ensemble", "random")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9._~\[\]:-]+")
@@ -214,6 +216,12 @@ class Settings:
         1024, "images waiting, per model, and the most in one request; more are answered with 429", 1, 2**24
     )
     max_body_bytes: int = _setting(16 * 2**20, "larger requests are answered with 413", 1, 2**40)
+    max_image_pixels: int = _setting(
+        MAX_PIXELS,
+        "pixels of an image file; larger ones are answered with 400, before they are unpacked",
+        1,
+        _MOST_PIXELS,
+    )
     max_total_body_bytes: int = _setting(
         2**30, "bytes of all requests being received or answered; beyond that they get 503", 1, 2**50
     )
@@ -239,6 +247,9 @@ class Settings:
     drain_timeout: float = _setting(30.0, "seconds that requests in flight then have to finish", 0, _DAY)
     reload_seconds: float = _setting(0.0, "how often to look for a changed bundle; 0 is never", 0, _DAY)
     allow_repository_changes: bool = _setting(False, "let clients load and unload models")
+    allow_empty: bool = _setting(
+        False, "be ready even while the model repository is empty, or something in it cannot be loaded"
+    )
 
     # who may ask
     api_keys_file: str = _setting("", "keys of which a request must have one; empty asks for none", metavar="FILE")

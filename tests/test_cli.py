@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
@@ -539,6 +540,185 @@ def test_a_place_that_cannot_be_written_is_refused(model: Path, tmp_path: Path) 
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         assert "choose another place" in refused("pull", model, "--to", place)
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of a write, which names no file
+
+
+def writing_commands(model: Path, picture: Path, run: Path, place: Path) -> dict[str, list[str | Path]]:
+    return {
+        "export": ["export", run, "--out", place],
+        "derive": ["derive", run, "--out", place, "--paths", "1"],
+        "report": ["report", model, "--out", place],
+        "report --zoo": ["report", "--zoo", "--out", place],
+        "catalog": ["catalog", "build", "--out", place],
+        "train": ["train", "smoke", "--out", place, *(word for setting in SMALL for word in ("--set", setting))],
+        "attack": ["attack", model, "--image", picture, "--steps", "1", "--out", place],
+        "pull": ["pull", model, "--out", place],
+    }
+
+
+@pytest.mark.parametrize(
+    "command", ["export", "derive", "report", "report --zoo", "catalog", "train", "attack", "pull"]
+)
+@pytest.mark.parametrize("trouble", ["read-only", "full", "file in the way", "name too long"])
+def test_a_command_that_cannot_write_says_where_and_what_moves_it_and_leaves_nothing(
+    command: str, trouble: str, model: Path, run: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mount").mkdir()
+    place = tmp_path / "mount" / "out.md"
+    words = writing_commands(model, picture, run, place)[command]
+    if trouble == "read-only":
+        make = Path.mkdir
+
+        def read_only(self: Path, *mode: Any, **options: Any) -> None:
+            if self.is_relative_to(tmp_path / "mount"):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+            make(self, *mode, **options)
+
+        monkeypatch.setattr(Path, "mkdir", read_only)
+    elif trouble == "full":
+        flush = os.fsync
+        monkeypatch.setattr(
+            os,
+            "fsync",
+            lambda file: full_disk() if "mount" in str(Path(f"/proc/self/fd/{file}").readlink()) else flush(file),
+        )
+    elif trouble == "file in the way":
+        (tmp_path / "mount").rmdir()
+        (tmp_path / "mount").touch()
+    else:
+        place = place.with_name("n" * 300)
+        words = writing_commands(model, picture, run, place)[command]
+    line = refused(*words)
+    assert str(place.parent) in line
+    assert "choose another place" in line
+    assert command == "pull" or "--out" in line
+    monkeypatch.undo()
+    assert (tmp_path / "mount").is_file() or not list((tmp_path / "mount").rglob("*.*"))
+
+
+@pytest.mark.parametrize("trouble", ["file in the way", "full"])
+def test_a_cache_that_cannot_be_written_is_named_with_its_variable(
+    trouble: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANYGATES_CACHE", str(tmp_path / "cache"))
+    if trouble == "full":
+        write = Path.open
+
+        def full(self: Path, *mode: Any, **options: Any) -> Any:
+            return full_disk() if self.suffix == ".jsonl" else write(self, *mode, **options)
+
+        monkeypatch.setattr(Path, "open", full)
+    else:
+        (tmp_path / "cache").touch()
+    line = refused("evaluate", model, "--protocol", "clean", "--images", "8")
+    assert str(tmp_path / "cache") in line
+    assert "set MANYGATES_CACHE to a folder that can be written" in line
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("MANYGATES_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert "set MANYGATES_CACHE" in refused("evaluate", model, "--protocol", "clean", "--images", "8")
+    assert done("list").out
+    assert done("show", model, "--json").json["name"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "lint", "calibrate"])
+def test_a_card_that_cannot_be_changed_is_told_before_the_work(
+    command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = changed(model, tmp_path / "mount" / "own")
+
+    def read_only(self: Path, *mode: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    monkeypatch.setattr(data, "load", None)  # not reached
+    more = {"evaluate": ["--protocol", "clean"], "lint": [], "calibrate": ["--variant", "ensemble"]}[command]
+    line = refused(command, own, *more, "--record")
+    assert str(own) in line
+    assert "pull MODEL --out DIR" in line
+
+
+def test_output_that_cannot_be_written_is_an_error_like_any_other(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    told = io.StringIO()
+    with redirect_stdout(Full()), redirect_stderr(told):
+        assert manygates.main(["show", str(model)]) == 2
+    assert told.getvalue().startswith("manygates: standard output: No space left on device")
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_folder_for_temporary_files_is_told_of_the_variable(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    assert "set TMPDIR to a folder that can be written" in refused("export", run, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("width", [-4, "wide", 2**40])
+def test_a_width_that_no_network_has_is_refused(width: object, tmp_path: Path) -> None:
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    option = f"network_options={json.dumps({'width': width})}"
+    assert "width" in refused("train", "smoke", "--out", tmp_path / "run", *settings, "--set", option)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--calibration-images", ("export", "MODEL", "--out", "OUT", "--int8")),
+        ("--images", ("evaluate", "MODEL", "--protocol", "clean")),
+        ("--steps", ("evaluate", "MODEL", "--protocol", "whitebox")),
+        ("--restarts", ("evaluate", "MODEL", "--protocol", "whitebox")),
+        ("--draws", ("evaluate", "MODEL", "--protocol", "random-gates")),
+        ("--queries", ("evaluate", "MODEL", "--protocol", "queries")),
+        ("--images", ("lint", "MODEL")),
+        ("--queries", ("lint", "MODEL")),
+        ("--images", ("calibrate", "MODEL", "--variant", "ensemble")),
+        ("--attacked", ("calibrate", "MODEL", "--variant", "ensemble")),
+        ("--draws", ("calibrate", "MODEL", "--variant", "gated")),
+        ("--queries", ("attack", "MODEL", "--image", "x.png", "--out", "OUT")),
+        ("--draws", ("attack", "MODEL", "--image", "x.png", "--out", "OUT")),
+    ],
+)
+def test_a_negative_number_is_no_count(option: str, words: tuple[str, ...], model: Path, tmp_path: Path) -> None:
+    named = {"MODEL": model, "OUT": tmp_path / "out"}
+    assert f"{option} is -3, expected a whole number" in refused(
+        *(named.get(word, word) for word in words), option, "-3"
+    )
+
+
+@pytest.mark.parametrize("number", ["-5", "0"])
+def test_a_recipe_trains_on_at_least_one_image(number: str, tmp_path: Path) -> None:
+    line = refused("train", "smoke", "--out", tmp_path / "run", "--set", f"train_images={number}")
+    assert f"train_images is {number}, expected a whole number, 1 or more" in line
+
+
+@pytest.mark.parametrize("images", [{"height": 65_536}, {"height": 32}, {"width": 32}, {"range": [0, 255]}])
+def test_verify_refuses_a_card_whose_images_are_not_those_of_the_weights(
+    images: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    document = document_of(model)
+    document["input"] |= images
+    (own / "card.json").write_text(json.dumps(document), encoding="utf-8")
+    said = manygates_("verify", own)
+    assert said.code in (1, 2)
+    assert f"input.{next(iter(images))}" in said.out + said.err
 
 
 def test_a_picture_of_another_kind_is_refused(model: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ from zoo.card import Table
 from zoo.catalogue import open_model
 from zoo.checkpoint import (
     Architecture,
+    assembled,
     load,
     load_network_state,
     network_state,
@@ -194,9 +195,8 @@ def load_run(run_dir: Path, *, which: str = "last") -> tuple[nn.Module, Architec
         raise CheckpointError(f"{run_dir} has no {file.name} yet; train for longer, or pick another checkpoint")
     tensors, header = load(file)
     architecture = read_architecture(header, file)
-    network = architecture.build()
-    load_network_state(network, _under("ema/", tensors) or _under("model/", tensors))
-    return network.eval(), architecture, from_resolved(_read_json(run_dir / RECIPE, "name"))
+    network = assembled(architecture, _under("ema/", tensors) or _under("model/", tensors))
+    return network, architecture, from_resolved(_read_json(run_dir / RECIPE, "name"))
 
 
 def epochs_done(run_dir: Path) -> int:

@@ -28,6 +28,14 @@ INT8 = "-int8"
 MEASURED_VARIANTS = (*VARIANTS, *(f"{variant}{INT8}" for variant in VARIANTS))
 SHARINGS = ("independent", "shared_conv")
 RESIZES = ("nearest", "bilinear", "bicubic", "lanczos")
+MAX_PIXELS = 4_000_000
+"""Of a picture that is decoded, unless somebody allows more, and of a model's input: none is larger than that."""
+MAX_SIDE = 4096
+"""Pixels of a side of a model's input; a row of 65,536 would pass for few pixels."""
+MAX_GATES, MAX_CANDIDATES, MAX_CLASSES, MAX_EXITS, MAX_PATHS, MAX_FILES = 4096, 1024, 65_536, 1024, 1024, 1024
+"""An order of magnitude above the largest there are: 110 layers, ImageNet-21k's 21,841 classes, a path per draw."""
+MAX_PARAMETERS, MAX_MACS, MAX_COUNT, MAX_BYTES = 10**12, 10**15, 10**9, 2**40
+"""Of a network, of an image, of images or steps, of a file: what no machine here holds or does."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -55,7 +63,8 @@ class Architecture:
 
     def __post_init__(self) -> None:
         _expect(self.name != "", "architecture.name", self.name, "a name")
-        _expect(1 <= self.candidates <= 1024, "architecture.candidates", self.candidates, "between 1 and 1024")
+        _expect_count("architecture.candidates", self.candidates, MAX_CANDIDATES, lowest=1)
+        _expect_count("the number of architecture.gated_layers", len(self.gated_layers), MAX_GATES)
         _expect_unique("architecture.gated_layers", self.gated_layers)
         _expect(
             self.sharing is None or self.sharing in SHARINGS,
@@ -73,8 +82,8 @@ class Architecture:
         _expect(
             not plain or self.candidates == 1, "architecture.candidates", self.candidates, "1 where no layer is gated"
         )
-        for key in ("parameters", "single_path_parameters"):
-            _expect(getattr(self, key) > 0, f"architecture.{key}", getattr(self, key), "a positive count")
+        _expect_count("architecture.parameters", self.parameters, MAX_PARAMETERS, lowest=1)
+        _expect_count("architecture.single_path_parameters", self.single_path_parameters, self.parameters, lowest=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,8 +100,10 @@ class InputFormat:
     """The filter that brings an image file to height x width."""
 
     def __post_init__(self) -> None:
-        for key in ("channels", "height", "width"):
-            _expect(1 <= getattr(self, key) <= 65_536, f"input.{key}", getattr(self, key), "between 1 and 65536")
+        _expect(self.channels in (1, 3), "input.channels", self.channels, "1 (grey) or 3 (red, green, blue)")
+        for key in ("height", "width"):
+            _expect_count(f"input.{key}", getattr(self, key), MAX_SIDE, lowest=1)
+        _expect_count("input.height x input.width", self.height * self.width, MAX_PIXELS, lowest=1)
         _expect(self.range[0] < self.range[1], "input.range", self.range, "[low, high] with low < high")
         for key in ("mean", "std"):
             values = getattr(self, key)
@@ -118,7 +129,7 @@ class Exit:
     the exits before it."""
 
     def __post_init__(self) -> None:
-        _expect(self.macs > 0, "exits.macs", self.macs, "a positive count")
+        _expect_count("exits.macs", self.macs, MAX_MACS, lowest=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,10 +222,10 @@ class Result:
             _expect(getattr(self, key) != "", f"results.{key}", getattr(self, key), "a name")
         _expect(self.norm in NORMS, "results.norm", self.norm, f"one of {', '.join(NORMS)}")
         for key in ("steps", "restarts", "draws"):
-            _expect(getattr(self, key) >= 0, f"results.{key}", getattr(self, key), "0 or more")
+            _expect_count(f"results.{key}", getattr(self, key))
         for key in ("eps", "step_size"):
             _expect(getattr(self, key) >= 0, f"results.{key}", getattr(self, key), "0 or more")
-        _expect(self.images >= 1, "results.images", self.images, "at least 1")
+        _expect_count("results.images", self.images, lowest=1)
         _expect_fraction("results.eps_fraction", self.eps_fraction, self.eps)
         _expect_share("results.accuracy", self.accuracy)
         _expect_interval("results.interval", self.interval, "accuracy", self.accuracy)
@@ -234,7 +245,7 @@ class Calibration:
     """The program that quantised, with its version."""
 
     def __post_init__(self) -> None:
-        _expect(self.images >= 1, "int8.calibration.images", self.images, "at least 1")
+        _expect_count("int8.calibration.images", self.images, lowest=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,7 +270,7 @@ class Agreement:
         key = "int8.agreement"
         _expect(self.variant in VARIANTS, f"{key}.variant", self.variant, f"one of {', '.join(VARIANTS)}")
         _expect(self.attack != "", f"{key}.attack", self.attack, "a name")
-        _expect(self.images >= 1, f"{key}.images", self.images, "at least 1")
+        _expect_count(f"{key}.images", self.images, lowest=1)
         _expect_fraction(f"{key}.eps_fraction", self.eps_fraction, self.eps)
         _expect_share(f"{key}.share", self.share)
         _expect_interval(f"{key}.interval", self.interval, "share", self.share)
@@ -314,6 +325,7 @@ class Lint:
     def __post_init__(self) -> None:
         named = ", ".join(MEASURED_VARIANTS)
         _expect(self.variant in MEASURED_VARIANTS, "lint.variant", self.variant, f"one of {named}")
+        _expect_count("lint.images", self.images)
         _expect_date("lint.date", self.date)
 
     @property
@@ -350,9 +362,9 @@ class Detection:
         key = "suspicion.detection"
         _expect(self.attack != "", f"{key}.attack", self.attack, "a name")
         _expect(self.eps >= 0, f"{key}.eps", self.eps, "0 or more")
-        _expect(self.steps >= 0, f"{key}.steps", self.steps, "0 or more")
+        _expect_count(f"{key}.steps", self.steps)
         _expect_fraction(f"{key}.eps_fraction", self.eps_fraction, self.eps)
-        _expect(self.images >= 1, f"{key}.images", self.images, "at least 1")
+        _expect_count(f"{key}.images", self.images, lowest=1)
         _expect(0 <= self.successful <= self.images, f"{key}.successful", self.successful, f"0 to {self.images}")
         _expect_share(f"{key}.rate", self.rate)
         _expect_share(f"{key}.rate_of_all", self.rate_of_all)
@@ -395,7 +407,7 @@ class Suspicion:
         _expect(self.variant in VOTING, "suspicion.variant", self.variant, f"one of {', '.join(VOTING)}")
         random = self.variant == "random"
         _expect(
-            self.draws >= 2 if random else self.draws == 0,
+            2 <= self.draws <= MAX_COUNT if random else self.draws == 0,
             "suspicion.draws",
             self.draws,
             "2 or more of random gates, 0 for an ensemble",
@@ -411,7 +423,7 @@ class Suspicion:
             self.measured_false_positive_rate,
         )
         for key in ("calibration_images", "images"):
-            _expect(getattr(self, key) >= 1, f"suspicion.{key}", getattr(self, key), "at least 1")
+            _expect_count(f"suspicion.{key}", getattr(self, key), lowest=1)
         _expect_date("suspicion.date", self.date)
 
     @property
@@ -429,7 +441,7 @@ class FileEntry:
 
     def __post_init__(self) -> None:
         _expect(_SHA256.fullmatch(self.sha256) is not None, "files.sha256", self.sha256, "64 hexadecimal digits")
-        _expect(self.size >= 0, "files.size", self.size, "0 or more bytes")
+        _expect_count("files.size", self.size, MAX_BYTES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -472,6 +484,9 @@ class Card:
         for key in ("method", "license", "dataset"):
             _expect(getattr(self, key) != "", key, getattr(self, key), "a name")
         _expect(len(self.classes) >= 2, "classes", self.classes, "at least two class names")
+        for key, most in (("classes", MAX_CLASSES), ("exits", MAX_EXITS), ("files", MAX_FILES)):
+            _expect_count(f"the number of {key}", len(getattr(self, key)), most)
+        _expect_count("the number of paths.ensemble", len(self.paths.ensemble), MAX_PATHS)
         _expect_unique("classes", self.classes)
         for variant in self.variants:
             _expect(variant in VARIANTS, "variants", variant, f"one of {', '.join(VARIANTS)}")
@@ -612,6 +627,10 @@ def _expect(held: bool, key: str, value: object, expectation: str) -> None:
         raise BundleError(f"card.json: {key} is {value!r}, expected {expectation}; correct the card or export again")
 
 
+def _expect_count(key: str, value: int, most: int = MAX_COUNT, *, lowest: int = 0) -> None:
+    _expect(lowest <= value <= most, key, value, f"between {lowest} and {most}")
+
+
 def _expect_unique(key: str, values: tuple[str, ...]) -> None:
     _expect(len(set(values)) == len(values), key, list(values), "no name twice")
 
@@ -715,6 +734,10 @@ def _decode_scalar(expected: Any, value: Any, key: str) -> Any:
         _expect(math.isfinite(value), key, value, "a finite number")  # 1e999 is infinite without saying so
     if isinstance(value, str):
         _expect(_is_unicode(value), key, ascii(value), "text that can be written in UTF-8")
+    if type(value) is int:
+        _expect(
+            abs(value) < 2**64, key, "an integer of many digits", "a number of reasonable size"
+        )  # seeds have 64 bits
     right = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
     _expect(right, key, value, _kind(expected))
     return value

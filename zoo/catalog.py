@@ -25,7 +25,7 @@ import zoo.catalogue
 from zoo.bundle import CARD_FILE
 from zoo.cache import cache_dir
 from zoo.card import Card, Result
-from zoo.errors import BundleError
+from zoo.errors import BadInput, BundleError
 from zoo.files import write_text_atomic
 
 SCHEMA = 1
@@ -502,7 +502,11 @@ def load(warn: Callable[[str], None] | None = None) -> tuple[Entry, ...]:
     """
     entries = {entry.name: entry for entry in _bundled_now(_filed(package_dir() / CATALOG_FILE, warn))}
     others = []
-    for found in _filed(cached_file(), warn):
+    try:
+        cached = _filed(cached_file(), warn)
+    except BadInput:  # a user without a home, who has no cache either
+        cached = ()
+    for found in cached:
         known = entries.get(found.name)
         if known is None or known.card != found.card:
             others.append(found)

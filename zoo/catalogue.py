@@ -55,14 +55,14 @@ def resolve(model: str) -> Source:
         place = model.removeprefix(LOCAL_PREFIX)
         if not place:
             raise BadInput(f"{model!r} names no folder, expected {LOCAL_PREFIX}FOLDER")
-        return Source(kind="local", folder=Path(place).expanduser())
+        return Source(kind="local", folder=_at_home(place))
     if model.startswith(HUB_PREFIX):
         repository, revision = parse_repository(model.removeprefix(HUB_PREFIX))
         return Source(kind="hub", repository=repository, revision=revision)
     if model in _bundled_names():
         return Source(kind="bundled", folder=bundled_dir() / model)
-    if model and (Path(model).expanduser() / CARD_FILE).is_file():
-        return Source(kind="local", folder=Path(model).expanduser())
+    if model and ((folder := _at_home(model)) / CARD_FILE).is_file():
+        return Source(kind="local", folder=folder)
     if not model or model.startswith((".", "~")) or "/" in model or "\\" in model or Path(model).exists():
         raise BadInput(
             f"{model!r} is no name in the catalogue and no folder with a {CARD_FILE}; write {LOCAL_PREFIX}FOLDER for a "
@@ -103,6 +103,13 @@ def pin(model: str) -> tuple[str, Card]:
     bundle = open_model(model, only=())
     source = resolve(model)
     return (model if source.repository is None else pinned(source.repository, bundle)), bundle.card
+
+
+def _at_home(place: str) -> Path:
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise BadInput(f"{place!r} is below a home folder that nobody knows here; write the whole path") from error
 
 
 def _bundled_names() -> list[str]:

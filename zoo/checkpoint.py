@@ -7,15 +7,18 @@ dimension of n candidates. So `conv1.weight` is (16, 3, 3, 3) in a plain ResNet-
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from zoo import networks
 from zoo.data import source
@@ -25,6 +28,12 @@ from zoo.files import write_bytes_atomic
 from zoo.rgn import RandomGatedNetwork, Sharing, randomly_gate
 
 FORMAT = "manygates-weights-1"
+MOST = 1024
+"""Candidates of a layer, and members of an ensemble."""
+COPIES = 16
+"""How often the tensors of a file may be made while its network is built."""
+MOST_OPTION = 65_536
+"""Of a network's options, which are counts of layers and channels, and shares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,17 @@ class Architecture:
     sharing: Sharing | None = None
     members: int = 1
     """Separate networks that are trained together, as an `Ensemble`."""
+
+    def __post_init__(self) -> None:
+        texts = isinstance(self.network, str) and isinstance(self.dataset, str) and isinstance(self.options, dict)
+        if not texts or self.sharing not in (None, *get_args(Sharing)):
+            raise BadInput(f"an architecture is described by names and options, got {self.described()}")
+        if any(abs(number) > MOST_OPTION for number in _numbers(self.options)):
+            raise BadInput(f"the options {self.options} hold a number above {MOST_OPTION}; expected layers or channels")
+        for name in ("candidates", "members"):
+            number = getattr(self, name)
+            if type(number) is not int or not 1 <= number <= MOST:
+                raise BadInput(f"{name} is {number!r}, expected a whole number from 1 to {MOST}")
 
     @property
     def gated(self) -> bool:
@@ -65,6 +85,15 @@ class Architecture:
         if self.sharing is None:
             return template
         return randomly_gate(template, candidates=self.candidates, sharing=self.sharing)
+
+
+def _numbers(options: object) -> Iterator[float]:
+    """Yield the numbers in a JSON document."""
+    if isinstance(options, (list, tuple, dict)):
+        for entry in options.values() if isinstance(options, dict) else options:
+            yield from _numbers(entry)
+    elif isinstance(options, (int, float)):
+        yield options
 
 
 def network_state(network: nn.Module) -> dict[str, Tensor]:
@@ -109,13 +138,71 @@ def load_network_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
                 tensor.copy_(state[name][gate])
 
 
+def assembled(architecture: Architecture, state: Mapping[str, Tensor]) -> nn.Module:
+    """Build a network and copy what `network_state` returned into it; in evaluation mode.
+
+    What is claimed is compared with the tensors first, and building stops where it gets larger than they are: a file
+    makes nothing that it does not hold.
+
+    Raises:
+        CheckpointError: they belong to another network; the message says in which names or shapes.
+    """
+    claimed = "these weights belong to another network than their header claims"
+    if architecture.gated and not any(tensor.shape[:1] == (architecture.candidates,) for tensor in state.values()):
+        raise CheckpointError(f"{claimed}: no tensor is stacked over {architecture.candidates} candidates")
+    if architecture.members > 1 and not any(name.startswith(f"members.{architecture.members - 1}.") for name in state):
+        raise CheckpointError(f"{claimed}: there are no tensors of {architecture.members} members")
+    try:
+        with _no_larger_than(state, architecture.candidates):
+            network = architecture.build()
+    except _TooLargeError as error:
+        raise CheckpointError(f"{claimed}: it is far larger than the {len(state)} tensors here") from error
+    except BadInput as error:
+        raise CheckpointError(f"{claimed}: {error}; export the bundle again") from error
+    load_network_state(network, state)
+    return network.eval()
+
+
+class _TooLargeError(Exception):
+    """A network has more parameters than there are."""
+
+
+@contextmanager
+def _no_larger_than(state: Mapping[str, Tensor], candidates: int) -> Iterator[None]:
+    """Stop what this thread builds in the block where it gets larger than the tensors of a network.
+
+    An option may ask for billions of layers or channels. A parameter is counted before it is initialised, when it is
+    no more than a reservation of memory.
+    """
+    # a gated network is made of a template, of its candidates, and perhaps of copies to check them by
+    numbers = sum(map(Tensor.numel, state.values()))
+    left = {"parameters": COPIES * len(state) * candidates, "numbers": COPIES * numbers}
+    thread = threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: Tensor | None) -> None:
+        if parameter is not None and threading.get_ident() == thread:
+            left["parameters"] -= 1
+            left["numbers"] -= parameter.numel()
+            if min(left.values()) < 0:
+                raise _TooLargeError
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _kind(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def save(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and a JSON header as one safetensors file, in one rename; equal contents give equal bytes."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # copies, because the library refuses two names for one tensor, as a network with tied layers has
+    contiguous = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     metadata = {"format": FORMAT, "header": json.dumps(header, sort_keys=True)}
     write_bytes_atomic(file, _in_order(safetensors.torch.save(contiguous, metadata)))
 
@@ -156,7 +243,7 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     try:
         header = json.loads(metadata["header"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} has a damaged header ({error}); fetch or export it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has a header that is no object; fetch or export it again")
@@ -176,9 +263,7 @@ def load_network(file: Path) -> tuple[nn.Module, Architecture]:
     """
     tensors, header = load(file)
     architecture = read_architecture(header, file)
-    network = architecture.build()
-    load_network_state(network, tensors)
-    return network.eval(), architecture
+    return assembled(architecture, tensors), architecture
 
 
 def read_architecture(header: Mapping[str, Any], file: Path) -> Architecture:

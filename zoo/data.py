@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zoo.errors import BadInput, DataMissing, UnknownName
+from zoo.errors import BadInput, DataMissing, UnknownName, check_count
 from zoo.networks import CIFAR_FORMAT, MNIST_FORMAT, ImageFormat
 
 DATA_VARIABLE = "MANYGATES_DATA"
@@ -213,7 +213,12 @@ def augment(pixels: Tensor, generator: torch.Generator, *, flip: bool = True, pa
 
 
 def drawn(images: Images, number: int, seed: int) -> Images:
-    """Return `number` of the images at random, all of them if there are no more: what a trial trains on."""
+    """Return `number` of the images at random, all of them if there are no more: what a trial trains on.
+
+    Raises:
+        BadInput: fewer than one.
+    """
+    check_count("the number of images", number)
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:number]]
 
 

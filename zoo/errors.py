@@ -42,6 +42,16 @@ class BadInput(ManygatesError, ValueError):
     """An argument, a file or a setting the user got wrong."""
 
 
+def check_count(name: str, number: object, lowest: int = 1) -> None:
+    """Refuse what is no count: Python would take a negative one from the end of a list without a word.
+
+    Raises:
+        BadInput: not a whole number, or below `lowest`.
+    """
+    if type(number) is not int or number < lowest:
+        raise BadInput(f"{name} is {number!r}, expected a whole number, {lowest} or more")
+
+
 class BadPath(BadInput):
     """A route through the gates that does not fit the network."""
 

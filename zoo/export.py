@@ -36,7 +36,7 @@ from zoo.models import (
 )
 from zoo.networks import num_exits
 from zoo.rgn import RandomGatedNetwork
-from zoo.runtime import VERSION, GraphError, run, session
+from zoo.runtime import GraphError, run, runtime, session
 
 TOLERANCE = 1e-4
 """How far logits below 100 may differ; larger ones by a millionth of the largest, about what float32 rounds away."""
@@ -175,7 +175,7 @@ def add_int8(folder: Path, *, images: int = CALIBRATION_IMAGES, seed: int = 0, e
     files: dict[str, bytes | Path | str] = {name: bundle.read(name) for name in card.files}
     for variant in card.variants:
         files[int8_file(variant)] = quantize.quantised(bundle.read(f"{variant}.onnx"), pixels, seed=seed)
-    tool = f"onnxruntime {VERSION}"
+    tool = f"onnxruntime {runtime.__version__}"
     calibration = Calibration(images=len(pixels), seed=seed, method=quantize.METHOD, tool=tool)
     card = without_int8(card)
     known = bundle.card if earlier is None else earlier
@@ -355,6 +355,10 @@ def _check_card(bundle: Bundle) -> Check:
         "architecture.single_path_parameters": (card.architecture.single_path_parameters, _parameters(one)),
         "dataset": (card.dataset, architecture.dataset),
         "classes": (card.classes, dataset.classes),
+        "input.channels": (card.input.channels, dataset.format.channels),
+        "input.height": (card.input.height, dataset.format.height),
+        "input.width": (card.input.width, dataset.format.width),
+        "input.range": (card.input.range, (0.0, 1.0)),
         "input.mean": (card.input.mean, dataset.format.mean),
         "input.std": (card.input.std, dataset.format.std),
         "exits": (card.exits, _exits_of(one)),

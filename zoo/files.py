@@ -4,6 +4,7 @@ Everything is written beside its final place, flushed to the disk and then renam
 process leaves the previous content untouched.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,18 +24,59 @@ def sha256_of(file: Path) -> str:
 
 
 def write_bytes_atomic(file: Path, content: bytes) -> None:
-    """Write `content` to `file`, replacing it in one step; the folder must exist."""
+    """Write `content` to `file`, replacing it in one step; the folder must exist.
+
+    Raises:
+        OSError: it cannot be written; its `filename` is `file`.
+    """
     temporary_file = _sibling(file)
+    with writing(file, temporary_file):
+        try:
+            with temporary_file.open("xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary_file.replace(file)
+        except BaseException:
+            with contextlib.suppress(OSError):  # where nothing can be written nothing is there to be removed
+                temporary_file.unlink(missing_ok=True)
+            raise
+        _flush_directory(file.parent)
+
+
+@contextmanager
+def writing(place: Path, *temporary: Path) -> Iterator[None]:
+    """Let the system's errors name the place that was to be written, and not what stands for it until it is done.
+
+    Args:
+        place: what the caller asked for.
+        temporary: what is written instead; errors that name nothing, such as a full disk, are of `place` too.
+    """
     try:
-        with temporary_file.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary_file.replace(file)
-    except BaseException:
-        temporary_file.unlink(missing_ok=True)
-        raise
-    _flush_directory(file.parent)
+        yield
+    except OSError as error:
+        foreign = error.filename is not None and not any(
+            Path(str(error.filename)).is_relative_to(path) for path in (place, *temporary)
+        )
+        if error.errno is None or foreign:
+            raise
+        raise OSError(error.errno, error.strerror, str(place)) from error
+
+
+def check_writable(place: Path) -> None:
+    """Find out, before long work, whether something can be put at `place`; nothing stays there.
+
+    Raises:
+        OSError: it cannot; its `filename` is `place`.
+    """
+    folder = place.absolute().parent
+    with writing(place, folder):
+        while not folder.exists():
+            folder = folder.parent
+    trial = _sibling(folder / place.name)
+    with writing(place, trial):
+        trial.mkdir()
+        trial.rmdir()
 
 
 def write_text_atomic(file: Path, text: str) -> None:
@@ -61,8 +103,9 @@ def replace_directory(target_dir: Path) -> Iterator[Path]:
 
     Raises:
         BadInput: if `target_dir` exists and is not a directory.
+        OSError: it cannot be written; its `filename` is `target_dir`.
     """
-    target_dir = target_dir.resolve()
+    asked, target_dir = target_dir, target_dir.resolve()
     if target_dir.exists() and not target_dir.is_dir():
         raise BadInput(f"{target_dir} is a file, expected a directory or nothing; choose another place")
     if target_dir == Path.cwd() or target_dir in Path.cwd().parents or target_dir.is_mount():
@@ -70,20 +113,22 @@ def replace_directory(target_dir: Path) -> Iterator[Path]:
             f"{target_dir} is the working folder, above it, or a mounted volume, so it cannot be replaced in one step; "
             "choose a folder inside it"
         )
-    target_dir.parent.mkdir(parents=True, exist_ok=True)
     new_dir = _sibling(target_dir)
-    new_dir.mkdir()
-    try:
-        yield new_dir
-        for file in new_dir.rglob("*"):
-            if file.is_file():
-                _flush_file(file)
-        _flush_directory(new_dir)
-        _swap(new_dir, target_dir)
-    except BaseException:
-        shutil.rmtree(new_dir, ignore_errors=True)
-        raise
-    _flush_directory(target_dir.parent)
+    with writing(asked, target_dir.parent):
+        target_dir.parent.mkdir(parents=True, exist_ok=True)
+    with writing(asked, new_dir, target_dir):
+        new_dir.mkdir()
+        try:
+            yield new_dir
+            for file in new_dir.rglob("*"):
+                if file.is_file():
+                    _flush_file(file)
+            _flush_directory(new_dir)
+            _swap(new_dir, target_dir)
+        except BaseException:
+            shutil.rmtree(new_dir, ignore_errors=True)
+            raise
+        _flush_directory(target_dir.parent)
 
 
 def _swap(new_dir: Path, target_dir: Path) -> None:

@@ -14,10 +14,11 @@ from zoo import paths
 from zoo.bundle import Bundle
 from zoo.card import Card
 from zoo.checkpoint import (
+    MOST,
     Architecture,
+    assembled,
     load,
     load_network,
-    load_network_state,
     network_state,
     read_architecture,
     save,
@@ -105,18 +106,15 @@ def load_members(file: Path) -> tuple[list[nn.Module], Architecture]:
     tensors, header = load(file)
     architecture = read_architecture(header, file)
     number = header.get("members", 1)
-    if not isinstance(number, int) or not 1 <= number <= 1024:
+    if type(number) is not int or not 1 <= number <= MOST:
         raise CheckpointError(f"{file} says it has {number!r} members, expected a count; export the bundle again")
     short = [name for name, tensor in tensors.items() if number > 1 and tensor.shape[:1] != (number,)]
     if short:
         raise CheckpointError(f"{file}: {short[0]} is not stacked over {number} members; export the bundle again")
-    members = []
-    for index in range(number):
-        network = architecture.build()
-        state = {name: tensor[index] for name, tensor in tensors.items()} if number > 1 else tensors
-        load_network_state(network, state)
-        members.append(network.eval())
-    return members, architecture
+    if number == 1:
+        return [assembled(architecture, tensors)], architecture
+    states = ({name: tensor[index] for name, tensor in tensors.items()} for index in range(number))
+    return [assembled(architecture, state) for state in states], architecture
 
 
 def load_rgn(bundle: Bundle) -> RandomGatedNetwork:

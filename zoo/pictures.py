@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from zoo.card import MAX_PIXELS as MAX_PIXELS
 from zoo.card import InputFormat
 from zoo.errors import BadImage, BadInput, MissingFile, UnsupportedImage
 from zoo.files import write_bytes_atomic
 
-MAX_PIXELS: Final = 4_000_000
 MAX_FILE_BYTES: Final = 64 * 2**20
 MAX_SCANS: Final = 64
 MAX_PARTS: Final = 10_000
@@ -34,7 +34,7 @@ _FILTERS: Final = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 # what Pillow raises on damaged files; UnidentifiedImageError is an OSError, zlib.error has no nearer base of ours
-_DAMAGE: Final = (
+DAMAGE: Final = (
     OSError,
     SyntaxError,
     ValueError,
@@ -86,9 +86,8 @@ def decode_image(content: bytes, wanted: InputFormat, *, max_pixels: int = MAX_P
     """
     kind = _format(content)
     if kind is None:
-        raise UnsupportedImage(
-            f"the {len(content)} bytes starting {content[:8]!r} are no PNG, JPEG or WEBP file; convert the image first"
-        )
+        which = f"{len(content):,} bytes that begin with {content[:8].hex(' ')}" if content else "0 bytes"
+        raise UnsupportedImage(f"the {which} are no PNG, JPEG or WEBP file; convert the image first")
     try:
         bare, exif = _without_metadata(content, kind)
         with Image.open(io.BytesIO(bare), formats=FORMATS) as image:
@@ -104,9 +103,9 @@ def decode_image(content: bytes, wanted: InputFormat, *, max_pixels: int = MAX_P
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large("far more", max_pixels) from error
-    except _DAMAGE as error:
+    except DAMAGE as error:  # whose words are Pillow's and the interpreter's, and mean nothing to whoever sent it
         raise BadImage(
-            f"the image of {len(content)} bytes cannot be decoded ({error}); it is damaged or cut short"
+            f"the {kind} file of {len(content):,} bytes cannot be decoded; it is damaged or cut short, save it again"
         ) from error
     planes = pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return np.ascontiguousarray(planes[np.newaxis], dtype=np.float32) / np.float32(255)

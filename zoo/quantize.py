@@ -12,6 +12,7 @@ no ranges inside and stays in float32 there.
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
@@ -21,12 +22,12 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from onnxruntime import quantization
 
 from zoo.errors import BadInput
 from zoo.onnx_graphs import GATES, IMAGES, IR_VERSION, OPSET
+from zoo.runtime import runtime
 
-_library: Any = quantization  # it re-exports its names without saying so, which strict typing refuses
+_library: Any = importlib.import_module(f"{runtime.__name__}.quantization")  # a package of its own, and a large one
 
 METHOD = "min-max, uint8 activations, int8 weights per channel; first convolution and last linear layer in float32"
 BATCH, GATED_BATCH = 32, 8

@@ -1,4 +1,8 @@
-"""ONNX Runtime on graphs of our own making: sessions on the CPU, and errors in our words."""
+"""ONNX Runtime, imported here and nowhere else: some builds report to their makers unless they are told not to.
+
+They look at the environment when they are imported, keep an identifier below the home folder, and complain where there
+is none (1.31 does). Whoever wants the reports sets ORT_DISABLE_TELEMETRY=0.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,17 @@ import os
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from zoo.errors import BundleError
 
-_runtime: Any = onnxruntime  # it re-exports its names without saying so, which strict typing refuses
+# before the import
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-VERSION: str = _runtime.__version__
+import onnxruntime
+
+runtime: Any = onnxruntime  # it re-exports its names without saying so, which strict typing refuses
+if os.environ["ORT_DISABLE_TELEMETRY"] != "0":
+    runtime.disable_telemetry_events()  # of builds that know no such variable
 
 
 class GraphError(BundleError):
@@ -25,14 +33,14 @@ def session(content: bytes, *, threads: int | None = None) -> Any:
     Raises:
         BundleError: ONNX Runtime cannot load it.
     """
-    options = _runtime.SessionOptions()
+    options = runtime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
     # A graph may name files to read its weights from; in this "folder" there can be none, inside it or above it.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
-        return _runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         raise GraphError(f"ONNX Runtime cannot load the graph ({error}); export it again") from error
 

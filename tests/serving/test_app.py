@@ -143,6 +143,39 @@ def test_classify_gives_the_model_exactly_the_pixels_of_the_file(tiny_applicatio
 
 
 @pytest.mark.parametrize(
+    "content", [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0", b"RIFF\x04\0\0\0WEBP", b"GIF89a", b"text"]
+)
+def test_the_answer_to_a_picture_that_is_none_holds_nothing_of_the_interpreters(
+    application_of, serve_in_a_thread, content: bytes
+) -> None:
+    with serve_in_a_thread(application_of(Fixed())) as url:
+        answers = [
+            httpx.post(f"{url}/classify", content=content),
+            httpx.post(f"{url}/classify", files={"image": ("cat.jpg", content)}),
+        ]
+    for answer in answers:
+        assert answer.status_code in (400, 415)
+        for foreign in ("<", "0x", "object", "BytesIO", "b'", "Error"):
+            assert foreign not in answer.json()["error"]
+
+
+def test_the_operator_says_how_large_a_picture_may_be(application_of, serve_in_a_thread) -> None:
+    picture = io.BytesIO()
+    Image.effect_noise((4000, 3000), 20).convert("RGB").save(picture, "JPEG", quality=30)
+
+    def asked(**settings: object) -> httpx.Response:
+        with serve_in_a_thread(application_of(Fixed(), **settings)) as url:
+            return httpx.post(f"{url}/classify", content=picture.getvalue(), timeout=60)
+
+    refused = asked()
+    assert refused.status_code == 400
+    assert "4000x3000 pixels, expected at most 4,000,000" in refused.json()["error"]
+    assert asked(max_image_pixels=11_999_999).status_code == 400
+    answer = asked(max_image_pixels=12_000_000)
+    assert (answer.status_code, answer.json()["label"]) == (200, "dog")
+
+
+@pytest.mark.parametrize(
     ("send", "status", "said"),
     [
         ({"content": b""}, 400, "the body is empty"),
@@ -237,7 +270,7 @@ def test_a_file_that_takes_for_ever_to_decode_holds_up_neither_the_stop_nor_the_
 ) -> None:
     entered, opened = threading.Event(), threading.Event()
 
-    def decode_image(content: bytes, wanted: object) -> np.ndarray:
+    def decode_image(content: bytes, wanted: object, **limits: int) -> np.ndarray:
         entered.set()
         assert opened.wait(60)
         return np.zeros((1, 3, 4, 4), np.float32)
@@ -271,7 +304,7 @@ def test_a_file_that_takes_longer_to_decode_than_its_request_has_is_answered_wit
 ) -> None:
     opened = threading.Event()
 
-    def decode_image(content: bytes, wanted: object) -> np.ndarray:
+    def decode_image(content: bytes, wanted: object, **limits: int) -> np.ndarray:
         assert opened.wait(10)
         return np.zeros((1, 3, 4, 4), np.float32)
 
@@ -299,7 +332,7 @@ def test_the_time_that_decoding_took_is_no_longer_there_in_the_queue(
 ) -> None:
     application, left = application_of(Fixed()), []
 
-    def decode_image(content: bytes, wanted: object) -> np.ndarray:
+    def decode_image(content: bytes, wanted: object, **limits: int) -> np.ndarray:
         time.sleep(0.1)
         return np.zeros((1, 3, 4, 4), np.float32)
 
@@ -502,7 +535,7 @@ def test_a_failing_model_answers_500_without_its_details(application_of, caplog:
 def test_errors_that_the_router_answers_and_defects_are_counted(
     application_of, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def defective(*_: object) -> None:
+    def defective(*_: object, **__: object) -> None:
         raise KeyError("a defect of ours")
 
     monkeypatch.setattr("serving.app.decode_image", defective)

@@ -259,7 +259,7 @@ def test_a_file_that_is_no_image_is_answered_in_words(open_page: Callable[..., "
 
     message = page.wait_for_selector(".toast-body").inner_text()
     page.wait_for_function("document.getElementById('status').textContent.includes('did not run')")
-    assert "the 11 bytes starting b'<b>bold<' are no PNG, JPEG or WEBP file" in message
+    assert "the 11 bytes that begin with 3c 62 3e 62 6f 6c 64 3c are no PNG, JPEG or WEBP file" in message
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Callable[..., "Page"]) -> None:

@@ -52,6 +52,11 @@ class Server:
         assert all(entry.keys() == {"name", "version", "state", "reason"} for entry in entries)
         return {(entry["name"], entry["version"]): (entry["state"], entry["reason"]) for entry in entries}
 
+    async def ready(self) -> bool:
+        answer = await self.client.get("/v2/health/ready")
+        assert answer.json() == {"ready": answer.status_code == 200}
+        return answer.status_code == 200
+
     async def ask(self, change: str) -> httpx.Response:
         return await self.client.post(f"/v2/repository/models/{change}")
 
@@ -225,10 +230,12 @@ def test_a_damaged_bundle_at_the_start_stops_a_server_that_names_it_and_not_one_
             assert await server.scale("tiny") == 404
             assert await server.scale("other") == 2
             assert (await server.index())["tiny", "1"][0] == "UNAVAILABLE"
-            assert (await server.client.get("/v2/health/ready")).status_code == 200
+            assert await server.ready() is False, "what should be served is not"
+            assert (await server.client.get("/v2/models/other/ready")).status_code == 200, "this one is"
             write("repository/tiny", 3)
             await server.refresh()
             assert await server.scale("tiny") == 3
+            assert await server.ready() is True
 
     run(main)
 
@@ -285,12 +292,13 @@ def test_an_empty_folder_is_served_until_something_is_in_it(write, tmp_path: Pat
 
     async def main() -> None:
         async with serving(settings_for(tmp_path / "repository")) as server:
-            assert (await server.client.get("/v2/health/ready")).status_code == 200
+            assert await server.ready() is False
             assert (await server.client.post("/classify", content=b"x")).status_code == 404
             assert await server.index() == {}
             write("repository/a", 1)
             await server.refresh()
             assert await server.scale("a") == 1
+            assert await server.ready() is True
 
     run(main)
 
@@ -311,6 +319,137 @@ def test_a_folder_that_goes_away_altogether_ends_nothing(write, caplog: pytest.L
 
     run(main)
     assert "the model repository cannot be read (No such file or directory)" in caplog.text
+
+
+@pytest.mark.parametrize("away", ["renamed", "emptied mount", "no permission", "broken link"])
+def test_what_was_loaded_goes_on_while_the_folder_cannot_be_read_and_that_is_said_once(
+    write, tmp_path: Path, away: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write("repository/a", 1).parent
+    write("repository/b/1", 2)
+    elsewhere = folder.with_name("elsewhere")
+
+    async def main() -> None:
+        async with serving(settings_for(folder, allow_repository_changes=True)) as server:
+            await server.refresh()
+            with monkeypatch.context() as patch:
+                if away == "no permission":  # the tests' user may be one who may read everything
+                    patch.setattr(Path, "iterdir", lambda _: (_ for _ in ()).throw(PermissionError(13, "denied")))
+                else:
+                    folder.rename(elsewhere)
+                if away == "emptied mount":
+                    folder.mkdir()
+                if away == "broken link":
+                    folder.symlink_to(tmp_path / "nowhere")
+                for _ in range(5):
+                    await server.refresh()
+                    assert (await server.scale("a"), await server.scale("b/versions/1")) == (1, 2)
+                assert await server.ready() is True
+                assert caplog.text.count("what was loaded is still served") == 1
+            if away == "emptied mount":
+                folder.rmdir()
+            if away == "broken link":
+                folder.unlink()
+            if elsewhere.exists():
+                elsewhere.rename(folder)
+            write("repository/a", 3)
+            await server.refresh(2)
+            assert (await server.scale("a"), await server.scale("b")) == (3, 2)
+
+    caplog.set_level("INFO", "manygates.serving")
+    run(main)
+    assert caplog.text.count("can be read again") == 1
+
+
+def test_a_bundle_that_cannot_be_read_is_still_served_and_its_neighbours_are_looked_after(
+    write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write("repository/a", 1).parent
+    write("repository/b", 1)
+    look = Path.stat
+
+    def forbidden(self: Path, **options: Any) -> Any:
+        if "a" in self.parts[-2:]:
+            raise PermissionError(13, "Permission denied", str(self))
+        return look(self, **options)
+
+    async def main() -> None:
+        async with serving(settings_for(folder)) as server:
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "stat", forbidden)
+                await server.refresh(4)
+                assert await server.scale("a") == 1
+            write("repository/b", 2)
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "stat", forbidden)
+                await server.refresh()
+                assert (await server.scale("a"), await server.scale("b")) == (1, 2)
+            await server.refresh()
+            assert (await server.index())["a", "1"] == ("READY", "")
+
+    run(main)
+
+
+def test_a_link_is_followed_at_every_look(write, tmp_path: Path) -> None:
+    """A release is made by changing where `current` leads to, for the whole repository, for a model or for a bundle."""
+    for release in (1, 2):
+        write(f"release-{release}/tiny", release)
+        write(f"release-{release}/only-{release}", release)
+        write(f"repository/.releases/{release}", 10 * release)
+        write(f"named-{release}", 100 * release, "named")
+
+    def switch(link: Path, target: Path) -> None:
+        new = link.with_name(f".{link.name}.new")
+        new.symlink_to(target)
+        new.replace(link)  # as `ln -sfn` and kubelet do
+
+    current, inside, named = tmp_path / "current", tmp_path / "repository" / "model", tmp_path / "named"
+
+    def release(number: int) -> None:
+        switch(current, tmp_path / f"release-{number}")
+        switch(inside, tmp_path / "repository" / ".releases" / str(number))
+        switch(named, tmp_path / f"named-{number}")
+
+    release(1)
+
+    async def main() -> None:
+        own = (f"local-dir:{named}",)
+        async with (
+            serving(settings_for(current, models=own)) as first,
+            serving(settings_for(tmp_path / "repository")) as second,
+        ):
+            for number in (1, 2, 1):
+                release(number)
+                await first.refresh(2)
+                await second.refresh(2)
+                assert await first.scale("tiny") == number
+                assert await second.scale("model") == 10 * number
+                assert await first.scale("named") == 100 * number
+                assert await first.scale(f"only-{number}") == number
+                assert await first.scale(f"only-{3 - number}") == 404
+                assert await first.ready() is True
+
+    run(main)
+
+
+def test_a_link_that_is_changed_to_lead_out_of_the_folder_is_not_followed(write, tmp_path: Path) -> None:
+    folder, outside = write("repository/.inside", 1).parent, write("outside", 2)
+    (folder / "a").symlink_to(folder / ".inside")
+
+    async def main() -> None:
+        async with serving(settings_for(folder, allow_repository_changes=True)) as server:
+            assert await server.scale("a") == 1
+            (folder / "a").unlink()
+            (folder / "a").symlink_to(outside)
+            await server.refresh(3)
+            assert await server.scale("a") == 1
+            refused = await server.ask("a/load")
+            assert refused.status_code == 400
+            assert "leads out of the model repository" in refused.json()["error"]
+            assert str(outside) not in refused.text
+            assert await server.scale("a") == 1
+
+    run(main)
 
 
 def test_names_that_are_no_names_and_links_out_of_the_folder_are_ignored(write, tmp_path: Path) -> None:
@@ -487,6 +626,128 @@ def test_a_model_is_unloaded_loaded_and_loaded_again_on_request(write, tmp_path:
             unknown = await server.ask("other/load")
             assert unknown.status_code == 404
             assert "the repository has no model 'other', only tiny" in unknown.json()["error"]
+
+    run(main)
+
+
+def test_a_version_that_has_gone_answers_no_longer_once_its_model_is_loaded_again(write, tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        write(f"repository/tiny/{version}", version)
+    folder = tmp_path / "repository/tiny"
+
+    async def main() -> None:
+        async with serving(settings_for(folder.parent, allow_repository_changes=True)) as server:
+            shutil.rmtree(folder / "3")
+            answer = await server.ask("tiny/load")
+            assert (answer.status_code, answer.json()) == (200, {"gone": ["3"]})
+            assert (await server.scale(), await server.scale("tiny/versions/3")) == (2, 404)
+            assert (await server.ask("tiny/unload")).status_code == 200
+            shutil.rmtree(folder / "2")
+            answer = await server.ask("tiny/load")
+            assert (answer.status_code, answer.json()) == (200, {"gone": ["2"]})
+            assert (await server.scale(), await server.scale("tiny/versions/2")) == (1, 404)
+            assert (await server.index()) == {("tiny", "1"): ("READY", "")}
+            assert await server.ready() is True
+            shutil.rmtree(folder)
+            answer = await server.ask("tiny/load")
+            assert answer.status_code == 404
+            assert "gone from the repository" in answer.json()["error"]
+            assert await server.scale() == 404
+            assert await server.ready() is False
+
+    run(main)
+
+
+def test_a_load_loads_what_it_can_and_names_what_failed(write, tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        write(f"repository/tiny/{version}", version)
+    folder = tmp_path / "repository/tiny"
+
+    async def main() -> None:
+        async with serving(settings_for(folder.parent, allow_repository_changes=True)) as server:
+            assert (await server.ask("tiny/unload")).status_code == 200
+            truncate(folder / "2")
+            shutil.rmtree(folder / "3")
+            answer = await server.ask("tiny/load")
+            assert answer.status_code == 400
+            assert "version 2: " in answer.json()["error"]
+            assert "Loaded: version 1" in answer.json()["error"]
+            assert (await server.scale(), await server.scale("tiny/versions/2")) == (1, 404)
+            assert (await server.index()).keys() == {("tiny", "1"), ("tiny", "2")}
+
+    run(main)
+
+
+# --- ready ---
+
+
+def test_a_server_is_ready_when_what_should_be_served_is(write, tmp_path: Path, serve_in_a_thread) -> None:
+    """Over real sockets: HTTP, gRPC and the health check of containers say the same."""
+    grpc = pytest.importorskip("grpc")
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from serving.health_check import reason_against
+
+    def told(url: str, application: Application) -> set[bool]:
+        with grpc.insecure_channel(f"127.0.0.1:{application.grpc_port}") as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            names = ("", "inference.GRPCInferenceService")
+            health = [check(health_pb2.HealthCheckRequest(service=name)).status for name in names]
+        assert httpx.get(f"{url}/v2/health/live").json() == {"live": True}
+        ready = httpx.get(f"{url}/v2/health/ready")
+        serving = [status == health_pb2.HealthCheckResponse.SERVING for status in health]
+        return {*serving, ready.status_code == 200, ready.json()["ready"], reason_against(str(ready.url)) is None}
+
+    def is_ready(folder: Path, **changes: Any) -> bool:
+        application = build(settings_for(folder, grpc_port=0, **changes))
+        with serve_in_a_thread(application) as url:
+            [ready] = told(url, application)
+        return ready
+
+    (tmp_path / "empty").mkdir()
+    damaged = write("damaged/tiny", 1)
+    truncate(damaged)
+    assert is_ready(write("whole/tiny", 1).parent) is True
+    for folder in (tmp_path / "empty", damaged.parent):
+        assert is_ready(folder) is False
+        assert is_ready(folder, allow_empty=True) is True
+
+
+def test_what_a_client_unloaded_on_purpose_is_not_missing(write) -> None:
+    folder = write("repository/tiny", 1).parent
+
+    async def main() -> None:
+        async with serving(settings_for(folder, allow_repository_changes=True)) as server:
+            assert (await server.ask("tiny/unload")).status_code == 200
+            assert await server.ready() is True, "who unloads the last model can still reach the server to load it"
+            assert (await server.client.get("/v2/models/tiny/ready")).status_code == 404
+
+    run(main)
+
+
+def test_what_comes_later_and_cannot_be_loaded_does_not_stop_what_is_served(write) -> None:
+    folder = write("repository/a", 1).parent
+
+    async def main() -> None:
+        async with serving(settings_for(folder, allow_repository_changes=True)) as server:
+            truncate(write("repository/b", 2))
+            await server.refresh(2)
+            assert (await server.index())["b", "1"][0] == "UNAVAILABLE"
+            assert await server.ready() is True
+            write("repository/c", 3)
+            await server.refresh()
+            assert (await server.ask("c/unload")).status_code == 200
+            assert await server.ready() is True
+            shutil.rmtree(folder / "c")
+            await server.refresh(2)
+            shutil.rmtree(folder / "a")
+            await server.refresh(2)
+            assert await server.ready() is False, "nothing is served any more"
+        async with serving(settings_for(folder)) as server:
+            assert await server.ready() is False
+            write("repository/b", 2)
+            await server.refresh()
+            assert await server.ready() is True
 
     run(main)
 

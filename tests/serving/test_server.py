@@ -253,7 +253,8 @@ def test_the_demo_is_mounted_beside_the_calls(tiny_application, monkeypatch: pyt
     from starlette.responses import PlainTextResponse
     from starlette.routing import Route
 
-    def mount(app: Any, path: str, models: list[str]) -> Any:
+    def mount(app: Any, path: str, models: list[str], **limits: int) -> Any:
+        assert limits == {"max_pixels": 4_000_000}
         app.router.routes.append(Route(path, lambda request: PlainTextResponse(f"demo of {models}")))
         return app
 

@@ -221,3 +221,14 @@ def test_the_three_readings_of_ensemble_in_one_differ_where_paper_and_release_do
     assert paper.phases[1].objective == EnsembleInOne.paper()
     assert release.phases[1].objective == mixed.phases[1].objective == EnsembleInOne.release()
     assert [phase.nesterov for phase in release.phases] == [True, True]
+
+
+@pytest.mark.parametrize("number", [-5, 0, True, 2.5])
+def test_a_recipe_counts_its_training_images_from_one_on(number: Any) -> None:
+    with pytest.raises(BadInput, match="train_images is"):
+        base(train_images=number)
+
+
+def test_a_phase_has_no_milestone_before_its_beginning() -> None:
+    with pytest.raises(BadInput, match="a milestone is -5"):
+        Phase(objective=Standard(), epochs=2, milestones=(-5, 1))

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 from zoo import graphs, onnx_graphs, paths, self_check
+from zoo.checkpoint import Architecture, load, load_network_state, network_state, save_network
 from zoo.derive import derive, folded_copy
 from zoo.errors import BadInput, GatingWarning
 from zoo.rgn import RandomGatedNetwork, randomly_gate
@@ -87,6 +89,11 @@ class StatisticsRead(Parts):
 class FirstColumn(Parts):
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.b(F.relu(self.norm(self.a(images)))).flatten(2)[:, :, 0])
+
+
+class FirstPixel(Parts):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.b(F.relu(self.norm(self.a(images))))[:, :, 0, 0]
 
 
 class MeanOfThreeDimensions(Parts):
@@ -177,6 +184,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "a weight read beside its norm": WeightReadBesideItsNorm,
     "statistics that are read": StatisticsRead,
     "a scalar index": FirstColumn,
+    "two scalar indices": FirstPixel,
     "a mean over two of three dimensions": MeanOfThreeDimensions,
     "isinstance in forward": IsTensor,
     "optional arguments": OptionalArgument,
@@ -262,7 +270,8 @@ def test_every_candidate_of_a_network_of_any_kind_changes_the_answer_and_learns(
     rgn.train()
     for candidate in range(2):
         rgn.zero_grad()
-        (rgn(batch, [candidate] * rgn.num_gates) * torch.rand(2, 5)).sum().backward()
+        logits = rgn(batch, [candidate] * rgn.num_gates)
+        (logits * torch.rand_like(logits)).sum().backward()
         for alternatives in rgn.bank:
             convolution = alternatives[candidate]["conv"]
             gradients = [parameter.grad for name, parameter in convolution.named_parameters() if "bias" not in name]
@@ -455,6 +464,23 @@ def test_convolutions_that_share_a_weight_go_on_sharing_it_and_are_named() -> No
     members = [derive(rgn, [gate]) for gate in (0, 1)]
     mean = torch.stack([member(batch).softmax(1) for member in members]).mean(0)
     assert_equal_answers(answer(onnx_graphs.members_graph(members), batch).exp(), mean)
+
+
+@pytest.mark.filterwarnings("ignore:Tied has:zoo.errors.GatingWarning")
+@pytest.mark.parametrize("gated", [False, True])
+def test_tied_weights_survive_being_written_and_read(gated: bool, tmp_path: Path) -> None:
+    def built() -> Any:
+        return randomly_gate(Tied()) if gated else Tied()
+
+    network, read = built(), built()
+    save_network(tmp_path / "weights.safetensors", network, Architecture(network="resnet8"))
+    tensors, _ = load(tmp_path / "weights.safetensors")
+    load_network_state(read, tensors)
+    state = network_state(network)
+    assert {"b.weight", "c.weight"} <= state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network_state(read).items())
+    template = read.template if gated else read
+    assert template.b.weight is template.c.weight
 
 
 def test_a_module_under_two_names_has_one_gate() -> None:

@@ -124,7 +124,7 @@ def test_the_exits_of_a_card_come_back_with_their_costs() -> None:
     ("text", "said"),
     [
         (early(10), "exits is [10], expected none, or at least two"),
-        (early(10, 0), "exits.macs is 0, expected a positive count"),
+        (early(10, 0), "exits.macs is 0, expected between 1"),
         (early(20, 10), "exits.macs is [20, 10], expected costs that grow from exit to exit"),
         (early(10, 20, variants=["single", "ensemble"]), "variants is 'ensemble', expected only 'single'"),
         (changed("exits", [{"macs": 1}, {"macs": 2}]), "exits is [1, 2], expected none, because layers are gated"),
@@ -149,7 +149,7 @@ def test_a_model_is_suspect_where_the_linter_raised_an_alarm() -> None:
         ("int8.variants", [], "int8.variants is [], expected at least one variant, or int8 null"),
         ("int8.variants", ["single", "double"], "int8.variants is 'double', expected one of single, ensemble, gated"),
         ("int8.variants", ["ensemble"], "int8.agreement.variant is 'single', expected one of ensemble"),
-        ("int8.calibration.images", 0, "int8.calibration.images is 0, expected at least 1"),
+        ("int8.calibration.images", 0, "int8.calibration.images is 0, expected between 1"),
         ("int8.agreement.0.share", 95.0, "int8.agreement.share is 95.0, expected a share between 0 and 1"),
         ("int8.agreement.0.interval", [0.96, 0.97], r"around the share 0.95"),
         ("int8.agreement.0.eps_fraction", "8/255", "expected the fraction that eps 0.03 is"),
@@ -215,7 +215,7 @@ def test_a_newer_schema_says_to_upgrade() -> None:
         ("architecture.sharing", None, "null exactly when gated_layers is empty"),
         ("architecture.sharing", "some", "one of independent, shared_conv"),
         ("architecture.gated_layers", ["a", "a", "b"], "no name twice"),
-        ("architecture.parameters", 0, "a positive count"),
+        ("architecture.parameters", 0, "between 1 and"),
         ("input.height", 0, "input.height is 0"),
         ("input.range", [1.0, 0.0], "low < high"),
         ("input.mean", [0.5], "3 values, one per channel"),
@@ -239,7 +239,7 @@ def test_a_newer_schema_says_to_upgrade() -> None:
         ("results.1.eps_fraction", "eight", "results.eps_fraction is 'eight'"),
         ("results.1.eps", -0.1, "results.eps is -0.1"),
         ("files", {"single.onnx": {"sha256": "AB", "size": 1}}, "64 hexadecimal digits"),
-        ("files", {"single.onnx": {"sha256": "0" * 64, "size": -1}}, "0 or more bytes"),
+        ("files", {"single.onnx": {"sha256": "0" * 64, "size": -1}}, "between 0 and"),
     ],
 )
 def test_a_wrong_entry_is_refused_with_its_key_value_and_expectation(path: str, value: Any, said: str) -> None:
@@ -314,3 +314,33 @@ def test_an_infinite_number_is_refused_however_it_is_written() -> None:
 def test_an_integer_of_thousands_of_digits_is_refused() -> None:
     with pytest.raises(BundleError, match="is not JSON"):
         Card.from_json(changed("results.1.steps", 17).replace('"steps": 17', '"steps": ' + "1" * 5000))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *((f"input.{side}", size) for side in ("height", "width") for size in (65_536, 4097, 0, -1)),
+        *(("input.channels", channels) for channels in (0, 2, 4, 65_536)),
+        ("classes", [str(number) for number in range(70_000)]),
+        ("architecture.gated_layers", [str(number) for number in range(5000)]),
+        ("architecture.candidates", 65_536),
+        ("architecture.parameters", 10**18),
+        ("architecture.single_path_parameters", 10**15),
+        ("results.0.images", 10**12),
+        ("results.0.steps", 10**12),
+        ("results.0.draws", 10**12),
+        ("training.seed", 10**40),
+        ("paths.ensemble", ["000"] * 2000),
+        ("files", {"single.onnx": {"sha256": "0" * 64, "size": 10**15}}),
+    ],
+)
+def test_a_size_that_no_model_has_is_refused(path: str, value: Any) -> None:
+    with pytest.raises(BundleError):
+        Card.from_json(changed(path, value))
+
+
+def test_an_input_is_no_larger_than_a_picture_may_be() -> None:
+    images = Card.from_json(GOLDEN).input
+    assert replace(images, height=2000, width=2000).height == 2000
+    with pytest.raises(BundleError, match="is 4002000, expected between 1 and 4000000"):
+        replace(images, height=2000, width=2001)

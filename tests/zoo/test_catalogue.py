@@ -114,3 +114,9 @@ def test_a_model_on_this_machine_is_pinned_to_where_it_is(bundled: Path) -> None
     source = f"local-dir:{bundled / NAME}"
     assert pin(source) == (source, open_model(NAME).card)
     assert pin(NAME)[0] == NAME
+
+
+@pytest.mark.parametrize("model", ["~nobody-of-this-name/model", "local-dir:~nobody-of-this-name/model"])
+def test_a_home_that_is_not_known_is_said(model: str) -> None:
+    with pytest.raises(BadInput, match="write the whole path"):
+        resolve(model)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from zoo import checkpoint
-from zoo.checkpoint import Architecture, load_network, load_network_state, network_state, save_network
-from zoo.errors import CheckpointError
+from zoo import checkpoint, networks
+from zoo.checkpoint import Architecture, load, load_network, load_network_state, network_state, save_network
+from zoo.errors import CheckpointError, ManygatesError
+from zoo.models import load_members, save_members
 from zoo.rgn import RandomGatedNetwork
 
 PLAIN = Architecture(network="resnet8", options={"width": 4})
@@ -152,3 +156,102 @@ def test_saving_over_a_file_leaves_no_other_file_behind(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "file", {"tensor": torch.tensor(value)}, {})
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     assert float(checkpoint.load(tmp_path / "file")[0]["tensor"]) == 2.0
+
+
+# --- headers that claim more than the file holds ---
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Yield a list that gets the size of every parameter that is made in the block."""
+    sizes: list[int] = []
+
+    def note(module: nn.Module, name: str, parameter: Tensor | None) -> None:
+        if parameter is not None:
+            sizes.append(parameter.numel())
+
+    hook = register_module_parameter_registration_hook(note)
+    try:
+        yield sizes
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"members": 10**6},
+        {"members": 1000},
+        {"members": True},
+        {"members": 0},
+        {"candidates": 10**6, "sharing": "independent"},
+        {"candidates": 1000, "sharing": "independent"},
+        {"candidates": 1000, "sharing": "shared_conv"},
+        {"candidates": -2, "sharing": "independent"},
+        {"sharing": "none"},
+        {"network": "resnet110"},
+        {"network": "msdnet", "options": {"exits": 10**9}},
+        {"network": "msdnet", "options": {"exits": 60_000}},
+        {"network": "msdnet", "options": {"base": 60_000}},
+        {"network": "vgg16", "options": {"width": 1e300}},
+        {"network": "preact_resnet18", "options": {"width": 60_000}},
+        {"network": ["resnet8"]},
+        {"options": {"width": 2**62}},
+        {"options": {"width": 40_000}},
+        {"options": {"width": -4}},
+        {"options": {"width": "4"}},
+        {"options": [4]},
+        {"options": {"widths": 4}},
+        {"dataset": "mnist"},
+        {"dataset": 7},
+    ],
+)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_file_that_claims_another_network_than_it_holds_is_refused_before_it_gets_large(
+    claim: dict[str, Any], stacked: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "weights.safetensors"
+    members = [built(PLAIN), built(PLAIN)]
+    if stacked:
+        save_members(file, members, PLAIN)
+    else:
+        save_network(file, members[0], PLAIN)
+    tensors, header = load(file)
+    checkpoint.save(file, tensors, {**header, "architecture": {**header["architecture"], **claim}})
+    held = sum(tensor.numel() for tensor in tensors.values())
+    for read in (load_network, load_members):
+        with counted() as sizes, pytest.raises(ManygatesError):
+            read(file)
+        assert sum(sizes[:-1]) <= checkpoint.COPIES * held, "the last one is refused before it is filled"
+        assert len(sizes) <= checkpoint.COPIES * len(tensors) + 1
+
+
+@pytest.mark.parametrize("members", [10**6, 1000, 3, 0, -1, True, "2", None])
+def test_a_file_that_claims_other_members_than_it_holds_is_refused_before_anything_is_built(
+    members: object, tmp_path: Path
+) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_members(file, [built(PLAIN), built(PLAIN)], PLAIN)
+    tensors, header = load(file)
+    assert len(load_members(file)[0]) == header["members"] == 2
+    checkpoint.save(file, tensors, {**header, "members": members})
+    with counted() as sizes:
+        with pytest.raises(CheckpointError):
+            load_members(file)
+        checkpoint.save(file, {}, {**header, "members": members})
+        with pytest.raises(CheckpointError):
+            load_members(file)
+    assert len(sizes) <= 1
+
+
+@pytest.mark.parametrize("architecture", [INDEPENDENT, SHARED_CONV, Architecture(network="resnet8", members=3)])
+def test_several_networks_in_a_file_are_assembled(architecture: Architecture) -> None:
+    state = network_state(architecture.build())
+    assembled = network_state(checkpoint.assembled(architecture, state))
+    assert all(torch.equal(state[name], assembled[name]) for name in state)
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_every_network_can_be_assembled(name: str) -> None:
+    architecture = Architecture(network=name)
+    assert not checkpoint.assembled(architecture, network_state(architecture.build())).training

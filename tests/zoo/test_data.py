@@ -264,3 +264,12 @@ def test_the_real_training_images_have_the_mean_that_networks_subtract() -> None
     assert images.labels.bincount().tolist() == [5000] * 10
     means = images.pixels.double().mean((0, 2, 3)) / 255
     torch.testing.assert_close(means, torch.tensor(DATASETS["cifar10"].format.mean).double(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("number", [-5, -1, 0, True, 2.0])
+def test_images_are_not_counted_from_the_end(number: object) -> None:
+    images = data.Images(torch.zeros(9, 1, 2, 2, dtype=torch.uint8), torch.arange(9))
+    with pytest.raises(BadInput):
+        data.drawn(images, number, 0)  # type: ignore[arg-type]
+    assert len(data.drawn(images, 4, 0)) == 4
+    assert len(data.drawn(images, 40, 0)) == 9

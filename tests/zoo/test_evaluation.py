@@ -431,6 +431,24 @@ def test_a_torn_line_of_the_ledger_is_measured_again(tmp_path: Path) -> None:
     assert len(Ledger({"a": 2}, tmp_path)) == 0
 
 
+def test_a_ledger_on_a_full_disk_keeps_whole_lines_only(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    ledger = Ledger({"a": 1}, tmp_path)
+    ledger.put("first", torch.arange(4))
+    kept = ledger.file.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) + 20, hard))
+    try:
+        with pytest.raises(OSError) as told:
+            ledger.put("second", torch.arange(4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert told.value.filename == str(ledger.file)
+    assert ledger.file.read_bytes() == kept
+    ledger.put("third", torch.arange(2))
+    assert len(Ledger({"a": 1}, tmp_path)) == 2
+
+
 def test_other_terms_are_another_evaluation(linear: Bundle) -> None:
     def file_of(**changes: object) -> Path:
         request = replace(Request(protocol="whitebox", images=ALL), **changes)  # type: ignore[arg-type]

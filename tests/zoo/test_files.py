@@ -1,7 +1,9 @@
+import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,18 @@ from zoo.errors import BadInput
 
 def names_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """Let the system cut off files at so many bytes, with an error that names none of them, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_digest_is_sha256(tmp_path: Path) -> None:
@@ -120,3 +134,33 @@ def test_a_file_in_the_way_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is a file, expected a directory"), files.replace_directory(tmp_path / "file"):
         pass
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_cannot_be_written_whole_names_its_place_and_leaves_nothing(tmp_path: Path) -> None:
+    files.write_bytes_atomic(tmp_path / "file", b"old")
+    with no_file_above(1000), pytest.raises(OSError) as told:
+        files.write_bytes_atomic(tmp_path / "file", bytes(5000))
+    assert (told.value.errno, told.value.filename) == (errno.EFBIG, str(tmp_path / "file"))
+    with no_file_above(1000), pytest.raises(OSError) as told, files.replace_directory(tmp_path / "a" / "folder") as new:
+        (new / "large").write_bytes(bytes(5000))
+    assert (told.value.errno, told.value.filename) == (errno.EFBIG, str(tmp_path / "a" / "folder"))
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert names_in(tmp_path) == ["a", "file"]
+    assert names_in(tmp_path / "a") == []
+
+
+def test_an_error_of_another_file_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as told, files.replace_directory(tmp_path / "folder"):
+        (tmp_path / "elsewhere").read_bytes()
+    assert told.value.filename == str(tmp_path / "elsewhere")
+
+
+def test_a_place_is_tried_without_a_trace(tmp_path: Path) -> None:
+    files.check_writable(tmp_path / "new" / "below" / "folder")
+    assert names_in(tmp_path) == []
+    (tmp_path / "file").touch()
+    files.check_writable(tmp_path / "file")
+    with pytest.raises(NotADirectoryError) as told:
+        files.check_writable(tmp_path / "file" / "below" / "folder")
+    assert told.value.filename == str(tmp_path / "file" / "below" / "folder")
+    assert names_in(tmp_path) == ["file"]

@@ -223,6 +223,34 @@ def test_other_formats_are_not_even_tried(wanted: InputFormat, content: bytes) -
         decode_image(content, wanted)
 
 
+HEADS = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff", "WEBP": b"RIFF\x10\0\0\0WEBP"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(head + rest for head in HEADS.values() for rest in (b"", b"\0", b"VP8 ", bytes(40), b"text" * 20)),
+        *(encoded(np.zeros((16, 16, 3), np.uint8), kind)[:size] for kind in HEADS for size in (12, 20, 30, 36)),
+        *(encoded(np.zeros((16, 16, 3), np.uint8), kind) for kind in ("GIF", "TIFF", "BMP", "ICO")),
+        b"",
+        b"a",
+        b"\xff\xd8",
+        b"plain text",
+    ],
+)
+def test_what_is_wrong_with_a_picture_is_said_in_our_own_words(
+    wanted: InputFormat, tmp_path: Path, content: bytes
+) -> None:
+    with pytest.raises(BadImage) as told:
+        decode_image(content, wanted)
+    (tmp_path / "picture").write_bytes(content)
+    with pytest.raises(BadImage) as of_file:
+        read_image(tmp_path / "picture", wanted)
+    for text in (str(told.value), str(of_file.value).removeprefix(str(tmp_path))):
+        for foreign in ("<", ">", "0x", "object", "BytesIO", "b'", "Error", "buffer", "None", "unpack"):
+            assert foreign not in text
+
+
 @pytest.mark.parametrize(("width", "height"), [(2001, 2000), (10_000, 9_500), (60_000, 60_000)])
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_image_that_claims_too_many_pixels_is_refused_before_it_is_unpacked(

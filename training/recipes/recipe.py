@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from training.augmentation import AUGMENTATIONS
 from training.objectives import EnsembleInOne, Objective
-from zoo.errors import BadInput, UnknownName
+from zoo.errors import BadInput, UnknownName, check_count
 from zoo.rgn import Sharing
 
 Schedule = Literal["step", "cosine", "cyclic"]
@@ -47,6 +47,8 @@ class Phase:
             raise BadInput(f"need 0 <= momentum < 1 and weight_decay >= 0, got {self.momentum} and {self.weight_decay}")
         if self.nesterov and not self.momentum:
             raise BadInput("nesterov needs momentum > 0, got 0; set momentum=0.9 or nesterov=false")
+        for milestone in self.milestones:
+            check_count("a milestone", milestone, 0)
         for name, kind in (("schedule", Schedule), ("optimizer", Optimizer)):
             if getattr(self, name) not in get_args(kind):
                 raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
@@ -119,6 +121,8 @@ class Recipe:
                 f"need validate_every >= 1, held_out >= 0 and start_noise >= 0, got {self.validate_every}, "
                 f"{self.held_out} and {self.start_noise}"
             )
+        if self.train_images is not None:
+            check_count("train_images", self.train_images)
         gated = [phase.objective for phase in self.phases if isinstance(phase.objective, EnsembleInOne)]
         if gated and self.candidates < 2:
             raise BadInput(f"ensemble_in_one needs candidates >= 2 per gated layer, got {self.candidates}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from zoo.cache import cache_dir
+from zoo.files import writing
 
 
 def digest_of(terms: Mapping[str, Any]) -> str:
@@ -59,9 +61,16 @@ class Ledger:
             "shape": list(array.shape),
             "values": base64.b64encode(array.tobytes()).decode(),
         }
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        with writing(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            whole = self.file.stat().st_size if self.file.is_file() else 0
+            try:
+                with self.file.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(entry) + "\n")
+            except OSError:  # a disk that is full may have taken half of the line
+                if self.file.is_file():
+                    os.truncate(self.file, whole)
+                raise
 
     def clear(self) -> None:
         """Forget everything."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,7 +36,7 @@ from zoo.derive import Ensemble
 from zoo.errors import BadInput, ChecksumMismatch, ManygatesError, MissingFile
 from zoo.evaluation.ledger import digest_of
 from zoo.evaluation.run import BATCH, Run, ready, share, table
-from zoo.files import sha256_of, write_json_atomic
+from zoo.files import sha256_of, write_bytes_atomic, write_json_atomic
 from zoo.models import member_networks, weights_file
 
 SET_FILE = "set.json"
@@ -281,12 +281,10 @@ class AdversarialSet:
                     done[key] = change.round().clamp(-LEVELS, LEVELS).to(torch.int8).cpu().contiguous()
                 made[version].append(done[key])
                 progress.update()
-            save_file(done, part_file)
+            write_bytes_atomic(part_file, save(done))
         progress.close()
         stored = {version: torch.cat(parts) for version, parts in made.items()}
-        temporary = self.folder / f".{name}.writing"
-        save_file(stored, temporary)
-        temporary.replace(self.folder / name)
+        write_bytes_atomic(self.folder / name, save(stored))
         part_file.unlink(missing_ok=True)
         self.files[name] = {
             "surrogate": surrogate.name,

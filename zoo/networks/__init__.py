@@ -77,13 +77,15 @@ def build(name: str, *, images: ImageFormat = CIFAR_FORMAT, classes: int = 10, *
 
     Raises:
         UnknownName: no such network; the message lists the known ones.
-        BadInput: an option that the network does not have.
+        BadInput: an option that the network does not have, or a value that no network can be built with.
     """
     if name not in NETWORKS:
         raise UnknownName(name, NETWORKS, kind="network")
     try:
         network = NETWORKS[name](images, classes, **options)
-    except TypeError as error:
+    except BadInput:
+        raise
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # of torch: a negative width, say
         raise BadInput(f"network {name} does not take these options: {options} ({error})") from error
     network.image_shape = (images.channels, images.height, images.width)  # type: ignore[assignment]
     return network

@@ -6,6 +6,7 @@ of transferred images), the difference stands beside it. Rows whose variant fail
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,10 +96,17 @@ def write_leaderboard(cards: Sequence[Card], file: Path, *, trained: Mapping[str
     folder = file.parent / FIGURES_DIR
     if drawn:
         folder.mkdir(parents=True, exist_ok=True)
-    for name, content in drawn.items():
-        write_bytes_atomic(folder / name, content)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(file, f"{before}{BEGIN}\n" + "\n\n".join(blocks) + f"\n{END}{after}")
+    new = [folder / name for name in drawn if not (folder / name).exists()]
+    try:
+        for name, content in drawn.items():
+            write_bytes_atomic(folder / name, content)
+        write_text_atomic(file, f"{before}{BEGIN}\n" + "\n\n".join(blocks) + f"\n{END}{after}")
+    except OSError:  # a page that is not there needs no figures
+        for figure in new:
+            with contextlib.suppress(OSError):
+                figure.unlink(missing_ok=True)
+        raise
     for name in set(re.findall(rf"\({FIGURES_DIR}/({PREFIX}[a-z0-9-]+\.svg)\)", old)) - set(drawn):
         (folder / name).unlink(missing_ok=True)
     return [folder / name for name in drawn]
