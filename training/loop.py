@@ -398,8 +398,10 @@ class _Loop:
         torch.manual_seed(seed_for(recipe.seed, "initialise"))
         self.architecture = architecture_of(recipe)
         self.model = _initial_network(recipe, self.architecture).to(device)
-        if recipe.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.layout = (
+            torch.channels_last if recipe.channels_last and not _narrow(self.model) else torch.contiguous_format
+        )
+        self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
         images = data.load(recipe.dataset, "train")
         if recipe.train_images is not None:
             images = data.drawn(images, recipe.train_images, recipe.seed)
@@ -580,8 +582,7 @@ class _Loop:
         return Batch(images, self.images.labels[index][share], tuple(others))
 
     def _as_images(self, pixels: Tensor) -> Tensor:
-        images = data.as_float(pixels)
-        return images.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else images
+        return data.as_float(pixels).contiguous(memory_format=self.layout)
 
     def _finish_epoch(self, phase: Phase, epoch: int, writer: Any) -> None:
         place = self.position
@@ -715,6 +716,19 @@ class _Loop:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         return SummaryWriter(str(self.run_dir / "events"), purge_step=self.position.epoch + 1)
+
+
+def _narrow(network: nn.Module) -> bool:
+    """Whether a 1 x 1 convolution with a stride reads fewer than 8 channels.
+
+    For those oneDNN (3.12, in torch 2.13) computes wrong gradients in the channels-last layout on processors without
+    AVX-512, or writes past the end of its memory.
+    """
+    return any(
+        module.in_channels < 8 and module.kernel_size == (1, 1) and module.stride != (1, 1)
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d)
+    )
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
