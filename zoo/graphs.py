@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import fx, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from zoo.errors import BadInput
 
@@ -54,26 +55,10 @@ class Convolution:
         return not self.projection and not self.tied
 
 
-class _TensorProxy(fx.Proxy):
-    """Stands for a tensor, and says so to `isinstance`."""
-
-    _is_param = False
-
-    @property  # type: ignore[misc]  # isinstance asks for it, and nobody sets it
-    def __class__(self) -> type:
-        return torch.Tensor
-
-
 class _Tracer(fx.Tracer):
     """Records convolutions and BatchNorms of every kind as one call each, and the network's first argument alone."""
 
     proxy_buffer_attributes = True  # a buffer that forward reads is looked up at each call, as a parameter is
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _TensorProxy(node, self)
-
-    def create_arg(self, a: Any) -> fx.node.Argument:
-        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)  # before it is taken for a tensor
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         leaf = isinstance(module, (nn.Conv2d, _BatchNorm, torch.jit.ScriptModule))
@@ -95,15 +80,35 @@ def trace(network: nn.Module) -> fx.GraphModule:
     Raises:
         BadInput: the network's forward depends on its input's values, so it has no fixed graph.
     """
+    check_network(network)
     try:
         with evaluating(network):
-            tracer = _Tracer()
-            return fx.GraphModule(network, tracer.trace(network), type(network).__name__)
-    except (fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError, AssertionError, AttributeError) as error:
+            return fx.GraphModule(network, _Tracer().trace(network), type(network).__name__)
+    except Exception as error:
         raise BadInput(
-            f"{type(network).__name__} cannot be traced with torch.fx ({error}); expected a forward without branches "
-            "that depend on the images"
+            f"{type(network).__name__} cannot be traced with torch.fx ({type(error).__name__}: {error}); expected a "
+            "forward of operations on tensors, without branches that depend on the images"
         ) from error
+
+
+def check_network(network: nn.Module) -> None:
+    """Check that this is a network itself, with its tensors, and not a wrapper around one.
+
+    Raises:
+        BadInput: no module, compiled, scripted, on several devices at once, lazy, or without values.
+    """
+    if not isinstance(network, nn.Module):
+        raise BadInput(f"expected a network, an nn.Module, got {type(network).__name__}")
+    name = type(network).__name__
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise BadInput(f"{name} is a wrapper; pass the network inside, network.module")
+    if hasattr(network, "_orig_mod"):
+        raise BadInput(f"{name} is compiled; pass the network from before torch.compile, network._orig_mod")
+    if isinstance(network, torch.jit.ScriptModule):
+        raise BadInput(f"{name} is a scripted or traced network; pass the nn.Module that it was made of")
+    for key, tensor in tensors(network):
+        if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
+            raise BadInput(f"{key} of {name} has no shape yet; run the network on some images once, then go on")
 
 
 @contextmanager
@@ -187,23 +192,23 @@ def copied(network: nn.Module) -> nn.Module:
     """Return a deep copy.
 
     Raises:
-        BadInput: a module cannot be copied, such as one whose weight a hook computes.
+        BadInput: it cannot be copied, or a hook computes a weight (the old weight_norm and spectral_norm, pruning).
     """
+    for name, module in network.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if hasattr(hook, "compute_weight") or hasattr(hook, "apply_mask"):
+                raise BadInput(
+                    f"{name or type(network).__name__} has its weight from a hook, which a copy may lose; use "
+                    "weight_norm and spectral_norm of torch.nn.utils.parametrizations, or make the weight permanent "
+                    "with torch.nn.utils.remove_weight_norm or torch.nn.utils.prune.remove"
+                )
+    check_network(network)
     try:
         return copy.deepcopy(network)
-    except (RuntimeError, TypeError) as error:
-        hooked = [
-            name
-            for name, module in network.named_modules()
-            if any(hasattr(hook, "compute_weight") for hook in module._forward_pre_hooks.values())
-        ]
-        advice = (
-            f"{hooked[0] or type(network).__name__} has its weight from a hook: use weight_norm or spectral_norm of "
-            "torch.nn.utils.parametrizations instead, or remove it with torch.nn.utils.remove_weight_norm"
-            if hooked
-            else "expected modules that copy.deepcopy can copy"
-        )
-        raise BadInput(f"{type(network).__name__} cannot be copied ({error}); {advice}") from error
+    except Exception as error:
+        raise BadInput(
+            f"{type(network).__name__} cannot be copied ({error}); expected modules that copy.deepcopy can copy"
+        ) from error
 
 
 def others(graph_module: fx.GraphModule) -> list[str]:

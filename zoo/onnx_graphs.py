@@ -123,9 +123,16 @@ def rgn_graphs(
     own = dict(graphs.tensors(network))
     choices = [rgn.select([candidate] * rgn.num_gates) for candidate in range(rgn.candidates)]
     gates = {part: gate for gate, layer in enumerate(rgn.layers) for part in rgn.parts(layer).values()}
-    gate_of = {name: gates[part] for name in choices[0] for part in gates if name.startswith(f"{part}.")}
+    first = {id(own[name]): name for name in choices[0]}
+    # a module may have two names, and the exporter takes either
+    chosen = {name: first[id(tensor)] for name, tensor in own.items() if id(tensor) in first}
+    gate_of = {
+        name: gate for name, gated in chosen.items() for part, gate in gates.items() if gated.startswith(f"{part}.")
+    }
     stencil = stencil_of(network, _image_shape(rgn.template), gate_of)
-    candidates = [stencil.gated({**own, **choice}) for choice in choices]
+    candidates = [
+        stencil.gated({**own, **{name: choice[gated] for name, gated in chosen.items()}}) for choice in choices
+    ]
     made = {}
     if single is not None:
         path = rgn.check(single)
@@ -173,7 +180,16 @@ def _ensemble_graph(members: Sequence[nn.Module], stencil: Stencil, weights: Seq
 
 def _members_stencil(members: Sequence[nn.Module]) -> tuple[Stencil, list[dict[str, np.ndarray]]]:
     """Return a stencil in which every weight is one gate's, and each member's weights for it."""
+    if not members:
+        raise BadInput("an ensemble needs at least one network, got none")
     tensors = [dict(graphs.tensors(member)) for member in members]
+    shapes = [{name: tensor.shape for name, tensor in member.items()} for member in tensors]
+    for number, other in enumerate(shapes):
+        if differing := sorted(name for name in {*other, *shapes[0]} if other.get(name) != shapes[0].get(name)):
+            raise BadInput(
+                f"network {number + 1} of the ensemble differs from the first in {differing[0]!r}; expected networks "
+                "of one architecture"
+            )
     buffers = dict(members[0].named_buffers())
     # A buffer that is common to all, such as the normalisation's, is computed with once.
     own = [
@@ -218,11 +234,15 @@ def _check(
     stencil: Stencil,
 ) -> None:
     images = self_check.images((max(self_check.BATCH_SIZES), *stencil.image_shape))
-    first = next(network.parameters(), images)
-    with torch.no_grad():
-        self_check.check_same(
-            network, lambda batch: expected(batch.to(first.device, first.dtype)), found, images, f"the graph {what}"
-        )
+    first = self_check.like(network)
+    self_check.check_same(
+        network,
+        lambda batch: expected(batch.to(first.device, first.dtype)),
+        found,
+        images,
+        f"the graph {what}",
+        "torch's exporter changed it, or its operations mean something else in ONNX",
+    )
 
 
 def _run(opened: object, feeds: dict[str, np.ndarray], *names: str) -> tuple[Tensor, ...]:
@@ -249,13 +269,13 @@ def count_parameters(file: bytes) -> int:
 
 def _image_shape(network: nn.Module) -> tuple[int, ...]:
     """Return (channel, height, width) of the images a network was built for."""
-    shape = getattr(network, "image_shape", None)
+    shape = self_check.declared_shape(network)
     if shape is None:
         raise BadInput(
             f"{type(network).__name__} does not say the shape of its images; set network.image_shape = "
             "(channel, height, width) before exporting it"
         )
-    return tuple(shape)
+    return shape
 
 
 def _weights_of(candidates: Sequence[Weights], gate_of: Mapping[str, int], path: Path) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, cast, get_args
 
@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from zoo import graphs, paths, self_check
-from zoo.errors import BadInput, GatingWarning
+from zoo.errors import BadInput, GatingWarning, check_count
 from zoo.graphs import Convolution
 
 Sharing = Literal["independent", "shared_conv"]
@@ -52,11 +52,12 @@ class RandomGatedNetwork(nn.Module):
     """
 
     def __init__(self, template: nn.Module, *, candidates: int = 2, sharing: Sharing = "independent") -> None:
-        if not isinstance(candidates, int) or candidates < 1:
-            raise BadInput(f"a gated layer needs at least 1 candidate, a whole number, got {candidates!r}")
+        check_count("candidates", candidates)
         if sharing not in get_args(Sharing):
             raise BadInput(f"sharing must be one of {', '.join(get_args(Sharing))}, got {sharing!r}")
         super().__init__()
+        if isinstance(template, RandomGatedNetwork):
+            raise BadInput("this network is gated already; gate the plain network, or one derived from it")
         graph = graphs.trace(template)
         if (exits := len(graphs.answers(graph))) > 1:
             raise BadInput(
@@ -251,20 +252,14 @@ def randomly_gate(
         for layer, alternatives in zip(rgn.layers, rgn.bank, strict=True):
             for index, alternative in enumerate(cast(nn.ModuleList, alternatives)):
                 for role, module in cast(nn.ModuleDict, alternative).items():
-                    weight = cast(Tensor | None, getattr(module, "weight", None))
-                    if weight is None:  # a BatchNorm without an affine map
-                        continue
                     if start == "copy" and noise:
-                        _set_weight(module, weight * (1 + noise * _normal(weight, generator)), layer)
+                        for weight, put in _weights(module, layer, least_dim=1):
+                            put(weight * (1 + noise * _normal(weight, generator)))
                     elif start == "redraw" and role == "conv" and index > 0:
-                        if weight.numel() < 2:
-                            raise BadInput(
-                                f"{layer.conv} has a single weight, whose standard deviation nobody can tell; gate the "
-                                'network with start="copy" and noise'
-                            )
-                        _set_weight(module, weight.std() * _normal(weight, generator), layer)
+                        for weight, put in _weights(module, layer, least_dim=2):
+                            put(weight.std() * _normal(weight, generator))
     rgn.check_itself()
-    _warn(rgn)
+    _warn(rgn, drawn=noise > 0 if start == "copy" else sharing == "independent")
     return rgn
 
 
@@ -272,18 +267,37 @@ def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.empty_like(like).normal_(generator=generator)
 
 
-def _set_weight(module: nn.Module, weight: Tensor, layer: Convolution) -> None:
-    """Give a layer this weight, through its parametrisation if it has one."""
-    if not parametrize.is_parametrized(module, "weight"):
-        cast(Tensor, module.weight).copy_(weight)
+def _weights(
+    module: nn.Module, layer: Convolution, *, least_dim: int
+) -> Iterator[tuple[Tensor, Callable[[Tensor], object]]]:
+    """Yield each weight of a convolution or norm, and the function that puts another there.
+
+    That is `weight`, through its parametrisation if it has one. A subclass may have weights of other names: all
+    parameters of so many dimensions count there, but for biases.
+    """
+    if parametrize.is_parametrized(module, "weight"):
+
+        def put(weight: Tensor) -> None:
+            try:
+                module.weight = weight
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                raise BadInput(
+                    f"{layer.conv} has a parametrised weight that cannot be set ({type(error).__name__}: {error}); "
+                    'give its parametrisation a right_inverse, or gate the network with start="copy" and no noise'
+                ) from error
+
+        yield cast(Tensor, module.weight), put
         return
-    try:
-        module.weight = weight
-    except (NotImplementedError, RuntimeError) as error:
-        raise BadInput(
-            f"{layer.conv} has a parametrised weight that cannot be set ({error}); give its parametrisation a "
-            'right_inverse, or gate the network with start="copy" and no noise'
-        ) from error
+    own = {name: tensor for name, tensor in module.named_parameters() if name.rpartition(".")[2] != "bias"}
+    for name, tensor in own.items():
+        if name != "weight" and tensor.dim() < max(2, least_dim):
+            continue
+        if least_dim > 1 and tensor.numel() < 2:
+            raise BadInput(
+                f"{layer.conv} has a single weight, which has no standard deviation to draw others with; gate the "
+                'network with start="copy" and noise'
+            )
+        yield tensor, tensor.copy_
 
 
 def _nothing_to_gate(
@@ -310,9 +324,30 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _warn(rgn: RandomGatedNetwork) -> None:
-    """Say what a user would not expect: convolutions without gates, and a network with one gate."""
+def _equal(alternatives: nn.Module) -> bool:
+    """Whether several candidates of a layer have the same tensors."""
+    states = [dict(graphs.tensors(one)) for one in cast(nn.ModuleList, alternatives)]
+    return len(states) > 1 and all(
+        torch.equal(tensor, other[name]) for other in states[1:] for name, tensor in states[0].items()
+    )
+
+
+def _warn(rgn: RandomGatedNetwork, *, drawn: bool) -> None:
+    """Say what a user would not expect: convolutions without gates, candidates that are equal, a network with one gate.
+
+    Args:
+        rgn: fresh from `randomly_gate`.
+        drawn: whether its candidates should differ.
+    """
     name = type(rgn.template).__name__
+    equal = [layer.conv for layer, bank in zip(rgn.layers, rgn.bank, strict=True) if drawn and _equal(bank)]
+    if equal:
+        warnings.warn(
+            f"{name}: all candidates of {_listed(equal)} start equal, because the weights there are all zero or cannot "
+            "be drawn; training has to tell them apart",
+            GatingWarning,
+            stacklevel=3,
+        )
     if others := graphs.others(rgn._graph()):
         counted = "1 convolution" if len(others) == 1 else f"{len(others)} convolutions"
         warnings.warn(

@@ -7,6 +7,7 @@ and every candidate of a gated layer must be able to change the answer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,9 +24,14 @@ TOLERANCE = 1e-4
 """Largest difference of two answers that count as equal, in parts of what the answers differ by among the images."""
 ROUNDING = 1e-5
 """The same in parts of the largest answer: about what float32 rounds away in a deep network."""
-NUDGE, AMPLIFIED = 2.0**-20, 16
+TRACED = (
+    "The usual reasons are a hook, a forward that looks at the type or the shape of its images, and one that was "
+    "replaced on the object"
+)
+NUDGE, AMPLIFIED, MOST_NUDGED = 2.0**-20, 16, 100
 """Where a network answers images that are this much brighter very differently, as with variances near zero in its
-BatchNorms, it amplifies rounding. Differences of so many times that one are then taken for rounding too."""
+BatchNorms, it amplifies rounding. Differences of so many times that one are then taken for rounding too, and nothing
+can be compared where that one alone is so many times what is allowed."""
 BATCH_SIZES = (1, 2, 5)
 IMAGE_SIZES = (32, 224, 64, 28, 16, 8, 48, 96, 128, 192, 256, 299, 384, 512, 24, 20, 12, 10, 6, 4)
 """Heights and widths that are tried, in this order, on a network that does not say the shape of its images."""
@@ -48,10 +54,36 @@ def probes(network: nn.Module, number: int = max(BATCH_SIZES), *, run: Answer | 
     Raises:
         BadInput: the network takes images of none of these sizes.
     """
-    first = next((tensor for tensor in network.parameters() if tensor.is_floating_point()), torch.empty(0))
-    said: Any = next((module.image_shape for module in network.modules() if hasattr(module, "image_shape")), None)
-    shape = _found_shape(network, first, network if run is None else run) if said is None else tuple(said)
+    first = like(network)
+    shape = declared_shape(network) or _found_shape(network, first, network if run is None else run)
     return images((number, *shape)).to(first.device, first.dtype)
+
+
+def like(network: nn.Module) -> Tensor:
+    """Return a tensor of the type and on the device of a network's weights."""
+    return next((tensor for tensor in network.parameters() if tensor.is_floating_point()), torch.empty(0))
+
+
+def declared_shape(network: nn.Module) -> tuple[int, int, int] | None:
+    """Return (channel, height, width) of the images that a network, or a module inside, says it takes, or None.
+
+    Raises:
+        BadInput: it says something else.
+    """
+    owner = next((module for module in network.modules() if hasattr(module, "image_shape")), None)
+    if owner is None:
+        return None
+    said: Any = owner.image_shape
+    try:
+        channels, height, width = said
+        fits = all(type(number) is int and number > 0 for number in (channels, height, width))
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise BadInput(
+            f"image_shape of {type(owner).__name__} is {said!r}; expected (channel, height, width) in whole numbers"
+        )
+    return channels, height, width
 
 
 def images(shape: Sequence[int]) -> Tensor:
@@ -112,7 +144,9 @@ def difference(expected: Tensor, found: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_same(network: nn.Module, expected: Answer, found: Answer, images: Tensor, what: str) -> None:
+def check_same(
+    network: nn.Module, expected: Answer, found: Answer, images: Tensor, what: str, reason: str = TRACED
+) -> None:
     """Compare two ways to ask a network, both in evaluation mode, at each of `BATCH_SIZES`.
 
     Args:
@@ -121,6 +155,7 @@ def check_same(network: nn.Module, expected: Answer, found: Answer, images: Tens
         found: what was made of it.
         images: as many as the largest batch.
         what: what was made of it, in words; the subject of the error.
+        reason: why they usually differ, in a sentence.
 
     Raises:
         BadInput: they differ, the answers are not finite, or are no tensors.
@@ -144,13 +179,18 @@ def check_same(network: nn.Module, expected: Answer, found: Answer, images: Tens
                         f"{name} answers the same images differently at each call although it is in evaluation mode; "
                         "expected a fixed function, so look for dropout or noise that ignores the mode"
                     )
-                nudged = _answers(name, expected, batch * (1 + NUDGE))
-                if worst <= AMPLIFIED * max(map(difference, right, nudged)):
+                nudged = max(map(difference, right, _answers(name, expected, batch * (1 + NUDGE))))
+                if nudged > MOST_NUDGED:
+                    raise BadInput(
+                        f"{name} answers very differently when its images are a millionth brighter, so nothing made "
+                        "of it can be compared with it; look for a variance near zero in a BatchNorm, or very large "
+                        "weights"
+                    )
+                if worst <= AMPLIFIED * nudged:
                     continue  # the network makes that much of rounding alone
                 raise BadInput(
                     f"{what} does not answer as {name} does: on {size} random images the answers differ by "
-                    f"{worst:.2g} times what rounding explains. The usual reasons are a hook, a forward that looks at "
-                    "the values or the shape of its images, and one that was replaced on the object"
+                    f"{worst:.2g} times what rounding explains. {reason}"
                 )
 
 
@@ -165,8 +205,9 @@ def _answers(name: str, run: Answer, batch: Tensor) -> tuple[Tensor, ...]:
         ) from error
     several = tuple(answer) if isinstance(answer, (tuple, list)) else (answer,)
     for each in several:
-        if not isinstance(each, Tensor) or each.shape[:1] != batch.shape[:1]:
-            shape = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
+        fits = isinstance(each, Tensor) and each.shape[:1] == batch.shape[:1] and each.is_floating_point()
+        if not fits:
+            shape = f"{each.dtype} of shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
             raise BadInput(
                 f"{name} answers a batch of {len(batch)} images with {shape}; expected logits (batch, class), or a "
                 "tuple of them for a network with exits"
@@ -181,7 +222,7 @@ def _first_line(error: Exception | None) -> str:
 def check_reach(
     network: nn.Module, tensors: dict[str, Tensor], parts: Sequence[str], images: Tensor, candidate: int
 ) -> None:
-    """Check that each part of each gated layer can change the answer: it gets a gradient, or a change of it shows.
+    """Check that each part of each gated layer can change the answer: its weight gets a gradient, or a change shows.
 
     Tensors are shaken first, so that a part behind a weight that starts at zero counts as well.
 
@@ -218,13 +259,15 @@ def check_reach(
             weights = torch.rand(logits.shape, generator=generator).to(logits.device, logits.dtype)
             wanted = {name: used[name] for name in tensors if used[name].requires_grad}
             gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
-            if logits.requires_grad:
+            with contextlib.suppress(RuntimeError):  # a forward that autograd cannot follow can still be watched
                 gradients = torch.autograd.grad((logits * weights).sum(), list(wanted.values()), allow_unused=True)
         reached = {
             name for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None and gradient.any()
         }
         for part in parts:
-            names = [name for name in tensors if name.startswith(f"{part}.")]
+            every = [name for name in tensors if name.startswith(f"{part}.")]
+            # a bias alone is no candidate where there is a weight
+            names = [name for name in every if name in wanted and wanted[name].dim() > 1] or every
             if reached & set(names):
                 continue
             with torch.no_grad():

@@ -68,13 +68,15 @@ def stencil_of(network: nn.Module, image_shape: tuple[int, ...], gate_of: Mappin
     graphs.check_evaluating(network, "an export")
     network = graphs.copied(network).float().cpu()
     own = arrays({key: tensor for key, tensor in graphs.tensors(network) if tensor.is_floating_point()})
+    if taken := sorted(own.keys() & {IMAGES, LOGITS, PROBABILITIES, GATES, AGREEMENT, LIMITS, EXIT, EXIT_LOGITS}):
+        raise BadInput(f"{name} has a tensor called {taken[0]!r}, as an input or output of its graph is; rename it")
     exits = (*(f"{EXIT_LOGITS}_{index}" for index in range(num_exits(network) - 1)), LOGITS)
     graph = _exported(network, torch.zeros(2, *image_shape), exits, own)
     if any(attribute.type == onnx.AttributeProto.GRAPH for node in graph.node for attribute in node.attribute):
         raise BadInput(f"{name} was exported with a branch or a loop of its own; expected a network without them")
     kinds = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.output)}
-    if len(kinds[LOGITS].shape.dim) != 2:
-        raise BadInput(f"{name} answers with {len(kinds[LOGITS].shape.dim)} dimensions; expected logits (batch, class)")
+    if LOGITS not in kinds or len(kinds[LOGITS].shape.dim) != 2 or kinds[LOGITS].elem_type != TensorProto.FLOAT:
+        raise BadInput(f"{name} does not answer with one tensor of logits (batch, class); expected a classifier")
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     nodes = []
     for node in graph.node:

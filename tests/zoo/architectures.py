@@ -108,8 +108,10 @@ batches of 1, 2 and 5 and along several paths ([ADR 0014](adr/0014-self-checks.m
 - a hook on the network itself (hooks on the layers inside are kept);
 - a network that answers the same images differently at each call in evaluation mode;
 - a convolution that changes nothing, because it borrows another layer's weight or nothing uses its output;
-- `weight_norm` and `spectral_norm` of the old kind, which compute the weight in a hook: use those of
-  `torch.nn.utils.parametrizations`, which can be gated;
+- `weight_norm` and `spectral_norm` of the old kind, and pruning, which compute the weight in a hook: use those of
+  `torch.nn.utils.parametrizations`, which can be gated, or make the weight permanent (`prune.remove`);
+- a forward that asks for the type of its images (`isinstance`): the exporter takes it, gates cannot;
+- a network that answers very differently when its images are a millionth brighter;
 - in the exporter, an operation on the tensors of two gates, and a branch or a loop.
 
 Layers that share a tensor stay tied and shared, and a warning names them. A module that is called several times has one

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from zoo import graphs, onnx_graphs, paths, self_check
 from zoo.checkpoint import Architecture, load, load_network_state, network_state, save_network
@@ -109,6 +109,24 @@ class IsTensor(Parts):
         return self.classify(self.norm(self.b(F.relu(features))))
 
 
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        return values.sign() * values.abs().sqrt()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class OwnGradient(Parts):
+    """Has a function with a gradient of its own, and puts pieces together again."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = StraightThrough.apply(self.norm(self.a(images)))
+        return self.classify(self.b(torch.cat(features.chunk(2, 1)[::-1], 1)))
+
+
 class OptionalArgument(Parts):
     def forward(self, images: Tensor, mask: Tensor | None = None, scale: float = 1.5) -> Tensor:
         features = self.a(images) if mask is None else self.a(images) * mask
@@ -137,6 +155,16 @@ class ScaledWeight(nn.Conv2d):
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
         weight = weight / (weight.std((1, 2, 3), keepdim=True) + 1e-4)
         return F.conv2d(images, weight, self.bias, padding=self.padding)
+
+
+class KernelByAnotherName(nn.Conv2d):
+    def __init__(self, *arguments: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.kernel = nn.Parameter(self.weight.detach().clone())
+        self.weight = None  # type: ignore[assignment]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, self.kernel, self.bias, padding=1)
 
 
 class ClassToken(Parts):
@@ -186,11 +214,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "a scalar index": FirstColumn,
     "two scalar indices": FirstPixel,
     "a mean over two of three dimensions": MeanOfThreeDimensions,
-    "isinstance in forward": IsTensor,
     "optional arguments": OptionalArgument,
     "type and shape of a gated weight": ReadsWeights,
     "a class token": ClassToken,
     "a subclass of Conv2d": lambda: with_convolution(Strided),
+    "a weight of another name": lambda: with_convolution(KernelByAnotherName),
+    "a gradient of its own": OwnGradient,
     "scaled weights": lambda: with_convolution(ScaledWeight),
     "weight_norm": lambda: parametrised(parametrizations.weight_norm),
     "spectral_norm": lambda: parametrised(parametrizations.spectral_norm),
@@ -490,6 +519,8 @@ def test_a_module_under_two_names_has_one_gate() -> None:
     derived: Any = derive(rgn, random_path(rgn))
     assert [layer.conv for layer in rgn.layers] == ["a", "b"]
     assert derived.again is derived.b
+    exported = onnx_graphs.rgn_graphs(rgn.eval(), (0, 1), [], gated=True)
+    assert_equal_answers(answer(exported["single"], images(3)), rgn(images(3), (0, 1)).detach())
 
 
 def test_frozen_convolutions_stay_frozen() -> None:
@@ -535,6 +566,22 @@ class NoisyInEvaluation(Parts):
         return super().forward(images + torch.rand_like(images))
 
 
+class Chaotic(Parts):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(torch.sin(1e7 * self.a(images))[:, :3])
+
+
+def chaotic() -> nn.Module:
+    network = Chaotic()
+    network.register_forward_hook(lambda _, __, output: output * 2)
+    return network
+
+
+class Classes(Parts):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).argmax(1, keepdim=True)
+
+
 class Squeezed(Parts):
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images).squeeze()
@@ -543,12 +590,12 @@ class Squeezed(Parts):
 class Borrowing(nn.Conv2d):
     """Convolves with the weight of another layer."""
 
-    def __init__(self, lender: nn.Conv2d) -> None:
+    def __init__(self, lender: nn.Conv2d, *, bias: bool = False) -> None:
         super().__init__(6, 6, 3, padding=1)
-        self.lender = (lender,)
+        self.lender, self.biased = (lender,), bias
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.conv2d(images, self.lender[0].weight, padding=1)
+        return F.conv2d(images, self.lender[0].weight, self.bias if self.biased else None, padding=1)
 
 
 class Unused(Parts):
@@ -585,6 +632,12 @@ def not_finite() -> nn.Module:
         (NoisyInEvaluation, "differently at each call"),
         (Squeezed, "batch of 1"),
         (replaced_forward, "does not answer as Parts"),
+        (IsTensor, "does not answer as IsTensor"),
+        (lambda: nn.DataParallel(Parts()), "network.module"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten()), "no shape yet"),
+        (lambda: randomly_gate(Parts()), "gated already"),
+        (chaotic, "brighter"),
+        (Classes, "int64"),
         (not_finite, "not finite"),
         (lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 2, 1), nn.Flatten()), "0 has a single weight"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 17 * 17, 5)), "image_shape"),
@@ -601,13 +654,39 @@ def test_noise_that_is_no_amount_is_refused(noise: float) -> None:
         randomly_gate(Parts(), start="copy", noise=noise)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
-@pytest.mark.parametrize("refused", [randomly_gate, lambda network: folded_copy(network.eval())])
-def test_a_weight_that_a_hook_computes_is_refused_with_the_way_out(refused: Callable[[nn.Module], object]) -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.*_norm.*:FutureWarning")
+@pytest.mark.parametrize("refused", [randomly_gate, folded_copy, onnx_graphs.single_graph])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        lambda conv: prune.random_unstructured(conv, "weight", 0.5),
+    ],
+)
+def test_a_weight_that_a_hook_computes_is_refused_with_the_way_out(
+    hook: Callable[[nn.Module], object], refused: Callable[[nn.Module], object]
+) -> None:
     network = Parts()
-    torch.nn.utils.weight_norm(network.a)
-    with pytest.raises(BadInput, match=r"a has its weight from a hook.*parametrizations"):
+    hook(network.a)
+    with torch.no_grad():
+        network.eval()(images(1))  # from now on it could be copied
+    with pytest.raises(BadInput, match=r"a has its weight from a hook.*parametrizations.*prune\.remove"):
         refused(network)
+
+
+def test_candidates_that_cannot_be_told_apart_yet_are_named() -> None:
+    network = made("plain")
+    nn.init.zeros_(network.get_parameter("b.weight"))
+    with pytest.warns(GatingWarning, match="candidates of b start equal"):
+        randomly_gate(network)
+
+
+def test_a_weight_that_is_not_the_layers_own_is_found_beside_a_bias_that_is() -> None:
+    network = Parts()
+    network.b = Borrowing(nn.Conv2d(6, 6, 3), bias=True)
+    with pytest.raises(BadInput, match=r"b cannot be gated.*b\.weight"):
+        randomly_gate(network.eval())
 
 
 @pytest.mark.parametrize("made_of", [onnx_graphs.single_graph, folded_copy])
@@ -646,6 +725,31 @@ def test_a_forward_that_torch_cannot_export_is_refused_in_a_sentence() -> None:
 
     with pytest.raises(BadInput, match="Branching"):
         onnx_graphs.single_graph(Branching().eval())
+
+
+@pytest.mark.parametrize("shape", [12, (12, 12), "3x12x12", (3, 12.0, 12), (3, -1, 12)])
+@pytest.mark.parametrize("asked", [randomly_gate, onnx_graphs.single_graph])
+def test_a_shape_of_images_that_is_none_is_refused(shape: object, asked: Callable[[nn.Module], object]) -> None:
+    network: Any = made("plain")
+    network.image_shape = shape
+    with pytest.raises(BadInput, match="image_shape of Parts"):
+        asked(network)
+
+
+def test_an_ensemble_of_no_networks_or_of_unequal_ones_is_refused() -> None:
+    with pytest.raises(BadInput, match="at least one"):
+        onnx_graphs.members_graph([])
+    other = made("plain")
+    other.again = nn.Linear(2, 2)  # type: ignore[assignment]
+    with pytest.raises(BadInput, match=r"network 2 .*'again\.bias'"):
+        onnx_graphs.members_graph([made("plain"), other.eval()])
+
+
+def test_a_tensor_called_like_an_input_of_the_graph_is_refused() -> None:
+    network: Any = made("plain")
+    network.gates = nn.Parameter(torch.ones(1))
+    with pytest.raises(BadInput, match="'gates'"):
+        onnx_graphs.single_graph(network)
 
 
 @pytest.mark.parametrize("gated", [False, True])
