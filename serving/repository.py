@@ -13,6 +13,7 @@ import hashlib
 import logging
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -156,7 +157,7 @@ class Repository:
             readable = await asyncio.to_thread(self._find)
             gone: list[str] = []
             loaded: list[str] = []
-            failures: list[tuple[str, ManygatesError]] = []
+            failures: list[tuple[str, str]] = []
             for entry in self._entries_of(name):
                 if readable and entry.of_folder and await _has_gone(entry):
                     gone.append(entry.version)
@@ -166,18 +167,13 @@ class Repository:
                     await self._renew(service, entry)
                     loaded.append(entry.version)
                 except ManygatesError as error:
-                    failures.append((entry.version, error))
+                    failures.append((entry.version, self._without_paths(error)))
             if failures:
-                reasons = [
-                    (f"version {version}: " if len(failures) > 1 or loaded or gone else "") + self._without_paths(error)
-                    for version, error in failures
-                ]
-                told = "; ".join(reasons) + (f". Loaded: version {', '.join(loaded)}" if loaded else "")
-                raise RequestError(400, "load_failed", f"{name} was not loaded{' in full' * bool(loaded)}: {told}")
+                told = _told(name, failures, loaded, gone, service.versions(name))
+                raise RequestError(400, "load_failed", told)
             if not loaded:
-                raise RequestError(
-                    404, "unknown_model", f"{name} has gone from the repository, and is served no longer"
-                )
+                told = f"{name} has gone from the repository ({_listed(gone)}), and is served no longer"
+                raise RequestError(404, "unknown_model", told)
             return gone
 
     async def unload(self, service: Service, name: str) -> None:
@@ -249,9 +245,12 @@ class Repository:
             model, fingerprint = await asyncio.to_thread(self._load, entry)
             self._loaded(entry, model, fingerprint)
         except ManygatesError as error:
+            cause = error
+            if entry.of_folder and self._away:  # then nothing can be said of the bundle
+                cause = BundleError(f"{self._told_away}; what was loaded goes on answering")
             service.metrics.loaded(entry.name or entry.settings.source, "failed")
-            self._failed(entry, error)
-            raise
+            self._failed(entry, cause)
+            raise cause from error.__cause__
         service.put(model)
         if before is not None and before != (entry.name, entry.version):
             service.drop(*before)
@@ -287,7 +286,8 @@ class Repository:
         found = [entry for entry in self._entries if entry.name == name]
         if not found:
             known = ", ".join(sorted({entry.name for entry in self._entries if entry.name})) or "none"
-            raise RequestError(404, "unknown_model", f"the repository has no model {name[:128]!r}, only {known}")
+            away = f"; {self._told_away}, so what is new in it is not seen" if self._away else ""
+            raise RequestError(404, "unknown_model", f"the repository has no model {name[:128]!r}, only {known}{away}")
         return found
 
     def _without_paths(self, error: ManygatesError) -> str:
@@ -359,10 +359,46 @@ class Repository:
             return [] if loaded else [(place, VERSION)]
 
     def _note_away(self, reason: str) -> bool:
-        if self._away != reason:  # once, not at every look
-            logger.error("the model repository cannot be read (%s); what was loaded is still served", reason)
-        self._away = reason
+        before, self._away = self._away, reason
+        if before != reason:  # once, not at every look
+            logger.error("%s; what was loaded is still served", self._told_away)
         return False
+
+    @property
+    def _told_away(self) -> str:
+        return f"the model repository cannot be read ({self._away})"
+
+
+def _told(
+    name: str, failures: list[tuple[str, str]], loaded: list[str], gone: list[str], answering: Sequence[str]
+) -> str:
+    """Say what failed of a load and why, and what the load has changed all the same.
+
+    Args:
+        name: of the model.
+        failures: version and reason; a reason that several versions share is said once.
+        loaded: versions.
+        gone: versions that have gone from the repository.
+        answering: versions that answer now.
+    """
+    versions_by_reason: dict[str, list[str]] = {}
+    for version, reason in failures:
+        versions_by_reason.setdefault(reason, []).append(version)
+    if len(versions_by_reason) == 1 and not loaded and not gone:
+        problem = next(iter(versions_by_reason))
+    else:
+        problem = "; ".join(f"{_listed(versions)}: {reason}" for reason, versions in versions_by_reason.items())
+    sentences = [f"{name} was not loaded in full: {problem}" if loaded else f"{name} was not loaded: {problem}"]
+    if loaded:
+        sentences.append(f"Loaded: {_listed(loaded)}")
+    if gone:
+        sentences.append(f"Gone from the repository and served no longer: {_listed(gone)}")
+    sentences.append(f"Answering now: {_listed(answering) if answering else 'no version'}")
+    return ". ".join(sentences)
+
+
+def _listed(versions: Sequence[str]) -> str:
+    return f"version{'s' if len(versions) > 1 else ''} {', '.join(versions)}"
 
 
 def described(model: Model) -> str:

@@ -678,6 +678,81 @@ def test_a_load_loads_what_it_can_and_names_what_failed(write, tmp_path: Path) -
     run(main)
 
 
+@pytest.mark.parametrize(
+    ("removed", "answering"), [(("1",), "Answering now: no version"), (("1", "2"), "Answering now: version 3")]
+)
+def test_a_load_that_fails_names_what_has_gone_and_what_answers(
+    write, tmp_path: Path, serve_in_a_thread, removed: tuple[str, ...], answering: str
+) -> None:
+    """Over real sockets: REST and gRPC say the same."""
+    grpc = pytest.importorskip("grpc")
+    from serving.messages import SERVICE, message
+
+    folder = tmp_path / "repository/tiny"
+    for version in (*removed, *(["3"] if "3" in answering else [])):
+        write(f"repository/tiny/{version}", 1)
+    truncate(write("repository/tiny/5", 5))
+    aside = tmp_path / "aside"
+    settings = settings_for(folder.parent, allow_repository_changes=True, allow_empty=True, grpc_port=0)
+
+    def over_rest(url: str, _: Application) -> str:
+        answer = httpx.post(f"{url}/v2/repository/models/tiny/load")
+        assert answer.status_code == 400
+        return str(answer.json()["error"])
+
+    def over_grpc(_: str, application: Application) -> str:
+        with grpc.insecure_channel(f"127.0.0.1:{application.grpc_port}") as channel:
+            call = channel.unary_unary(
+                f"/{SERVICE}/RepositoryModelLoad", lambda request: request.SerializeToString(), lambda answer: answer
+            )
+            with pytest.raises(grpc.RpcError) as refused:
+                call(message("RepositoryModelLoadRequest")(model_name="tiny"), timeout=10)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        return str(refused.value.details())
+
+    for ask in (over_rest, over_grpc):
+        application = build(settings)
+        aside.mkdir()
+        with serve_in_a_thread(application) as url:
+            for version in removed:
+                (folder / version).rename(aside / version)
+            told = ask(url, application)
+        plural = "s" if len(removed) > 1 else ""
+        assert f"Gone from the repository and served no longer: version{plural} {', '.join(removed)}" in told
+        assert "version 5: " in told
+        assert answering in told
+        for version in removed:
+            (aside / version).rename(folder / version)
+        aside.rmdir()
+
+
+def test_a_load_while_the_folder_is_away_says_that_of_the_folder_and_once(write, tmp_path: Path) -> None:
+    for version in (1, 2):
+        write(f"release/tiny/{version}", version)
+    link = tmp_path / "current"
+    link.symlink_to(tmp_path / "release")
+
+    async def main() -> None:
+        async with serving(settings_for(link, allow_repository_changes=True)) as server:
+            (tmp_path / "release").rename(tmp_path / "elsewhere")
+            answer = await server.ask("tiny/load")
+            told = answer.json()["error"]
+            assert answer.status_code == 400
+            assert told.count("the model repository cannot be read (No such file or directory)") == 1
+            assert "what was loaded goes on answering. Answering now: versions 1, 2" in told
+            assert "expected a bundle" not in told
+            assert {state for state, _ in (await server.index()).values()} == {"READY"}
+            assert (await server.scale(), await server.scale("tiny/versions/1")) == (2, 1)
+            unknown = await server.ask("new/load")
+            assert unknown.status_code == 404
+            assert "the model repository cannot be read" in unknown.json()["error"]
+            (tmp_path / "elsewhere").rename(tmp_path / "release")
+            assert (await server.ask("tiny/load")).json() == {}
+            assert set((await server.index()).values()) == {("READY", "")}
+
+    run(main)
+
+
 # --- ready ---
 
 
