@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -56,10 +57,15 @@ PROTOCOLS = (
 PRECISIONS = ("fp32", "int8")
 JUDGING_DRAWS = 20
 COUNTS = {
-    **dict.fromkeys(("calibration_images", "attacked", "queries", "draws"), 1),
-    **dict.fromkeys(("images", "steps", "restarts"), 0),  # whoever takes them says what 0 would mean
+    **dict.fromkeys(("calibration_images", "images", "attacked", "queries", "draws", "steps", "restarts", "paths"), 1),
+    "finetune": 0,
+    "calibrate images": 2,  # half of them set the threshold, the others measure it
+    "evaluate paths": 2,  # a matrix compares them
 }
-"""Options that count something -> the least they may be."""
+"""Options that count something, of every command or of one -> the least they may be."""
+MOST_COUNTED = 10**9  # as in a card
+SEEDS = ("seed", "calibration_seed")
+MOST_SEED = 2**63 - 1  # what every generator of random numbers here takes
 ATTACK_FILES = ("clean.png", "adversarial.png", "perturbation.png", "report.json")
 
 # name -> (module, attribute); resolved on first use
@@ -536,6 +542,7 @@ def _lint(arguments: argparse.Namespace) -> int:
     from zoo.models import weights_file
 
     _check_recordable(arguments)
+    eps, device = parse_eps(arguments.eps), _device(arguments.device)
     card = open_model(arguments.model, only=()).card
     rounded = arguments.precision == "int8"
     known = card.variants if not rounded else () if card.int8 is None else card.int8.variants
@@ -567,11 +574,11 @@ def _lint(arguments: argparse.Namespace) -> int:
         lint = lint_bundle(
             bundle,
             variant,
-            eps=parse_eps(arguments.eps),
+            eps=eps,
             images=arguments.images,
             seed=arguments.seed,
             surrogate=arguments.surrogate,
-            device=_device(arguments.device),
+            device=device,
             precision=arguments.precision,
             command=shlex.join([*parts, "--seed", str(arguments.seed)]),
             watch=None if arguments.json else _print_finding,
@@ -748,7 +755,11 @@ def _attack(arguments: argparse.Namespace) -> int:
     if arguments.target is not None:
         if not chosen.targeted:
             raise BadInput(f"{arguments.attack} cannot be asked for a class; leave --target out or use pgd")
-        targets = torch.tensor([_label(arguments.target, card.classes, label)])
+        wrong = _label(arguments.target, card.classes, label)
+        if wrong == label:
+            said = "" if arguments.label is not None else ", which is what the model answers"
+            raise BadInput(f"the target is the label, {arguments.target}{said}; name another class with --target")
+        targets = torch.tensor([wrong])
     elif arguments.targeted:
         raise BadInput("a targeted attack needs the class to be reached, got none; name it with --target CLASS")
     settings = chosen.settled(
@@ -938,10 +949,12 @@ def _device(name: str) -> str:
     from zoo.errors import BadInput
 
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).cpu()  # out of meta, which holds no numbers, nothing comes back
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise BadInput(f"device {name!r} cannot be used here ({reason}); write cpu, or cuda where a GPU is") from error
+        raise BadInput(
+            f"device {name[:40]!r} cannot be used here (GPUs that torch finds: {torch.cuda.device_count() or 'none'}); "
+            "write cpu, or cuda where a GPU is, cuda:0 for the first of several"
+        ) from error
     return name
 
 
@@ -1039,8 +1052,6 @@ def _chosen_paths(arguments: argparse.Namespace, rgn: RandomGatedNetwork) -> lis
     if arguments.path:
         return [paths.parse(text, rgn.num_gates, rgn.candidates) for text in arguments.path]
     number = 1 if arguments.paths is None else arguments.paths
-    if number < 1:
-        raise BadInput(f"--paths must be at least 1, got {number}")
     rng = random.Random(arguments.seed)  # noqa: S311 - repeatable on purpose
     return paths.sample_distinct(number, rgn.num_gates, rgn.candidates, rng)
 
@@ -1368,19 +1379,50 @@ def _foreign_package() -> str | None:
     return None
 
 
+def _negative_number(words: Sequence[str]) -> str | None:
+    """Say in one sentence that -1/255 is no value; the parser would take it for an option and say there is none."""
+    options = words[: words.index("--")] if "--" in words else words
+    option = ""
+    for word in options:
+        if option and re.fullmatch(r"-[0-9]*\.?[0-9]+(/[0-9.]+|e[+-]?[0-9]+)", word.lower()):
+            return f"{option} is {word[:40]}, expected a number that is not negative"
+        if word.startswith("--"):
+            option = word
+    return None
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse counts and seeds that nothing takes.
+
+    Raises:
+        BadInput: it names the option.
+    """
+    from zoo.errors import check_count
+
+    for name, number in vars(arguments).items():
+        if type(number) is not int:  # the server's settings are texts here
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if name in SEEDS:
+            check_count(option, number, 0, MOST_SEED)
+        elif name in COUNTS:
+            lowest = COUNTS.get(f"{arguments.command} {name}", COUNTS[name])
+            check_count(option, number, lowest, MOST_COUNTED)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 a check did not hold, 2 wrong usage or bad input."""
-    if (problem := _foreign_package()) is not None:  # before the parser, which takes flags from a package of ours
+    words = sys.argv[1:] if argv is None else list(argv)
+    # before the parser, which takes flags from a package of ours
+    if (problem := _foreign_package() or _negative_number(words)) is not None:
         _say(f"manygates: {problem}")
         return WRONG
-    arguments = parser().parse_args(argv)
-    from zoo.errors import ManygatesError, check_count
+    arguments = parser().parse_args(words)
+    from zoo.errors import ManygatesError
     from zoo.files import check_writable
 
     try:
-        for name, lowest in COUNTS.items():
-            if type(number := getattr(arguments, name, None)) is int:  # the server's settings are texts here
-                check_count(f"--{name.replace('_', '-')}", number, lowest)
+        _check_numbers(arguments)
         if getattr(arguments, "out", None) is not None and not getattr(arguments, "resume", False):
             check_writable(arguments.out)  # before the work, which may take hours
         code = int(arguments.run(arguments))

@@ -42,6 +42,7 @@ SMALL = [
     "phases.1.objective.distillation_steps=2",
 ]  # fmt: skip
 GATES = 7
+TWO_OR_MORE = (("calibrate", "--images"), ("evaluate", "--paths"))
 
 
 @dataclass(frozen=True)
@@ -508,10 +509,10 @@ def test_a_path_that_does_not_fit_is_refused(path: str, message: str, model: Pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--paths", "0"), "--paths must be at least 1, got 0"),
+        (("--paths", "0"), "--paths is 0, expected a whole number from 1 to"),
         (("--paths", "2", "--path", "0000000"), "give --path (which ones) or --paths (how many), not both"),
         (("--paths", "200"), "200 paths cannot differ within 7 gates of 2 candidates: only 128 prefixes exist"),
-        (("--path", "0000000", "--finetune", "-1"), "a phase needs epochs >= 1"),
+        (("--path", "0000000", "--finetune", "-1"), "--finetune is -1, expected a whole number from 0 to"),
     ],
 )
 def test_paths_that_make_no_sense_are_refused(
@@ -692,13 +693,72 @@ def test_a_width_that_no_network_has_is_refused(width: object, tmp_path: Path) -
         ("--draws", ("calibrate", "MODEL", "--variant", "gated")),
         ("--queries", ("attack", "MODEL", "--image", "x.png", "--out", "OUT")),
         ("--draws", ("attack", "MODEL", "--image", "x.png", "--out", "OUT")),
+        ("--steps", ("attack", "MODEL", "--image", "x.png", "--out", "OUT")),
+        ("--restarts", ("attack", "MODEL", "--image", "x.png", "--out", "OUT")),
+        ("--paths", ("derive", "MODEL", "--out", "OUT")),
+        ("--paths", ("evaluate", "MODEL", "--protocol", "transfer-matrix")),
+        ("--finetune", ("derive", "MODEL", "--out", "OUT")),
     ],
 )
-def test_a_negative_number_is_no_count(option: str, words: tuple[str, ...], model: Path, tmp_path: Path) -> None:
+def test_what_is_no_count_is_refused_with_the_least_that_is_taken(
+    option: str, words: tuple[str, ...], model: Path, tmp_path: Path
+) -> None:
     named = {"MODEL": model, "OUT": tmp_path / "out"}
-    assert f"{option} is -3, expected a whole number" in refused(
-        *(named.get(word, word) for word in words), option, "-3"
-    )
+    least = {"--finetune": 0}.get(option, 2 if (words[0], option) in TWO_OR_MORE else 1)
+    for wrong in (-3, least - 1, 10**9 + 1, 10**30):
+        line = refused(*(named.get(word, word) for word in words), option, str(wrong))
+        assert f"{option} is {wrong}, expected a whole number from {least} to 1000000000" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--calibration-seed", ("export", "MODEL", "--out", "OUT", "--int8")),
+        ("--seed", ("derive", "MODEL", "--out", "OUT")),
+        ("--seed", ("evaluate", "MODEL", "--protocol", "clean")),
+        ("--seed", ("lint", "MODEL")),
+        ("--seed", ("calibrate", "MODEL", "--variant", "ensemble")),
+        ("--seed", ("attack", "MODEL", "--image", "x.png", "--out", "OUT")),
+    ],
+)
+@pytest.mark.parametrize("seed", ["99999999999999999999", str(2**63), "-1"])
+def test_a_seed_is_what_every_generator_takes(
+    option: str, words: tuple[str, ...], seed: str, model: Path, tmp_path: Path
+) -> None:
+    named = {"MODEL": model, "OUT": tmp_path / "out"}
+    line = refused(*(named.get(word, word) for word in words), option, seed)
+    assert f"{option} is {seed}, expected a whole number from 0 to 9223372036854775807" in line
+
+
+def test_the_largest_seed_is_taken(model: Path, picture: Path, tmp_path: Path) -> None:
+    largest = ("--seed", str(2**63 - 1))
+    done("evaluate", model, "--protocol", "clean", "--images", "9", *largest)
+    done("attack", model, "--image", picture, "--steps", "1", "--out", tmp_path / "out", *largest)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("attack", "MODEL", "--image", "PICTURE", "--out", "OUT", "--eps"),
+        ("attack", "MODEL", "--image", "PICTURE", "--out", "OUT", "--norm", "l2", "--eps"),
+        ("evaluate", "MODEL", "--protocol", "whitebox", "--eps"),
+        ("evaluate", "MODEL", "--protocol", "whitebox", "--eps", "0.01"),
+        ("lint", "MODEL", "--eps"),
+        ("calibrate", "MODEL", "--variant", "ensemble", "--eps"),
+        ("calibrate", "MODEL", "--variant", "ensemble", "--false-positive-rate"),
+    ],
+)
+@pytest.mark.parametrize("number", ["-1/255", "-1e-3"])
+def test_a_negative_number_is_refused_in_one_sentence_however_it_is_written(
+    words: tuple[str, ...], number: str, model: Path, picture: Path, tmp_path: Path
+) -> None:
+    named = {"MODEL": model, "PICTURE": picture, "OUT": tmp_path / "out"}
+    own = [str(named.get(word, word)) for word in words]
+    option = [word for word in own if word.startswith("--")][-1]
+    assert f"{option} is {number}, expected a number that is not negative" in refused(*own, number)
+    if own[-1] == "--eps" and "l2" not in own:
+        line = refused(*own[:-1], f"--eps={number}")
+        assert f"eps {number} is negative, expected 0 to 1" in line
 
 
 @pytest.mark.parametrize("number", ["-5", "0"])
@@ -744,7 +804,7 @@ def test_a_picture_of_another_kind_is_refused(model: Path, tmp_path: Path) -> No
         (("--eps", "8"), "eps 8 is outside [0, 1]; pixels are in [0, 1], so write 8/255, not 8"),
         (("--eps", "small"), "eps 'small' is not a number; write 8/255 or 0.03"),
         (("--label", "read"), "unknown class 'read'; did you mean 'red'? (known: blue, green, red)"),
-        (("--steps", "0"), "need at least 1 step and 1 restart, got steps=0"),
+        (("--steps", "0"), "--steps is 0, expected a whole number from 1 to"),
         (("--variant", "gated"), "one draw per step proves nothing; average over several with --draws 20"),
     ],
 )
@@ -764,14 +824,22 @@ def test_an_attack_that_makes_no_sense_is_refused(
         (("random-gates",), "measures the variant gated, got 'single'"),
         (("corruptions", "--corrupted", "."), "holds CIFAR-10-C, and smoke was trained on tiny"),
         (("whitebox", "--variant", "gated"), "says nothing about random gates; measure the variants"),
-        (("clean", "--images", "0"), "cannot measure 0 images, expected 1 to 120"),
-        (("whitebox", "--steps", "0", "--images", "9"), "need at least 1 step"),
-        (("clean", "--device", "gpu"), "device 'gpu' cannot be used here"),
+        (("clean", "--images", "121"), "cannot measure 121 images, expected 1 to 120"),
+        *((("clean", "--device", name), f"device {name!r} cannot be used here") for name in ("gpu", "", "meta", "CPU")),
         (("clean", "--device", "cuda:99"), "write cpu, or cuda where a GPU is"),
     ],
 )
 def test_an_evaluation_that_makes_no_sense_is_refused(words: tuple[str, ...], message: str, model: Path) -> None:
     assert message in refused("evaluate", model, "--protocol", *words)
+
+
+@pytest.mark.parametrize(
+    "words", [("evaluate", "--protocol", "clean"), ("lint",), ("calibrate", "--variant", "ensemble")]
+)
+def test_a_device_is_refused_without_the_list_of_those_that_torch_knows(words: tuple[str, ...], model: Path) -> None:
+    line = refused(words[0], model, *words[1:], "--device", "nonsense")
+    assert "write cpu, or cuda where a GPU is, cuda:0 for the first of several" in line
+    assert "mkldnn" not in line
 
 
 def test_a_variant_that_is_not_there_is_refused(plain: Path) -> None:
@@ -1008,7 +1076,7 @@ def test_a_targeted_attack_in_the_euclidean_ball_reports_both_norms(model: Path,
     ("words", "message"),
     [
         (("--targeted",), "needs the class to be reached, got none; name it with --target CLASS"),
-        (("--target", "red", "--label", "red"), "the target of image 0 is its label"),
+        (("--target", "red", "--label", "red"), "the target is the label, red; name another class"),
         (("--attack", "rays", "--target", "blue"), "rays cannot be asked for a class"),
         (("--attack", "rays", "--loss", "margin"), "rays sees no scores, so it has no loss to maximise"),
         (("--attack", "apgd-t", "--loss", "hinge"), "unknown loss 'hinge'"),

@@ -36,6 +36,8 @@ MAX_GATES, MAX_CANDIDATES, MAX_CLASSES, MAX_EXITS, MAX_PATHS, MAX_FILES = 4096, 
 """An order of magnitude above the largest there are: 110 layers, ImageNet-21k's 21,841 classes, a path per draw."""
 MAX_PARAMETERS, MAX_MACS, MAX_COUNT, MAX_BYTES = 10**12, 10**15, 10**9, 2**40
 """Of a network, of an image, of images or steps, of a file: what no machine here holds or does."""
+MAX_DIGITS = 1000
+"""Of an integer in a card; the largest float has 309."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -552,8 +554,8 @@ class Card:
                 makes no sense, or the schema is newer than this version reads.
         """
         try:
-            document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
+            document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_int=_integer)
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"card.json is not JSON ({error}); fetch or export the bundle again") from error
         if isinstance(document, dict):
             schema = document.get("schema")
@@ -675,6 +677,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(constant: str) -> Any:
     raise BundleError(f"card.json holds {constant}, expected finite numbers only; measure that number again")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:  # before Python, which refuses thousands of them with advice to programmers
+        raise BundleError(
+            f"card.json holds an integer of {len(digits)} digits, {digits[:20]}…, expected at most {MAX_DIGITS}; "
+            "correct the card or export again"
+        )
+    return int(digits)
 
 
 def _encode(value: Any) -> Any:

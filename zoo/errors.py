@@ -42,14 +42,22 @@ class BadInput(ManygatesError, ValueError):
     """An argument, a file or a setting the user got wrong."""
 
 
-def check_count(name: str, number: object, lowest: int = 1) -> None:
+def check_count(name: str, number: object, lowest: int = 1, most: int | None = None) -> None:
     """Refuse what is no count: Python would take a negative one from the end of a list without a word.
 
     Raises:
-        BadInput: not a whole number, or below `lowest`.
+        BadInput: not a whole number, below `lowest`, or above `most`.
     """
-    if type(number) is not int or number < lowest:
-        raise BadInput(f"{name} is {number!r}, expected a whole number, {lowest} or more")
+    if type(number) is not int or number < lowest or (most is not None and number > most):
+        allowed = f", {lowest} or more" if most is None else f" from {lowest} to {most}"
+        raise BadInput(f"{name} is {shortened(number)}, expected a whole number{allowed}")
+
+
+def shortened(value: object) -> str:
+    """Return a value for a message; a number of thousands of digits is cut."""
+    if type(value) is int and abs(value) >= 10**40:  # Python refuses to write the longest
+        return "a number of more than 40 digits"
+    return repr(value)
 
 
 class BadPath(BadInput):
