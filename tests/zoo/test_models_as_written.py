@@ -38,7 +38,9 @@ from zoo.attacks import (
     rays,
     square,
 )
+from zoo.attacks.autoattack import autoattack, fab
 from zoo.attacks.budget import Budget
+from zoo.attacks.distillation import distil
 from zoo.corruptions import corrupt
 from zoo.derive import Ensemble
 from zoo.errors import BadInput, UnknownName
@@ -737,3 +739,301 @@ def test_a_random_gated_network_without_a_path_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(BadInput, match="path_sampler"):
         pgd(rgn, images, torch.zeros(6, dtype=torch.int64), LINF)
+
+
+# --- training mode in hooks, properties and decorated methods ---
+
+
+class ByProperty(ByMode):
+    """Draws by numpy, where no operation shows it, as a property says."""
+
+    @property
+    def draws(self) -> bool:
+        return self.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.part(images * (0.0 if self.draws and np.random.rand() < 0.5 else 1.0))  # type: ignore[no-any-return]
+
+
+def decorated(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(method)
+    def wrapped(*given: Any) -> Tensor:
+        return method(*given)
+
+    return wrapped
+
+
+class Decorated(ByMode):
+    @decorated
+    def forward(self, images: Tensor) -> Tensor:
+        return self.part(images * (0.0 if self.training and np.random.rand() < 0.5 else 1.0))  # type: ignore[no-any-return]
+
+
+class ByGetattr(ByMode):
+    def forward(self, images: Tensor) -> Tensor:
+        draws = getattr(self, "training") and np.random.rand() < 0.5  # noqa: B009 -- people write it
+        return self.part(images * (0.0 if draws else 1.0))  # type: ignore[no-any-return]
+
+
+class Dropping:
+    """A hook that is an object."""
+
+    def __call__(self, module: nn.Module, given: Any, hidden: Tensor) -> Tensor:
+        return hidden * (0.0 if module.training and np.random.rand() < 0.5 else 1.0)
+
+
+class Slotted:
+    __slots__ = ("network",)
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.network(images)  # type: ignore[no-any-return]
+
+
+def plain_network() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+
+
+def hooked(hook: Any) -> nn.Module:
+    network = plain_network()
+    network[1].register_forward_hook(hook)
+    return network
+
+
+def patched() -> nn.Module:
+    network = plain_network()
+    inner = network.forward
+
+    def forward(images: Tensor) -> Tensor:
+        return inner(images * (0.0 if network.training and np.random.rand() < 0.5 else 1.0))  # type: ignore[no-any-return]
+
+    network.forward = forward  # type: ignore[method-assign]
+    return network
+
+
+def by_keyword() -> Callable[[Tensor], Tensor]:
+    def answer(images: Tensor, *, network: nn.Module = Small()) -> Tensor:  # noqa: B008 -- what is tried
+        return network(images)  # type: ignore[no-any-return]
+
+    return answer
+
+
+HIDDEN_MODE: dict[str, Callable[[], Any]] = {
+    "a hook": lambda: hooked(lambda module, given, hidden: hidden * (0.0 if module.training else 1.0)),
+    "a hook that is an object": lambda: hooked(Dropping()),
+    "a partial of a hook": lambda: hooked(functools.partial(Dropping.__call__, Dropping())),
+    "a property": lambda: ByProperty(plain_network()),
+    "a decorated method": lambda: Decorated(plain_network()),
+    "getattr": lambda: ByGetattr(plain_network()),
+    "a forward of its own": patched,
+    "a keyword's default": by_keyword,
+    "a slot": lambda: Slotted(Small()),
+}
+
+
+@pytest.mark.parametrize("attack", ["pgd", "square", "rays", "apgd-eot"])
+@pytest.mark.parametrize("kind", HIDDEN_MODE)
+def test_training_mode_in_hooks_and_properties_is_refused(kind: str, attack: str, images: Tensor) -> None:
+    with pytest.raises(BadInput, match="training mode"):
+        ATTACKS[attack](HIDDEN_MODE[kind](), images, torch.zeros(6, dtype=torch.int64), LINF)
+
+
+class Counting(nn.Module):
+    """Moves a buffer of another module, in a helper that no look at the class finds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = plain_network()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        moving_average(self, images)
+        return self.part(images - self.mean)  # type: ignore[no-any-return]
+
+
+def moving_average(module: Any, images: Tensor) -> None:
+    if module.training:
+        module.mean = 0.9 * module.mean + 0.1 * images.mean().detach()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("attack", ["fgsm", "pgd", "apgd", "square", "rays", "eot", "arc"])
+@pytest.mark.parametrize("kind", ["spectral norm", "a buffer by hand"])
+def test_a_model_whose_buffers_move_is_refused_and_left_as_it_was(kind: str, attack: str, images: Tensor) -> None:
+    torch.manual_seed(0)
+    network: nn.Module = Counting()
+    if kind == "spectral norm":
+        network = nn.Sequential(nn.Flatten(), nn.utils.spectral_norm(nn.Linear(192, 5)))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    labels = torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(BadInput, match="training mode"):
+        ATTACKS[attack](network, images, labels, LINF)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    network.eval()
+    assert ATTACKS[attack](network, images, labels, LINF).shape == images.shape
+
+
+def test_a_model_that_is_itself_the_part_in_training_mode_is_not_called_by_an_empty_name(images: Tensor) -> None:
+    with pytest.raises(BadInput, match="the model, a ByMode, is in training mode"):
+        pgd(ByMode(plain_network()), images, torch.zeros(6, dtype=torch.int64), LINF)
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize("weights", [[torch.nan, 1], [1, torch.inf], [1, 0], [1, -1], [1e308, 1e308], ["a", 1]])
+def test_weights_of_members_are_positive_and_finite(
+    weights: list[Any], model: Small, images: Tensor, labels: Tensor
+) -> None:
+    with pytest.raises(BadInput, match="weight"):
+        arc([model, model], images, labels, LINF, weights=weights)
+
+
+@pytest.mark.parametrize("momentum", [torch.nan, torch.inf, -torch.inf, -0.5, "fast", None])
+def test_a_momentum_is_finite_and_not_negative(momentum: Any, model: Small, images: Tensor, labels: Tensor) -> None:
+    with pytest.raises(BadInput, match="momentum"):
+        pgd(model, images, labels, LINF, momentum=momentum)
+    with pytest.raises(BadInput, match="momentum"):
+        eot_pgd(lambda: model, images, labels, LINF, draws=2, momentum=momentum)
+    with pytest.raises(BadInput, match="momentum"):
+        distil(model, images, images, LINF, momentum=momentum)
+
+
+class TheirError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS, *EXITS])
+@pytest.mark.parametrize("error", [AssertionError, ZeroDivisionError, OSError, StopIteration, TheirError])
+def test_whatever_a_model_raises_is_said_in_a_sentence(
+    error: type[Exception], attack: str, images: Tensor, labels: Tensor
+) -> None:
+    def failing(pixels: Tensor) -> Tensor:
+        raise error("no")
+
+    with pytest.raises(BadInput, match=f"the model fails on images .*{error.__name__}"):
+        (ATTACKS | EXITS)[attack](failing, images, labels, LINF)
+
+
+class FailsBackwards(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, hidden: Tensor) -> Tensor:
+        return hidden.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> Tensor:
+        raise TheirError("no")
+
+
+@pytest.mark.parametrize("attack", GRADIENTS)
+def test_what_fails_backwards_is_said_in_a_sentence(attack: str, model: Small, images: Tensor, labels: Tensor) -> None:
+    with pytest.raises(BadInput, match="TheirError"):
+        ATTACKS[attack](lambda pixels: model(FailsBackwards.apply(pixels)), images, labels, LINF)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, UnknownName, KeyboardInterrupt])
+def test_what_is_not_the_models_fault_passes(error: Any, images: Tensor, labels: Tensor) -> None:
+    raised = error("a", ["b"]) if error is UnknownName else error("no")
+
+    def failing(pixels: Tensor) -> Tensor:
+        raise raised
+
+    with pytest.raises(error):
+        pgd(failing, images, labels, LINF)
+
+
+@pytest.mark.parametrize("number", [2.5, "many", None, torch.tensor(1.5)])
+def test_counts_are_whole_numbers(number: Any, model: Small, images: Tensor, labels: Tensor) -> None:
+    given = (images, labels, LINF)
+    asked: list[Callable[[], object]] = [
+        lambda: square(model, *given, queries=number),
+        lambda: square(model, *given, queries=9, draws=number),
+        lambda: rays(model, *given, queries=number),
+        lambda: apgd_targeted(model, *given, num_targets=number),
+        lambda: apgd_eot(lambda: model, *given, draws=number),
+        lambda: eot_pgd(lambda: model, *given, draws=number),
+    ]
+    for attack in asked:
+        with pytest.raises(BadInput, match="whole number"):
+            attack()
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS, *EXITS])
+@pytest.mark.parametrize("budget", [8 / 255, "8/255", Fraction(8, 255), None, {"eps": 0.1}, LinfBudget])
+def test_a_bare_number_is_no_budget(budget: Any, attack: str, model: Small, images: Tensor, labels: Tensor) -> None:
+    with pytest.raises(BadInput, match=r"LinfBudget\(eps="):
+        (ATTACKS | EXITS)[attack](model, images, labels, budget)
+
+
+@pytest.mark.parametrize("attack", [name for name in ATTACKS if name not in ("rays", "arc")])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        F.cross_entropy,
+        lambda logits, labels, targets=None: F.cross_entropy(logits, labels, reduction="none")[:, None],
+        lambda logits, labels, targets=None: 1.0,
+        lambda logits, labels: -logits[:, 0],
+        lambda logits, labels, targets=None: 1 / 0,
+        3,
+    ],
+)
+def test_a_loss_is_one_number_for_each_image(
+    loss: Any, attack: str, model: Small, images: Tensor, labels: Tensor
+) -> None:
+    with pytest.raises(BadInput, match="loss"):
+        ATTACKS[attack](model, images, labels, LINF, loss=loss)
+
+
+@pytest.mark.parametrize("attack", [name for name in ATTACKS if name != "fgsm"])
+def test_a_seed_is_no_generator(attack: str, model: Small, images: Tensor, labels: Tensor) -> None:
+    with pytest.raises(BadInput, match="generator"):
+        ATTACKS[attack](model, images, labels, LINF, generator=3)
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS, *EXITS])
+@pytest.mark.parametrize("layout", ["sparse", "meta"])
+def test_logits_without_dense_values_are_refused(
+    layout: str, attack: str, model: Small, images: Tensor, labels: Tensor
+) -> None:
+    def answer(pixels: Tensor) -> Tensor:
+        logits: Tensor = model(pixels)
+        return logits.to_sparse() if layout == "sparse" else logits.to("meta")
+
+    with pytest.raises(BadInput, match="dense"):
+        (ATTACKS | EXITS)[attack](answer, images, labels, LINF)
+
+
+# --- AutoAttack ---
+
+
+@pytest.mark.slow
+def test_autoattack_takes_float64_logits_of_float32_images(model: Small, images: Tensor, labels: Tensor) -> None:
+    pytest.importorskip("pyautoattack")
+    found = autoattack(lambda pixels: model(pixels).double(), images[:2], labels[:2], LinfBudget(eps=1))
+    assert found.adversarial.dtype == torch.float32
+
+
+def test_fab_takes_float64_logits_of_float32_images(model: Small, images: Tensor, labels: Tensor) -> None:
+    pytest.importorskip("pyautoattack")
+    found = fab(lambda pixels: model(pixels).double(), images, labels, LINF)
+    assert torch.equal(found, fab(model, images, labels, LINF))
+
+
+def test_autoattack_counts_images_and_not_logits(images: Tensor) -> None:
+    pytest.importorskip("pyautoattack")
+    model = plain_network()
+
+    def infinite(pixels: Tensor) -> Tensor:
+        return model(pixels).index_fill(1, torch.tensor([1]), torch.inf)  # type: ignore[no-any-return]
+
+    with pytest.raises(BadInput, match="the loss of 6 of 6 images is NaN"):
+        autoattack(infinite, images, torch.ones(6, dtype=torch.int64), LINF)
+
+
+def test_autoattack_is_for_l_inf_alone(model: Small, images: Tensor, labels: Tensor) -> None:
+    pytest.importorskip("pyautoattack")
+    for attack in (autoattack, fab):
+        with pytest.raises(BadInput, match="l_inf only"):
+            attack(model, images, labels, L2Budget())  # type: ignore[operator]

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import Ball, LinfBudget
+from zoo.attacks.budget import Ball, LinfBudget, check_budget, check_generator, whole
 from zoo.attacks.gradient import Watch
 from zoo.attacks.inputs import Model, Output, check_logits, checked, first_logits, see
 from zoo.attacks.losses import Ascent, Loss, ascent, loss_named, succeeded
@@ -69,7 +69,8 @@ def apgd(
         BadInput: see `inputs.checked` and `losses.ascent`; a loss that does not fit the number of classes.
         UnknownName: no such loss, or no such `keep`.
     """
-    _check_ball(budget)
+    check_budget(budget, "Auto-PGD")
+    check_generator(generator)
     if keep not in get_args(Keep):
         raise UnknownName(keep, get_args(Keep), kind="keep")
     seen = see(model, output)
@@ -105,7 +106,9 @@ def apgd_targeted(
         loss: a targeted one; with fewer than 4 classes "margin".
         num_targets: how many classes, in the order of their logits on the image; all of them where there are fewer.
     """
-    _check_ball(budget)
+    check_budget(budget, "Auto-PGD")
+    check_generator(generator)
+    num_targets = whole(num_targets, "num_targets")
     if num_targets < 1:
         raise BadInput(f"need at least 1 target class, got num_targets={num_targets}; 9 is usual with 10 classes")
     seen = see(model, output)
@@ -156,7 +159,9 @@ def apgd_eot(
     Raises:
         BadInput: fewer than one draw; see `apgd` for the rest.
     """
-    _check_ball(budget)
+    check_budget(budget, "Auto-PGD")
+    check_generator(generator)
+    draws = whole(draws, "draws")
     if draws < 1:
         raise BadInput(f"EOT needs at least 1 draw at every point, got {draws}; 20 is usual")
     rise = _expected_ascent(seen_draws(sampler, output), draws, loss_named(loss))
@@ -368,8 +373,3 @@ class _Climb:
 
 def _where(rows: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     return torch.where(rows[:, None, None, None], chosen, other)
-
-
-def _check_ball(budget: LinfBudget) -> None:
-    if not isinstance(budget, LinfBudget):
-        raise BadInput(f"Auto-PGD is here for l_inf only, got a budget in {budget.norm}; use LinfBudget, or pgd")

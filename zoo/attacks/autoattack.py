@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import LinfBudget
+from zoo.attacks.budget import LinfBudget, check_budget, whole
 from zoo.attacks.inputs import (
     Model,
     Output,
@@ -29,6 +29,7 @@ from zoo.attacks.inputs import (
     differentiable,
     first_logits,
     gradient_of,
+    said_of_model,
     see,
 )
 from zoo.attacks.random_gates import Sampler, seen_draws
@@ -111,6 +112,8 @@ def autoattack(
     """
     if version not in get_args(Version):
         raise UnknownName(version, get_args(Version), kind="AutoAttack version")
+    check_budget(budget, "AutoAttack")
+    seed, batch = whole(seed, "seed"), whole(batch, "batch")
     names = ATTACKS if version == "standard" else RANDOM_ATTACKS
     package = _package()
     model = see(model, output, chance="tolerated" if version == "standard" else "expected")
@@ -175,6 +178,8 @@ def fab(
     Returns:
         For each image the nearest wrong image found, if it lies within `budget.eps`, else the image.
     """
+    check_budget(budget, "FAB")
+    seed, batch, num_targets = whole(seed, "seed"), whole(batch, "batch"), whole(num_targets, "num_targets")
     if num_targets < 1:
         raise BadInput(f"need at least 1 target class, got num_targets={num_targets}; 9 is usual with 10 classes")
     _package()
@@ -214,6 +219,7 @@ def recheck(sampler: Sampler, adversarial: Tensor, labels: Tensor, draws: int = 
     Raises:
         BadInput: no draw, or no image.
     """
+    draws = whole(draws, "draws")
     if draws < 1 or not len(adversarial):
         raise BadInput(f"need at least 1 draw and 1 image, got draws={draws} and {len(adversarial)} images")
     adversarial, labels, _ = checked(None, adversarial, labels)
@@ -338,7 +344,7 @@ def _input_gradients_only(model: Seen, needed: int) -> Model:
     """
 
     def checked_logits(images: Tensor) -> Tensor:
-        logits = model(images)
+        logits = model(images).to(images.dtype)  # the library writes them into tensors of the images' type
         if bool(((~logits.isneginf()).sum(1) < needed).any()):
             raise BadInput(
                 f"AutoAttack needs at least {needed} logits of each image that are not -inf, for its DLR loss; "
@@ -367,6 +373,8 @@ class _Boundary(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Any) -> tuple[Tensor, None]:
         # retained: the library's untargeted attacks go back once per class
-        gradient = gradient_of(context.logits, context.images, weights=gradients[0], retain_graph=True)
-        check_numbers(context.logits.detach(), gradients[0], gradient)
+        with said_of_model(context.images):
+            gradient = gradient_of(context.logits, context.images, weights=gradients[0], retain_graph=True)
+        # one number for each image, NaN where the loss of the library has a gradient that is NaN
+        check_numbers(context.logits.detach(), gradients[0].abs().sum(1), gradient)
         return gradient.contiguous(), None  # the library flattens by view, which channels last does not allow

@@ -135,7 +135,7 @@ class Budget(ABC):
             if name == "eps" or self.step_size is not None:
                 object.__setattr__(self, name, number(getattr(self, name), name))
         for name in ("steps", "restarts"):
-            object.__setattr__(self, name, _count(getattr(self, name), name))
+            object.__setattr__(self, name, whole(getattr(self, name), name))
         if self.steps < 1 or self.restarts < 1:
             raise BadInput(f"need at least 1 step and 1 restart, got steps={self.steps} restarts={self.restarts}")
 
@@ -252,8 +252,51 @@ def number(value: object, name: str) -> float:
         raise BadInput(f"{name} must be a number such as 8/255 or 0.03, got {value!r:.40}") from error
 
 
-def _count(value: int, name: str) -> int:
+def whole(value: object, name: str) -> int:
+    """Return a whole number, of whatever integer type.
+
+    Raises:
+        BadInput: it is none; the message calls it `name`.
+    """
     try:
-        return operator.index(value)
+        return operator.index(value)  # type: ignore[arg-type] # tried
     except TypeError as error:
         raise BadInput(f"{name} must be a whole number, got {value!r:.40}") from error
+
+
+def check_momentum(momentum: object) -> float:
+    """Return a momentum as a number.
+
+    Raises:
+        BadInput: it is negative, infinite or no number.
+    """
+    found = number(momentum, "momentum")
+    if not 0 <= found < math.inf:
+        raise BadInput(f"need a finite momentum >= 0, got {found}; 0 is plain PGD, and 1 is usual otherwise")
+    return found
+
+
+def check_budget(budget: object, attack: str | None = None) -> None:
+    """Check that a budget is one, and of l_inf where an attack is named that knows no other.
+
+    Raises:
+        BadInput: it is not.
+    """
+    if not isinstance(budget, Budget):
+        raise BadInput(f"a budget must be a Budget, got {budget!r:.40}; write LinfBudget(eps=8/255)")
+    if attack is not None and not isinstance(budget, LinfBudget):
+        raise BadInput(f"{attack} is here for l_inf only, got a budget in {budget.norm}; use LinfBudget, or pgd")
+
+
+def check_generator(generator: object) -> None:
+    """Check a source of random numbers.
+
+    Raises:
+        BadInput: it is no generator of torch's on the CPU, and not None.
+    """
+    if generator is None or (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
+        return
+    found = f"one on {generator.device}" if isinstance(generator, torch.Generator) else f"{generator!r:.40}"
+    raise BadInput(
+        f"a generator must be a torch.Generator on the CPU, got {found}; write torch.Generator().manual_seed(3)"
+    )

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import Budget
+from zoo.attacks.budget import Budget, check_budget, check_generator, check_momentum
 from zoo.attacks.gradient import accumulated
 from zoo.attacks.inputs import AsItIs, checked_images, differentiable, full_precision, gradient_of, said_of_model
 from zoo.errors import BadInput
@@ -47,6 +47,9 @@ def distil(
         BadInput: a pixel outside [0, 1], sources and targets of different shapes, a feature that fails, or one whose
             gradient is missing, NaN or infinite (the last not for `as_it_is(feature)`).
     """
+    check_budget(budget)
+    check_generator(generator)
+    momentum = check_momentum(momentum)
     source, target = checked_images(source), checked_images(target)
     if source.shape != target.shape:
         raise BadInput(f"source and target must be alike, got {tuple(source.shape)} and {tuple(target.shape)}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import Budget
+from zoo.attacks.budget import Budget, check_budget
 from zoo.attacks.gradient import pgd
 from zoo.attacks.inputs import AsItIs, Model, as_it_is, checked, said_of_model
 from zoo.attacks.losses import Loss, cross_entropy, loss_named
@@ -103,6 +103,7 @@ def max_average_exits(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return, per image, the single-exit attack that does most harm to all exits together, in cross-entropy."""
+    check_budget(budget)
     images, labels, _ = checked(model, images, labels)
     best = images.clone()
     if not len(images):

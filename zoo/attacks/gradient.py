@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.attacks.budget import Ball, Budget
+from zoo.attacks.budget import Ball, Budget, check_budget, check_generator, check_momentum
 from zoo.attacks.inputs import Model, Output, checked, full_precision, see
 from zoo.attacks.losses import Ascent, Loss, ascent, succeeded
 from zoo.errors import BadInput, UnknownName
@@ -82,6 +82,7 @@ def fgsm(
 
     Args, returns and raises as `pgd`; only `budget.eps` is read.
     """
+    check_budget(budget)
     seen = see(model, output)
     images, labels, targets = checked(seen, images, labels, targets)
     if not len(images):
@@ -136,7 +137,8 @@ def pgd(
         answers correctly: a transfer attack is scored on another model.
 
     Raises:
-        BadInput: see `inputs.checked` and `losses.ascent`; "first broken" with diversity; a start of another shape.
+        BadInput: see `inputs.checked` and `losses.ascent`; a momentum that is negative or not finite; "first
+            broken" with diversity; a start of another shape.
         UnknownName: no such `keep`.
     """
     if keep not in get_args(Keep):
@@ -145,6 +147,9 @@ def pgd(
         raise BadInput(
             f"keep={keep!r} needs the model's answer to each iterate, which input diversity hides; use keep='last'"
         )
+    check_budget(budget)
+    check_generator(generator)
+    momentum = check_momentum(momentum)
     seen = see(model, output)
     images, labels, targets = checked(seen, images, labels, targets)
     if start is not None and start.shape != images.shape:

@@ -13,7 +13,15 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinMethodType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -21,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.errors import BadInput
+from zoo.errors import BadInput, ManygatesError
 from zoo.rgn import RandomGatedNetwork
 
 Model = Callable[[Tensor], Tensor]
@@ -39,7 +47,8 @@ _MOST_WALKED: Final = 10_000
 """Objects that are looked into for parts in training mode."""
 _CONTAINERS = (list, tuple, set, dict)
 _SOURCES = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-_ERRORS: Final = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+PASSED: Final = (ManygatesError, torch.OutOfMemoryError, MemoryError, Warning)
+"""What a model may raise that is said already, or that no other model would help with."""
 
 
 class RandomModel(UserWarning):
@@ -168,8 +177,9 @@ def check_mode(model: object) -> None:
             if part.training and _reads_mode(part):
                 kind = getattr(part, "original_name", type(part).__name__)
                 raise BadInput(
-                    f"the model's {kind} {name!r} is in training mode, where every forward of an attack "
-                    "moves its statistics or draws at random; call .eval() first"
+                    (f"the model's {kind} {name!r}" if name else f"the model, a {kind},")
+                    + " is in training mode, where every forward of an attack moves its statistics or draws at random; "
+                    "call .eval() first"
                 )
 
 
@@ -198,7 +208,7 @@ def _kept_by(model: object) -> Iterator[object]:
             names = _names_in(thing.__code__)
             enclosed = [_content(cell) for cell in thing.__closure__ or ()]
             outer = [thing.__globals__[name] for name in names if name in thing.__globals__]
-            waiting += [*enclosed, *(thing.__defaults__ or ())]
+            waiting += [*enclosed, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
             # no functions, which would lead through whole libraries
             waiting += [held for held in outer if isinstance(held, (nn.Module, *_CONTAINERS, *_SOURCES))]
             # of an object only what is named: a trainer may hold another network in training mode
@@ -215,27 +225,56 @@ def _kept_by(model: object) -> Iterator[object]:
 
 def _attributes(thing: object) -> dict[str, object]:
     """Return what an object keeps under names of its own."""
-    return getattr(thing, "__dict__", {})
+    kept = dict(getattr(thing, "__dict__", {}))
+    for kind in type(thing).__mro__:
+        for name, slot in vars(kind).items() if "__slots__" in vars(kind) else ():
+            if isinstance(slot, MemberDescriptorType):
+                try:
+                    kept[name] = slot.__get__(thing)
+                except AttributeError:  # it is empty
+                    continue
+    return kept
 
 
 def _reads_mode(part: nn.Module) -> bool:
-    """Whether a method of a module, other than those that set its mode, reads `self.training`."""
+    """Whether a method or a hook of a module, other than those that set its mode, reads `training`."""
     if isinstance(part, torch.jit.ScriptModule):
         return "training" in str(getattr(part, "code", ""))
-    kinds = type(part).__mro__
-    methods = (
+    own = (vars(part).get("forward"), *part._forward_pre_hooks.values(), *part._forward_hooks.values())
+    methods = [*own, *(method for thing in (part, *own) for method in _methods_of(thing))]
+    return any("training" in _names_in(code) for method in methods for code in _codes_of(method))
+
+
+def _methods_of(thing: object) -> list[object]:
+    """Return the methods and properties of an object's class, without those that set a mode and those of torch."""
+    return [
         method
-        for kind in kinds[: kinds.index(nn.Module)]
+        for kind in type(thing).__mro__
+        if kind not in (nn.Module, object)
         for name, method in vars(kind).items()
-        if isinstance(method, FunctionType) and name not in ("__init__", "train", "eval")
-    )
-    return any("training" in _names_in(method.__code__) for method in methods)
+        if name not in ("__init__", "train", "eval", "training")
+    ]
+
+
+def _codes_of(method: object) -> Iterator[CodeType]:
+    """Yield the code of what a class or an object keeps as a method, decorated or not."""
+    while method is not None:
+        if isinstance(method, property):
+            method = method.fget
+        elif isinstance(method, functools.partial):
+            method = method.func
+        elif isinstance(method, staticmethod | classmethod | MethodType):
+            method = method.__func__
+        else:
+            if isinstance(method, FunctionType):
+                yield method.__code__
+            method = vars(method).get("__wrapped__") if isinstance(method, FunctionType) else None
 
 
 def _names_in(code: CodeType) -> set[str]:
-    """Return the globals and attributes that a function names, in the functions inside of it too."""
+    """Return the globals and attributes that a function names, in a `getattr` and in the functions inside of it too."""
     inner = (_names_in(part) for part in code.co_consts if isinstance(part, CodeType))
-    return set(code.co_names).union(*inner)
+    return set(code.co_names).union({"training"}.intersection(code.co_consts), *inner)
 
 
 def _content(cell: CellType) -> object:
@@ -243,6 +282,35 @@ def _content(cell: CellType) -> object:
         return cell.cell_contents
     except ValueError:  # it is empty
         return None
+
+
+class _Buffers:
+    """The buffers of a model's modules with a part in training mode, as they were before it was asked."""
+
+    def __init__(self, model: object) -> None:
+        roots = (held for held in _kept_by(model) if isinstance(held, nn.Module))
+        parts = (part for root in roots if any(part.training for part in root.modules()) for part in root.modules())
+        self._before = [
+            (part, name, buffer, buffer.clone())
+            for part in parts
+            for name, buffer in part.named_buffers(recurse=False)
+            if buffer.layout == torch.strided and not buffer.is_meta and not buffer.is_quantized
+        ]
+
+    def give_back(self) -> str:
+        """Put back what moved; return the name of a buffer that did, else nothing."""
+        moved = ""
+        for part, name, buffer, before in self._before:
+            now = getattr(part, name, None)
+            if isinstance(now, Tensor) and torch.equal(now, before):
+                continue
+            if buffer.is_floating_point() and now is buffer and torch.equal(now.nan_to_num(), before.nan_to_num()):
+                continue
+            with torch.no_grad():
+                buffer.copy_(before)
+            setattr(part, name, buffer)
+            moved = moved or f"{type(part).__name__}.{name}"
+        return moved
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's has no annotations
@@ -295,6 +363,7 @@ def see(
     *,
     chance: Chance = "warned of",
     watched: bool = False,
+    moving: bool = False,
 ) -> Seen:
     """Return a model as attacks see it; one that is seen already is returned as it is.
 
@@ -303,13 +372,14 @@ def see(
         output: where; see `Output`.
         chance: what to do if it answers at random.
         watched: leave the look at its operations out, because another draw of the same model had it.
+        moving: take a model in training mode whose buffers move, for who reports that.
 
     Raises:
         BadInput: no function, a random gated network without a path, or a part in training mode.
     """
     if isinstance(model, Seen) and output is None:
         return model
-    return Seen(model, output, chance=chance, watched=watched)
+    return Seen(model, output, chance=chance, watched=watched, moving=moving)
 
 
 class Seen:
@@ -321,7 +391,13 @@ class Seen:
     """
 
     def __init__(
-        self, model: Callable[[Tensor], Any], output: Output | None, *, chance: Chance, watched: bool = False
+        self,
+        model: Callable[[Tensor], Any],
+        output: Output | None,
+        *,
+        chance: Chance,
+        watched: bool = False,
+        moving: bool = False,
     ) -> None:
         if not callable(model):
             raise BadInput(f"a model must be a function of images, got {type(model).__name__}")
@@ -336,6 +412,7 @@ class Seen:
         self._output = output
         self._chance = chance
         self._watched = watched
+        self._moving = moving
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return logits (batch, class).
@@ -374,7 +451,8 @@ class Seen:
     def _asked_at_first(self, images: Tensor) -> Any:
         """Ask, and look at the operations for training mode, and for chance where it is to be warned of."""
         watch = _Watch(dropout=self._chance == "expected")
-        before = _drawn_so_far()
+        before, buffers = _drawn_so_far(), _Buffers(None if self._moving else self.model)
+        moved = ""
         try:
             with watch:
                 raw = self._asked(images)
@@ -382,6 +460,13 @@ class Seen:
             if watch.refused:  # once more, because TorchScript wraps what is raised inside of it
                 raise BadInput(watch.refused) from None
             raise
+        finally:
+            moved = buffers.give_back()
+        if moved:
+            raise BadInput(
+                f"the model moves a buffer when it is asked, {moved}, and has a part in training mode; call .eval() on "
+                "its module first"
+            )
         self._watched = True
         if self._chance == "warned of":
             drew = watch.drew or _drawn_so_far() != before
@@ -417,9 +502,9 @@ def said_of_model(images: Tensor) -> Iterator[None]:
     """Turn an error inside of a model, forward or backward, into a sentence that says what it was asked about."""
     try:
         yield
-    except (BadInput, torch.cuda.OutOfMemoryError):
+    except PASSED:
         raise
-    except _ERRORS as error:
+    except Exception as error:
         lines = str(error).strip().splitlines()
         hint = ""
         if "type" in str(error):
@@ -445,15 +530,20 @@ def picked(raw: Any, output: Output | None, batch: int) -> Tensor:
                 return picked(output(raw), None, batch)
             by_name = isinstance(output, str) and not isinstance(raw, Mapping)
             found = getattr(raw, str(output)) if by_name else raw[output]
-        except BadInput:
+        except PASSED:
             raise
-        except _ERRORS as error:
+        except Exception as error:
             said = getattr(output, "__name__", repr(output))
             raise BadInput(f"output={said} finds no logits in what the model returns, {_described(raw)}") from error
     if not isinstance(found, Tensor):
         raise BadInput(
             f"a model must return logits as one tensor, got {_described(found)}"
             + (_how_to_pick(found) if output is None else "")
+        )
+    if found.layout != torch.strided or found.is_nested or found.is_meta:
+        raise BadInput(
+            f"a model must return logits as a dense tensor, got one of layout {found.layout} on {found.device}; "
+            "call .to_dense(), and keep the model off the meta device"
         )
     if not found.is_floating_point():
         raise BadInput(

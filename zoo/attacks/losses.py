@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.attacks.inputs import (
+    PASSED,
     Model,
     check_logits,
     check_numbers,
@@ -86,16 +87,44 @@ LOSSES: dict[str, Loss] = {
 
 
 def loss_named(loss: str | Loss) -> Loss:
-    """Return the loss of a name; a loss is returned as it is.
+    """Return the loss of a name; another function is returned with a look at what it returns.
 
     Raises:
+        BadInput: no function; what is returned raises it where the function fails or returns no loss of each image.
         UnknownName: the message lists the known losses.
     """
     if not isinstance(loss, str):
-        return loss
+        return loss if isinstance(loss, _Own) or loss in LOSSES.values() else _Own(loss)
     if loss not in LOSSES:
         raise UnknownName(loss, LOSSES, kind="loss")
     return LOSSES[loss]
+
+
+class _Own:
+    """A loss of the caller's own, which must be one number for each image."""
+
+    def __init__(self, loss: Loss) -> None:
+        if not callable(loss):
+            raise BadInput(f"a loss must be one of {', '.join(LOSSES)} or a function like them, got {loss!r:.40}")
+        self._loss = loss
+
+    def __call__(self, logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+        name = getattr(self._loss, "__name__", type(self._loss).__name__)
+        try:
+            losses: object = self._loss(logits, labels, targets)
+        except PASSED:
+            raise
+        except Exception as error:
+            raise BadInput(
+                f"the loss {name} fails on (logits, labels, targets): {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
+            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise BadInput(
+                f"the loss {name} must return one number for each image, shape ({len(logits)},), got {found}; leave "
+                "its mean or sum out, with reduction='none'"
+            )
+        return losses
 
 
 def succeeded(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:

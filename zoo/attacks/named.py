@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.apgd import apgd, apgd_targeted
-from zoo.attacks.budget import Budget, LinfBudget
+from zoo.attacks.budget import Budget, LinfBudget, check_budget
 from zoo.attacks.gradient import InputDiversity, fgsm, pgd
 from zoo.attacks.inputs import Model
 from zoo.attacks.random_gates import eot_pgd
@@ -192,6 +192,7 @@ def linf_of(budget: Budget, name: str) -> LinfBudget:
     Raises:
         BadInput: it is not, and the attack knows no other.
     """
+    check_budget(budget)
     if not isinstance(budget, LinfBudget):
         raise BadInput(f"{name} searches the l_inf ball, got a budget in {budget.norm}; use pgd for others")
     return replace(budget)

@@ -10,6 +10,7 @@ stops at the first draw it fools reports its luck.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zoo import paths
-from zoo.attacks.budget import Budget, LinfBudget
+from zoo.attacks.budget import Budget, LinfBudget, check_budget, check_generator, check_momentum, number, whole
 from zoo.attacks.gradient import accumulated
 from zoo.attacks.inputs import (
     Model,
@@ -138,6 +139,9 @@ def eot_pgd(
     Raises:
         BadInput: fewer than one draw; see `pgd` for the rest.
     """
+    check_budget(budget)
+    check_generator(generator)
+    draws, momentum = whole(draws, "draws"), check_momentum(momentum)
     if draws < 1:
         raise BadInput(f"EOT needs at least 1 draw per step, got {draws}")
     if average not in get_args(Average):
@@ -187,13 +191,15 @@ def _expectation(
     def together(images: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             images = differentiable(images)
-            logits = torch.stack([sampler()(images) for _ in range(draws)])
+            drawn = [sampler() for _ in range(draws)]
+            logits = torch.stack([one(images) for one in drawn])
             check_logits(logits[0].detach(), labels, targets)
             if average == "probability":
                 losses = chosen(mean_probability(logits), labels, targets)
             else:
                 losses = torch.stack([chosen(one, labels, targets) for one in logits]).mean(0)
-            gradient = gradient_of(losses.sum(), images)
+            with drawn[0].errors(images):
+                gradient = gradient_of(losses.sum(), images)
         losses = losses.detach()
         check_numbers(logits.detach()[0], losses, gradient)
         return gradient, losses.to(gradient.dtype)
@@ -233,13 +239,13 @@ def arc(
     Raises:
         BadInput: no member, or weights that are not one positive number per member.
     """
-    if not isinstance(budget, LinfBudget):
-        raise BadInput(f"ARC is written for the l_inf ball, got a budget in {budget.norm}; use eot_pgd")
+    check_budget(budget, "ARC")
+    check_generator(generator)
     if not models:
         raise BadInput("ARC needs at least one member, got none")
-    weights = [1.0] * len(models) if weights is None else list(weights)
-    if len(weights) != len(models) or min(weights) <= 0:
-        raise BadInput(f"ARC needs one positive weight per member, got {weights} for {len(models)} members")
+    weights = [1.0] * len(models) if weights is None else [number(weight, "a weight") for weight in weights]
+    if len(weights) != len(models) or not all(weight > 0 for weight in weights) or not sum(weights) < math.inf:
+        raise BadInput(f"ARC needs one positive, finite weight per member, got {weights} for {len(models)} members")
     share = [weight / sum(weights) for weight in weights]
     order = sorted(range(len(models)), key=lambda index: -share[index])
     images, labels, _ = checked(None, images, labels)
@@ -298,7 +304,8 @@ def _towards_boundary(
         top = logits.gather(1, predicted[:, None])[:, 0]
         for other in range(classes):
             difference = top - logits[:, other]
-            gradient = gradient_of(difference.sum(), point, retain_graph=other < classes - 1)
+            with model.errors(point):
+                gradient = gradient_of(difference.sum(), point, retain_graph=other < classes - 1)
             check_numbers(logits.detach(), difference.detach(), gradient)
             size = gradient.flatten(1).abs().sum(1).clamp_min(1e-12)
             distance = difference.detach().abs() / size

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import Budget, LinfBudget
+from zoo.attacks.budget import Budget, check_budget, check_generator, number, whole
 from zoo.attacks.inputs import Model, Output, checked, checked_images, first_logits, see
 from zoo.attacks.losses import succeeded
 from zoo.errors import BadInput
@@ -58,8 +58,7 @@ def rays(
     Raises:
         BadInput: an `L2Budget`; see `shortest_rays` for the rest.
     """
-    if not isinstance(budget, LinfBudget):
-        raise BadInput(f"RayS is here for l_inf only, got a budget in {budget.norm}; use LinfBudget")
+    check_budget(budget, "RayS")
     images = checked_images(images)
     found = shortest_rays(model, images, labels, queries=queries, enough=budget.eps, generator=generator, output=output)
     length = found.radius.clamp_max(budget.eps)[:, None, None, None]
@@ -103,6 +102,9 @@ def shortest_rays(
     Raises:
         BadInput: no query, a tolerance that is not positive; see `inputs.checked` and `inputs.check_logits`.
     """
+    check_generator(generator)
+    queries, enough = whole(queries, "queries"), number(enough, "enough")
+    tolerance = None if tolerance is None else number(tolerance, "tolerance")
     if queries < 1:
         raise BadInput(f"need at least 1 query, got {queries}")
     if tolerance is not None and not tolerance > 0:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import Budget, LinfBudget
+from zoo.attacks.budget import Budget, check_budget, check_generator, number, whole
 from zoo.attacks.gradient import Watch
 from zoo.attacks.inputs import Model, Output, Seen, check_logits, check_numbers, checked, see
 from zoo.attacks.losses import Loss, loss_named, succeeded
@@ -80,8 +80,9 @@ def square(
         BadInput: an `L2Budget`, no query or draw, a share outside (0, 1]; see `inputs.checked` and
             `inputs.check_logits`.
     """
-    if not isinstance(budget, LinfBudget):
-        raise BadInput(f"the Square attack is here for l_inf only, got a budget in {budget.norm}; use LinfBudget")
+    check_budget(budget, "the Square attack")
+    check_generator(generator)
+    queries, draws, share = whole(queries, "queries"), whole(draws, "draws"), number(share, "share")
     if queries < 1 or draws < 1:
         raise BadInput(f"need at least 1 query and 1 draw, got queries={queries} draws={draws}")
     if not 0 < share <= 1:
@@ -132,10 +133,10 @@ class _Search:
         if used < self._queries and len(active):
             self._losses[active], broken = self._ask(self._incumbents[active], active)
             active, used = (active[~broken] if early_stop else active), used + 1
-        for number in range(self._queries - used):
+        for position in range(self._queries - used):
             if not len(active):
                 break
-            candidates = self._with_square(number, active)
+            candidates = self._with_square(position, active)
             losses, broken = self._ask(candidates, active)
             better = losses > self._losses[active]
             if early_stop:
@@ -143,7 +144,7 @@ class _Search:
             self._accept(active[better], candidates[better], losses[better])
             if early_stop:
                 active = active[~broken]
-            self._report(number)
+            self._report(position)
         return self._incumbents
 
     def by_repeated_comparison(self) -> Tensor:
