@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -315,6 +316,44 @@ def only(code: str, model: Model, images: Tensor | None = None, labels: Tensor |
         images, labels = (IMAGES, LABELS) if images is None or labels is None else (images, labels)
         (finding,) = lint_model(model, images, labels, eps=EPS, queries=QUERIES)
     return finding
+
+
+@pytest.mark.parametrize(
+    ("masked", "value", "verdict"),
+    [([3], -torch.inf, "ok"), ([2, 3], -torch.inf, "alarm"), ([3], torch.inf, "alarm")],
+)
+def test_a_class_that_is_masked_is_no_infinity_as_long_as_three_are_left(
+    plain: nn.Module, masked: list[int], value: float, verdict: str
+) -> None:
+    chosen = LABELS < 2
+
+    def masking(pixels: Tensor) -> Tensor:
+        logits: Tensor = plain(pixels)
+        if value == torch.inf:  # of one image
+            return logits.index_put((torch.tensor([0]), torch.tensor(masked)), torch.tensor(value))
+        return logits.index_fill(1, torch.tensor(masked), value)
+
+    assert only("O1", masking, IMAGES[chosen], LABELS[chosen]).verdict == verdict
+
+
+@pytest.mark.parametrize("eps", ["8/255", Fraction(8, 255), np.float32(8 / 255), torch.tensor(8 / 255)])
+def test_a_radius_is_taken_as_budgets_take_it(eps: Any, plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lint, "CHECKS", tuple(check for check in CHECKS if check.code == "S7"))
+    (finding,) = lint_model(plain, IMAGES[:8], LABELS[:8], eps=eps, queries=5)
+    (expected,) = lint_model(plain, IMAGES[:8], LABELS[:8], eps=EPS, queries=5)
+    assert (finding.verdict, finding.figure) == (expected.verdict, expected.figure)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"queries": 2.5}, {"queries": "many"}, {"eps": "wide"}, {"eps": None}, {"eps": torch.nan}, {"seed": 0.5}],
+)
+def test_options_that_are_no_numbers_are_refused_before_the_model_is_asked(options: dict[str, Any]) -> None:
+    def never(pixels: Tensor) -> Tensor:
+        raise AssertionError
+
+    with pytest.raises(BadInput, match="|".join(options)):
+        lint_model(never, IMAGES, LABELS, **options)
 
 
 @pytest.mark.parametrize("classes", [100, 1000])

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.attacks.apgd import apgd_targeted
-from zoo.attacks.budget import LinfBudget
+from zoo.attacks.budget import LinfBudget, number, whole
 from zoo.attacks.gradient import fgsm, pgd
 from zoo.attacks.grid import to_grid
 from zoo.attacks.inputs import (
@@ -100,6 +100,8 @@ SILENT = 0.02
 """S6: fooled on the way and right again at the end (Pintor et al. 2022, "silent success")."""
 OUTSIDE = 1e-6
 """S7: how far beyond eps a pixel may be, in pixel units: rounding in float32."""
+FEWEST_FINITE = 3
+"""O1: finite outputs of an image (all of them where there are fewer classes), which scale-free losses need."""
 NO_GRADIENT = 0.01
 """G1: images with a gradient of zero; none may have NaN."""
 BLACK_BOX_ALONE = 0.01
@@ -171,7 +173,7 @@ def lint_model(
         images: float (batch, channel, height, width) in [0, 1], of 8-bit origin if replay on the 8-bit grid is to be
             checked; 50 to 200 of them.
         labels: int64 (batch,).
-        eps: radius of the l_inf ball.
+        eps: radius of the l_inf ball; a `Fraction` or a text such as "8/255" is taken as well.
         sampler: fresh deterministic draws of a random model. The questions about gradients are then asked of one draw,
             as a path that became known, and three more of the whole.
         surrogate: another deterministic model of the task, for transfer (W1, T1) and a direction from outside (G3).
@@ -189,6 +191,7 @@ def lint_model(
         BadInput: no image is answered correctly, eps is outside (0, 1], fewer than 1 query, a model that fails, returns
             no logits or NaN, or is partly in training mode; see `inputs.checked` and `inputs.see`.
     """
+    eps, queries, seed = number(eps, "eps"), whole(queries, "queries"), whole(seed, "seed")
     if not 0 < eps <= 1:
         raise BadInput(f"need 0 < eps <= 1, got {eps}; pixels are in [0, 1], so write 8/255, not 8")
     if queries < 1:
@@ -278,7 +281,7 @@ class Evidence:
         checked(surrogate, images[:0], labels[:0])
         self.sampler, self.served, self.output = sampler, served, output
         self.model = model
-        self.seen = see(model, output, chance=self._chance)
+        self.seen = see(model, output, chance=self._chance, moving=True)  # M1 says it
         self.half: torch.dtype | None = None
         self.eps, self.seed, self.queries = eps, seed, queries
         self.type, images = images.dtype, full_precision(images)
@@ -918,10 +921,12 @@ def _patterns(shape: torch.Size, size: int, generator: torch.Generator) -> Tenso
 
 def _o1(evidence: Evidence) -> Answer:
     outputs = evidence.outputs
-    infinite = _count(~outputs.isfinite().all(1))
+    # -inf is the logit of a class that is masked, an honest one as long as others are left to be told apart
+    left = outputs.isfinite().sum(1) >= min(FEWEST_FINITE, evidence.classes)
+    infinite = _count(outputs.isnan().any(1) | (outputs == torch.inf).any(1) | ~left)
     figure = (
         f"rows of {len(outputs)} outputs in [{float(outputs.min()):.3g}, {float(outputs.max()):.3g}], {infinite} with "
-        "values that are not finite"
+        f"NaN, +inf or fewer than {FEWEST_FINITE} finite values"
     )
     if evidence.probabilities:
         figure += "; non-negative and summing to 1: probabilities (the other checks attack their logarithm)"
