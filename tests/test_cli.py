@@ -758,7 +758,7 @@ def test_a_negative_number_is_refused_in_one_sentence_however_it_is_written(
     assert f"{option} is {number}, expected a number that is not negative" in refused(*own, number)
     if own[-1] == "--eps" and "l2" not in own:
         line = refused(*own[:-1], f"--eps={number}")
-        assert f"eps {number} is negative, expected 0 to 1" in line
+        assert f"eps {number} is outside [0, 1]; a radius is not negative" in line
 
 
 @pytest.mark.parametrize("number", ["-5", "0"])
@@ -1095,6 +1095,14 @@ def test_an_attack_that_cannot_be_is_refused(
     words: tuple[str, ...], message: str, model: Path, picture: Path, tmp_path: Path
 ) -> None:
     assert message in refused("attack", model, "--image", picture, "--out", tmp_path / "out", *words)
+
+
+def test_a_target_that_is_what_the_model_answers_is_refused_by_name(model: Path, picture: Path, tmp_path: Path) -> None:
+    words = ("attack", model, "--image", picture, "--steps", "1", "--out", tmp_path / "out")
+    answered = done(*words, "--json").json["label"]
+    assert f"the target is the label, {answered}, which is what the model answers" in refused(
+        *words, "--target", answered
+    )
 
 
 def test_runs_become_an_ensemble_of_separately_trained_networks(

@@ -86,8 +86,7 @@ def parse_eps(text: str, norm: str = "linf") -> Fraction:
     if norm == "l2":
         if not 0 <= eps <= 1000:
             raise BadInput(f"eps {text} is no length in l2, expected 0 to 1000; 0.5 is usual for small images")
-    elif eps < 0:
-        raise BadInput(f"eps {text} is negative, expected 0 to 1; write the radius without a sign, such as 8/255")
-    elif eps > 1:
-        raise BadInput(f"eps {text} is outside [0, 1]; pixels are in [0, 1], so write 8/255, not 8")
+    elif not 0 <= eps <= 1:
+        sign = "a radius is not negative, and " if eps < 0 else ""
+        raise BadInput(f"eps {text} is outside [0, 1]; {sign}pixels are in [0, 1], so write 8/255, not 8")
     return eps
