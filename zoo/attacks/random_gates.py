@@ -237,7 +237,7 @@ def arc(
         The images with the lowest expected accuracy found, within `budget.eps` and [0, 1].
 
     Raises:
-        BadInput: no member, or weights that are not one positive number per member.
+        BadInput: no member, or weights that are not one positive, finite number per member.
     """
     check_budget(budget, "ARC")
     check_generator(generator)
@@ -245,7 +245,9 @@ def arc(
         raise BadInput("ARC needs at least one member, got none")
     weights = [1.0] * len(models) if weights is None else [number(weight, "a weight") for weight in weights]
     if len(weights) != len(models) or not all(weight > 0 for weight in weights) or not sum(weights) < math.inf:
-        raise BadInput(f"ARC needs one positive, finite weight per member, got {weights} for {len(models)} members")
+        raise BadInput(
+            f"ARC needs one positive weight per member, got {weights} for {len(models)} members; none may be infinite"
+        )
     share = [weight / sum(weights) for weight in weights]
     order = sorted(range(len(models)), key=lambda index: -share[index])
     images, labels, _ = checked(None, images, labels)
