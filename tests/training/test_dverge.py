@@ -301,6 +301,7 @@ def test_every_member_trains_on_what_the_others_distilled_and_all_is_made_before
 
     ensemble = make_ensemble()
     for index, member in enumerate(ensemble.members):
+        num_features(member)  # traced, and the trace compared with it, before anyone listens
         member.register_forward_pre_hook(
             lambda _, inputs, index=index: events.append(f"train {index} {float(inputs[0][0, 0, 0, 0]) * 8:g}")
         )

@@ -26,6 +26,8 @@ from zoo.evaluation.run import Run, terms_of, wilson
 from zoo.evaluation.transfer import AdversarialSet, open_surrogate
 from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS, save_members
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*single gated layer:zoo.errors.GatingWarning")
+
 SHARP = 40.0
 ALL = 120  # test images of the tiny data set
 

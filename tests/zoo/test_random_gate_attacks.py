@@ -16,6 +16,8 @@ from zoo.errors import BadInput, UnknownName
 from zoo.networks import ImageFormat, build
 from zoo.rgn import RandomGatedNetwork, randomly_gate
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*single gated layer:zoo.errors.GatingWarning")
+
 EPS = 0.1
 
 
