@@ -114,6 +114,17 @@ batches of 1, 2 and 5 and along several paths ([ADR 0014](adr/0014-self-checks.m
 - a network that answers very differently when its images are a millionth brighter;
 - in the exporter, an operation on the tensors of two gates, and a branch or a loop.
 
+## Known limits
+
+- A norm that replaces its statistics instead of updating them in place trains the network's own, not the candidate's.
+- A layer that merges weights in `train()` and `eval()` (LoRA) cannot change mode once its tensors are in the bank.
+- Two parameters that are overlapping views of one tensor become two tensors.
+- A hook is copied with the objects that it refers to by name or closure: it still sees the original network.
+- `orthogonal` can be gated but not exported; its matrix exponential has no ONNX form.
+- A forward that asks for the shape of its images (`assert x.shape[1] == 3`) cannot be traced.
+
+## Ties
+
 Layers that share a tensor stay tied and shared, and a warning names them. A module that is called several times has one
 gate for all calls. Frozen layers stay frozen in every candidate.
 """
