@@ -247,34 +247,38 @@ def check_reach(
 
     own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     zero = {name: tensor for name, tensor in own.items() if not tensor.any()}
-    used = {name: shaken(tensor, 0.2) for name, tensor in {**zero, **tensors}.items()}
 
     def run(replaced: dict[str, Tensor]) -> Tensor:
         answer = functional_call(network, replaced, (images.clone(),))
         return answer if isinstance(answer, Tensor) else torch.cat(tuple(answer))
 
+    every = {part: [name for name in tensors if name.startswith(f"{part}.")] for part in parts}
+    learnt = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and tensor.dim() > 1}
+    # a bias alone is no candidate where there is a weight
+    waiting = {part: [name for name in names if name in learnt] or names for part, names in every.items()}
     with evaluating(network):
-        with torch.enable_grad():
-            logits = run(used)
-            weights = torch.rand(logits.shape, generator=generator).to(logits.device, logits.dtype)
-            wanted = {name: used[name] for name in tensors if used[name].requires_grad}
-            gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
-            with contextlib.suppress(RuntimeError):  # a forward that autograd cannot follow can still be watched
-                gradients = torch.autograd.grad((logits * weights).sum(), list(wanted.values()), allow_unused=True)
-        reached = {
-            name for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None and gradient.any()
-        }
-        for part in parts:
-            every = [name for name in tensors if name.startswith(f"{part}.")]
-            # a bias alone is no candidate where there is a weight
-            names = [name for name in every if name in wanted and wanted[name].dim() > 1] or every
-            if reached & set(names):
-                continue
-            with torch.no_grad():
-                changed = {name: shaken(used[name], 2.0) for name in names}
-                if torch.equal(run({**used, **changed}), logits):
-                    raise BadInput(
-                        f"{part} cannot be gated: the tensors of its candidate {candidate} "
-                        f"({', '.join(names) or 'it has none'}) get no gradient, and changing them does not change the "
-                        "answer; its forward takes its weights from elsewhere, or nothing uses its output"
-                    )
+        for strength in (0.2, 4.0):  # small inputs may leave a layer silent that large ones do not
+            used = {name: shaken(tensor, strength) for name, tensor in {**zero, **tensors}.items()}
+            with torch.enable_grad():
+                logits = run(used)
+                weights = torch.rand(logits.shape, generator=generator).to(logits.device, logits.dtype)
+                wanted = {name: used[name] for name in tensors if used[name].requires_grad}
+                gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
+                with contextlib.suppress(RuntimeError):  # a forward that autograd cannot follow can still be watched
+                    gradients = torch.autograd.grad((logits * weights).sum(), list(wanted.values()), allow_unused=True)
+            found = zip(wanted, gradients, strict=True)
+            reached = {name for name, gradient in found if gradient is not None and gradient.any()}
+            waiting = {part: names for part, names in waiting.items() if not reached & set(names)}
+            for part, names in list(waiting.items()):
+                with torch.no_grad():
+                    changed = {name: shaken(used[name], 2.0) for name in names}
+                    if not torch.equal(run({**used, **changed}), logits):
+                        del waiting[part]
+            if not waiting:
+                return
+    part, names = next(iter(waiting.items()))
+    raise BadInput(
+        f"{part} cannot be gated: the tensors of its candidate {candidate} ({', '.join(names) or 'it has none'}) get no "
+        "gradient, and changing them does not change the answer; its forward takes its weights from elsewhere, or "
+        "nothing uses its output"
+    )
