@@ -277,8 +277,8 @@ def check_reach(
             if not waiting:
                 return
     part, names = next(iter(waiting.items()))
+    listed = ", ".join(names) or "none"
     raise BadInput(
-        f"{part} cannot be gated: the tensors of its candidate {candidate} ({', '.join(names) or 'it has none'}) get no "
-        "gradient, and changing them does not change the answer; its forward takes its weights from elsewhere, or "
-        "nothing uses its output"
+        f"{part} cannot be gated: the tensors of its candidate {candidate} ({listed}) get no gradient, and changing "
+        "them does not change the answer; its forward takes its weights from elsewhere, or nothing uses its output"
     )
