@@ -582,8 +582,8 @@ class _Loop:
         return Batch(images, self.images.labels[index][share], tuple(others))
 
     def _as_images(self, pixels: Tensor) -> Tensor:
-        # a copy, because images of one channel are in both layouts as they are, and torch may go on in the other
-        return data.as_float(pixels).clone(memory_format=self.layout)
+        # a copy of the bytes: images of one channel are in both layouts as they are, and torch may take the other
+        return data.as_float(pixels.clone(memory_format=self.layout))
 
     def _finish_epoch(self, phase: Phase, epoch: int, writer: Any) -> None:
         place = self.position
