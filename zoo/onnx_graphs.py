@@ -182,6 +182,8 @@ def _members_stencil(members: Sequence[nn.Module]) -> tuple[Stencil, list[dict[s
     """Return a stencil in which every weight is one gate's, and each member's weights for it."""
     if not members:
         raise BadInput("an ensemble needs at least one network, got none")
+    for member in members:
+        graphs.check_evaluating(member, "an export")
     tensors = [dict(graphs.tensors(member)) for member in members]
     shapes = [{name: tensor.shape for name, tensor in member.items()} for member in tensors]
     for number, other in enumerate(shapes):
