@@ -211,10 +211,10 @@ def copied(network: nn.Module) -> nn.Module:
         ) from error
 
 
-def others(graph_module: fx.GraphModule) -> list[str]:
-    """Name what convolves in the network and can have no gate: no `nn.Conv2d`, or one whose tensors are tied."""
+def others(graph_module: fx.GraphModule, layers: Sequence[Convolution]) -> list[str]:
+    """Name what convolves in the network and can have no gate: no `nn.Conv2d`, or one of `layers` that is tied."""
     modules = dict(graph_module.named_modules())
-    found = [layer.conv for layer in convolutions(graph_module) if layer.tied and not layer.projection]
+    found = [layer.conv for layer in layers if layer.tied and not layer.projection]
     for node in graph_module.graph.nodes:
         if _is(node, _OTHER_CONVOLUTIONS, modules):
             found.append(f"{node.target} ({type(modules[str(node.target)]).__name__})")

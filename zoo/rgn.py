@@ -69,7 +69,9 @@ class RandomGatedNetwork(nn.Module):
             layer for layer in self.convolutions if layer.main and (sharing == "independent" or layer.norm is not None)
         ]
         if not self.layers:
-            raise BadInput(_nothing_to_gate(template, self.convolutions, graphs.others(graph), sharing))
+            raise BadInput(
+                _nothing_to_gate(template, self.convolutions, graphs.others(graph, self.convolutions), sharing)
+            )
         self.candidates = candidates
         self.sharing: Sharing = sharing
         self.template = template
@@ -253,10 +255,10 @@ def randomly_gate(
             for index, alternative in enumerate(cast(nn.ModuleList, alternatives)):
                 for role, module in cast(nn.ModuleDict, alternative).items():
                     if start == "copy" and noise:
-                        for weight, put in _weights(module, layer, least_dim=1):
+                        for weight, put in _weights(module, rgn.parts(layer)[role], least_dim=1):
                             put(weight * (1 + noise * _normal(weight, generator)))
                     elif start == "redraw" and role == "conv" and index > 0:
-                        for weight, put in _weights(module, layer, least_dim=2):
+                        for weight, put in _weights(module, rgn.parts(layer)[role], least_dim=2):
                             put(weight.std() * _normal(weight, generator))
     rgn.check_itself()
     _warn(rgn, drawn=noise > 0 if start == "copy" else sharing == "independent")
@@ -267,10 +269,8 @@ def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.empty_like(like).normal_(generator=generator)
 
 
-def _weights(
-    module: nn.Module, layer: Convolution, *, least_dim: int
-) -> Iterator[tuple[Tensor, Callable[[Tensor], object]]]:
-    """Yield each weight of a convolution or norm, and the function that puts another there.
+def _weights(module: nn.Module, name: str, *, least_dim: int) -> Iterator[tuple[Tensor, Callable[[Tensor], object]]]:
+    """Yield each weight of the convolution or norm `name`, and the function that puts another there.
 
     That is `weight`, through its parametrisation if it has one. A subclass may have weights of other names: all
     parameters of so many dimensions count there, but for biases.
@@ -282,19 +282,19 @@ def _weights(
                 module.weight = weight
             except (NotImplementedError, RuntimeError, ValueError) as error:
                 raise BadInput(
-                    f"{layer.conv} has a parametrised weight that cannot be set ({type(error).__name__}: {error}); "
+                    f"{name} has a parametrised weight that cannot be set ({type(error).__name__}: {error}); "
                     'give its parametrisation a right_inverse, or gate the network with start="copy" and no noise'
                 ) from error
 
         yield cast(Tensor, module.weight), put
         return
-    own = {name: tensor for name, tensor in module.named_parameters() if name.rpartition(".")[2] != "bias"}
-    for name, tensor in own.items():
-        if name != "weight" and tensor.dim() < max(2, least_dim):
+    own = {leaf: tensor for leaf, tensor in module.named_parameters() if leaf.rpartition(".")[2] != "bias"}
+    for leaf, tensor in own.items():
+        if leaf != "weight" and tensor.dim() < max(2, least_dim):
             continue
         if least_dim > 1 and tensor.numel() < 2:
             raise BadInput(
-                f"{layer.conv} has a single weight, which has no standard deviation to draw others with; gate the "
+                f"{name} has a single weight, which has no standard deviation to draw others with; gate the "
                 'network with start="copy" and noise'
             )
         yield tensor, tensor.copy_
@@ -348,7 +348,7 @@ def _warn(rgn: RandomGatedNetwork, *, drawn: bool) -> None:
             GatingWarning,
             stacklevel=3,
         )
-    if others := graphs.others(rgn._graph()):
+    if others := graphs.others(rgn._graph(), rgn.convolutions):
         counted = "1 convolution" if len(others) == 1 else f"{len(others)} convolutions"
         warnings.warn(
             f"{name} has {counted} without a gate, shared by all paths, because only nn.Conv2d layers with tensors of "
