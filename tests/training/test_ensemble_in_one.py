@@ -159,8 +159,8 @@ def test_folded_distillation_equals_a_naive_one_on_the_derived_network(
 @pytest.mark.filterwarnings("ignore:.*single gated layer:zoo.errors.GatingWarning")
 def test_momentum_adds_up_normalised_gradients() -> None:
     # One convolution that copies a channel: the distance's gradient is 2 (x - t) wherever it is not clipped.
-    template = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Flatten(), nn.Linear(4, 2))
-    template.image_shape = (1, 2, 2)  # type: ignore[assignment]
+    template: Any = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Flatten(), nn.Linear(4, 2))
+    template.image_shape = (1, 2, 2)
     nn.init.ones_(template[0].weight)
     rgn = randomly_gate(template, candidates=1)
     source, target = torch.full((1, 1, 2, 2), 0.5), torch.full((1, 1, 2, 2), 0.54)

@@ -161,7 +161,7 @@ class KernelByAnotherName(nn.Conv2d):
     def __init__(self, *arguments: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.kernel = nn.Parameter(self.weight.detach().clone())
-        self.weight = None  # type: ignore[assignment]
+        self.register_parameter("weight", None)
 
     def forward(self, images: Tensor) -> Tensor:
         return F.conv2d(images, self.kernel, self.bias, padding=1)
@@ -437,9 +437,10 @@ def test_a_convolution_that_can_have_no_gate_is_named_and_counted(other: Callabl
 
 
 def test_ordinary_networks_are_gated_without_a_warning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         randomly_gate(made("plain"))
+    assert caught == []
 
 
 def test_a_patch_embedding_alone_is_said_to_be_no_ensemble() -> None:
@@ -513,8 +514,8 @@ def test_tied_weights_survive_being_written_and_read(gated: bool, tmp_path: Path
 
 
 def test_a_module_under_two_names_has_one_gate() -> None:
-    network = Parts()
-    network.again = network.b  # type: ignore[assignment]
+    network: Any = Parts()
+    network.again = network.b
     rgn = randomly_gate(network)
     derived: Any = derive(rgn, random_path(rgn))
     assert [layer.conv for layer in rgn.layers] == ["a", "b"]
@@ -614,8 +615,8 @@ def borrowing() -> nn.Module:
 
 
 def replaced_forward() -> nn.Module:
-    network = Parts()
-    network.forward = lambda images: Parts.forward(network, images) * images.mean()  # type: ignore[method-assign]
+    network: Any = Parts()
+    network.forward = lambda images: Parts.forward(network, images) * images.mean()
     return network
 
 
@@ -739,10 +740,17 @@ def test_a_shape_of_images_that_is_none_is_refused(shape: object, asked: Callabl
 def test_an_ensemble_of_no_networks_or_of_unequal_ones_is_refused() -> None:
     with pytest.raises(BadInput, match="at least one"):
         onnx_graphs.members_graph([])
-    other = made("plain")
-    other.again = nn.Linear(2, 2)  # type: ignore[assignment]
+    other: Any = made("plain")
+    other.again = nn.Linear(2, 2)
     with pytest.raises(BadInput, match=r"network 2 .*'again\.bias'"):
         onnx_graphs.members_graph([made("plain"), other.eval()])
+
+
+def test_a_member_in_training_mode_is_refused_and_stays_in_it() -> None:
+    training = made("plain").train()
+    with pytest.raises(BadInput, match="training mode"):
+        onnx_graphs.members_graph([made("plain"), training])
+    assert all(module.training for module in training.modules())
 
 
 def test_a_tensor_called_like_an_input_of_the_graph_is_refused() -> None:

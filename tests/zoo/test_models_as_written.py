@@ -718,10 +718,13 @@ def test_a_random_model_is_attacked_draw_by_draw_and_said_to_be_one_once(
 
 def test_attacks_on_random_models_do_not_warn_of_them(rgn: RandomGatedNetwork, images: Tensor) -> None:
     labels = torch.zeros(6, dtype=torch.int64)
-    for model in random_models(rgn).values():
-        eot_pgd(lambda model=model: model, images, labels, LINF, draws=2)  # type: ignore[misc]
-        apgd_eot(lambda model=model: model, images, labels, LINF, draws=2)  # type: ignore[misc]
-        square(model, images, labels, LINF, draws=2, queries=6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for model in random_models(rgn).values():
+            eot_pgd(lambda model=model: model, images, labels, LINF, draws=2)  # type: ignore[misc]
+            apgd_eot(lambda model=model: model, images, labels, LINF, draws=2)  # type: ignore[misc]
+            square(model, images, labels, LINF, draws=2, queries=6)
+    assert caught == []
 
 
 def test_a_deterministic_model_with_random_numbers_at_hand_is_not_warned_of(
