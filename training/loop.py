@@ -359,11 +359,14 @@ def _initial_network(recipe: Recipe, architecture: Architecture) -> nn.Module:
     """Build what is trained, drawing from torch's global generator.
 
     Raises:
-        BadInput: `start_from` names a model of another network or data set, of another number of members, or a random
-            gated one.
+        BadInput: The network cannot take the images, or `start_from` names a model of another network or data set, of
+            another number of members, or a random gated one.
     """
     if recipe.start_from is None:
-        return architecture.build()
+        try:
+            return architecture.build()
+        except BadInput as error:  # gating runs the network on images of the recipe's shape
+            raise BadInput(f"recipe {recipe.name} cannot be trained: {error}") from error
     wanted = architecture.member
     members, found = load_members(_weights_of(recipe.start_from).file(PLAIN_WEIGHTS))
     if found != wanted:
