@@ -16,10 +16,11 @@ ARG VARIANT=cpu
 FROM ${PYTHON_IMAGE} AS builder
 SHELL ["/bin/sh", "-eu", "-c"]
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE manygates.py ./
+COPY pyproject.toml README.md LICENSE ./
 COPY zoo zoo
 COPY training training
 COPY serving serving
+COPY manygates manygates
 ENV PIP_ROOT_USER_ACTION=ignore
 ARG VARIANT
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -32,7 +33,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
         ln -s "$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia" /opt/venv/nvidia; \
     fi
 # The promise of this image, checked while it is built: torch is not in it, the server and its models are.
-RUN ["/opt/venv/bin/python", "-I", "-c", "import importlib.util as u, serving.server, zoo.catalogue as c; assert not u.find_spec('torch'), 'torch is in the image'; assert c.list_bundled(), 'no bundled model is in the wheel'"]
+RUN ["/opt/venv/bin/python", "-I", "-c", "import importlib.util as u, serving.server, zoo.hub.source as c; assert not u.find_spec('torch'), 'torch is in the image'; assert c.list_bundled(), 'no bundled model is in the wheel'"]
 # What is in it, as CycloneDX (Python packages; those of the base image are known to whoever scans the base image).
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/sbom; \

@@ -51,7 +51,7 @@ bench: $(VENV)/installed-dev ## measure the speed of training and of serving (BE
 
 clean: ## remove .venv, caches and built distributions; training runs stay
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
-	find manygates.py zoo training serving tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find manygates zoo training serving tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # pip 25.1 was the first to install dependency groups, and a new environment brings the pip of its Python.
 $(VENV)/installed-pip:

@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import machine  # noqa: E402
 
 import manygates  # noqa: E402
-from zoo import data  # noqa: E402
+from zoo.data import datasets as data  # noqa: E402
 from zoo.attacks import LinfBudget, pgd  # noqa: E402
 from zoo.evaluation.run import ready  # noqa: E402
 

@@ -31,8 +31,8 @@ from torch import Tensor
 
 import manygates
 from training.augmentation import EWS_SEVERITY, augmented
-from zoo import data
-from zoo.vision import torchvision, transforms
+from zoo.data import datasets
+from zoo.data.vision import torchvision, transforms
 
 AGREEMENT = 0.1
 
@@ -58,7 +58,7 @@ def image_by_image(name: str, views: int) -> Variant:
         transform = v2.AugMix(severity=EWS_SEVERITY, all_ops=False)
 
     def run(pixels: Tensor, generator: torch.Generator) -> list[Tensor]:
-        cropped = data.augment(pixels, generator).contiguous()
+        cropped = datasets.augment(pixels, generator).contiguous()
         made = [torch.stack([transform(image) for image in cropped]) for _ in range(max(views - 1, 1))]
         return made if views == 1 else [cropped, *made]
 

@@ -44,10 +44,11 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if entry not in (str(ROO
 import machine  # noqa: E402
 
 import manygates  # noqa: E402
-from zoo import onnx_graphs, paths  # noqa: E402
-from zoo.derive import derive  # noqa: E402
+from zoo import paths  # noqa: E402
+from zoo.export import onnx_graphs  # noqa: E402
+from zoo.gates.derive import derive  # noqa: E402
+from zoo.gates.rgn import RandomGatedNetwork, randomly_gate  # noqa: E402
 from zoo.networks import build  # noqa: E402
-from zoo.rgn import RandomGatedNetwork, randomly_gate  # noqa: E402
 
 TOLERANCE = 1e-5
 WATCHED = ("Conv", "ReorderInput", "ReorderOutput", "Relu", "Add")

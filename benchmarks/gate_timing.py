@@ -33,9 +33,9 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # first, or `serving` would be the benchmark of that name
 
-from serving.engine import Engine  # noqa: E402
-from serving.gates import SystemGates  # noqa: E402
-from zoo.catalogue import open_model  # noqa: E402
+from serving.engine.engine import Engine  # noqa: E402
+from serving.engine.gates import SystemGates  # noqa: E402
+from zoo.hub.source import open_model  # noqa: E402
 
 sys.path.append(str(HERE))
 

@@ -41,8 +41,8 @@ import onnxruntime
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # first, or `serving` would be the benchmark of that name
 
-from serving.gates import GatedGraph, SystemGates, open_gated  # noqa: E402
-from zoo.catalogue import open_model  # noqa: E402
+from serving.engine.gates import GatedGraph, SystemGates, open_gated  # noqa: E402
+from zoo.hub.source import open_model  # noqa: E402
 
 sys.path.append(str(HERE))
 

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import machine
 
-from zoo.derive import folded_copy
+from zoo.data.vision import torchvision
+from zoo.export.stencil import stencil_of
+from zoo.gates.derive import folded_copy
+from zoo.gates.rgn import RandomGatedNetwork, randomly_gate
 from zoo.networks import build
-from zoo.rgn import RandomGatedNetwork, randomly_gate
-from zoo.stencil import stencil_of
-from zoo.vision import torchvision
 
 
 def network(name: str) -> Any:

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from training.methods import EXITS, MEMBERS, methods
 from training.objectives import OBJECTIVES, Batch, Memory, MultiExit, Objective, Standard, Step
 from training.recipes import Recipe, recipe
-from zoo.derive import Ensemble
+from zoo.gates.derive import Ensemble
+from zoo.gates.rgn import randomly_gate
 from zoo.networks import MNIST_FORMAT, build
-from zoo.rgn import randomly_gate
 
 ALLOWED = 1.3
 """Measured over predicted; beyond it the table says so."""

@@ -56,8 +56,8 @@ import servers  # noqa: E402
 import serving_report  # noqa: E402
 import wrk  # noqa: E402
 
-from zoo.bundle import Bundle  # noqa: E402
-from zoo.catalogue import open_model  # noqa: E402
+from zoo.bundle.bundle import Bundle  # noqa: E402
+from zoo.hub.source import open_model  # noqa: E402
 
 _runtime: Any = onnxruntime  # its modules do not say what they export
 

@@ -46,9 +46,9 @@ from servers import free_port
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from zoo.bundle import Bundle  # noqa: E402
-from zoo.catalogue import bundled_dir  # noqa: E402
+from zoo.bundle.bundle import Bundle  # noqa: E402
 from zoo.files import replace_directory, write_text_atomic  # noqa: E402
+from zoo.hub.source import bundled_dir  # noqa: E402
 
 STANDARD, GATED = "standard-resnet20-cifar10", "eio-resnet20-cifar10"
 IMAGES = 16

@@ -26,9 +26,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from training.objectives import Batch, EnsembleInOne, Standard, Step
+from zoo.gates.rgn import RandomGatedNetwork, randomly_gate
 from zoo.networks import build
 from zoo.paths import sample_distinct
-from zoo.rgn import RandomGatedNetwork, randomly_gate
 
 
 def plain_step(

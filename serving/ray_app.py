@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from serving.settings import Settings
+from serving.operations.settings import Settings
 from zoo.errors import BadInput
 
 # Enough requests in a replica to fill its batches while the next ones are on their way; more would wait in it rather
@@ -94,8 +94,8 @@ def replica_settings(settings: Settings) -> Settings:
             raise BadInput(f"{name} is {getattr(settings, name)!r}, which a Ray Serve deployment has not: {reason}")
     if settings.model_settings or settings.model_repository:
         return settings
-    from serving.engine import VARIANT_OF_MODE
-    from zoo.catalogue import list_bundled
+    from serving.engine.engine import VARIANT_OF_MODE
+    from zoo.hub.source import list_bundled
 
     variant = VARIANT_OF_MODE[settings.mode or "single"]
     models = tuple(card.name for card in list_bundled() if variant in card.variants)

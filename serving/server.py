@@ -18,12 +18,12 @@ from types import FrameType
 
 import uvicorn
 
-from serving import log
-from serving.app import Application
-from serving.connection import SPARE_CONNECTIONS, connections_of, limit_handshakes
-from serving.repository import Repository, described
-from serving.settings import Settings
-from serving.tls import renew, ssl_context
+from serving.http.app import Application
+from serving.http.connection import SPARE_CONNECTIONS, connections_of, limit_handshakes
+from serving.operations import log
+from serving.operations.settings import Settings
+from serving.operations.tls import renew, ssl_context
+from serving.scheduling.repository import Repository, described
 from zoo.errors import BadInput
 
 logger = logging.getLogger("manygates.serving")
@@ -207,7 +207,7 @@ class Server(uvicorn.Server):
                 max_total_body_bytes=settings.max_total_body_bytes,
             ),
             lifespan="on",
-            log_config=None,  # `serving.log` has configured its loggers as well
+            log_config=None,  # `serving.operations.log` has configured its loggers as well
             access_log=False,
             server_header=False,
             proxy_headers=False,  # nothing here depends on who asks, so nobody's word needs to be believed
@@ -287,7 +287,7 @@ class Server(uvicorn.Server):
 
 def _mount_demo(application: Application, models: Sequence[str]) -> None:
     try:
-        demo = importlib.import_module("serving.demo")  # not above: it is an extra, and may load torch
+        demo = importlib.import_module("serving.demo.page")  # not above: it is an extra, and may load torch
     except ModuleNotFoundError as error:
         raise BadInput(f"the demo needs {error.name!r}; install it with `pip install 'manygates[demo]'`") from error
     most = application.settings.max_image_pixels

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _missing_data() -> str | None:
-    """Say why the real data sets cannot be read here, by the rule of `zoo.data`; None if they can."""
+    """Say why the real data sets cannot be read here, by the rule of `zoo.data.datasets`; None if they can."""
     folder = Path(os.environ.get(DATA_VARIABLE) or "../shared/data")
     absent = [repository for repository in REPOSITORIES if not (folder / repository).is_dir()]
     if not absent:
@@ -81,10 +81,10 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 TINY_SIZE, TINY_SPLITS = 16, {"train": 200, "test": 120}
 
 REGISTER_TINY = f"""
-from zoo import data
+from zoo.data import datasets
 from zoo.networks import ImageFormat
 
-data.DATASETS["tiny"] = data.DatasetSource(
+datasets.DATASETS["tiny"] = datasets.DatasetSource(
     repository="nobody/tiny", folder="plain", image_column="img", label_column="label",
     format=ImageFormat(height={TINY_SIZE}, width={TINY_SIZE}), classes=("red", "green", "blue"),
     sizes={TINY_SPLITS}, flips=True,
@@ -126,10 +126,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tiny_dataset(tiny_folder: Path) -> Iterator[str]:
     """Make the data set known and findable; returns its name."""
-    from zoo import data
+    from zoo.data import datasets
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "DATASETS", dict(data.DATASETS))
-        patch.setenv(data.DATA_VARIABLE, str(tiny_folder))
+        patch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
+        patch.setenv(datasets.DATA_VARIABLE, str(tiny_folder))
         exec(REGISTER_TINY, {})
         yield "tiny"

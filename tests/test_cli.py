@@ -23,13 +23,14 @@ import torch
 from PIL import Image
 
 import manygates
-from zoo import catalogue, data
-from zoo.attacks.named import ATTACKS
-from zoo.bundle import Bundle, write_bundle
-from zoo.card import Check, Finding, Lint
-from zoo.checkpoint import load, save
-from zoo.derive import derive, recalibrate
-from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS, load_members, load_rgn
+from zoo.attacks.registry import ATTACKS
+from zoo.bundle.bundle import Bundle, write_bundle
+from zoo.bundle.card import Check, Finding, Lint
+from zoo.data import datasets
+from zoo.gates.derive import derive, recalibrate
+from zoo.hub import source as catalogue
+from zoo.weights.checkpoint import load, save
+from zoo.weights.models import PLAIN_WEIGHTS, RGN_WEIGHTS, load_members, load_rgn
 
 ROOT = Path(__file__).parents[1]
 RESULT_KEYS = {
@@ -129,7 +130,7 @@ def plain(model: Path) -> Path:
 @pytest.fixture(scope="module")
 def picture(tiny_folder: Path, model: Path) -> Path:
     """A test picture of the class "red", larger than the network's images."""
-    images = data.load("tiny", "test")
+    images = datasets.load("tiny", "test")
     pixels = images.pixels[images.labels == 0][0].permute(1, 2, 0).numpy()
     file = model.parent / "red.png"
     Image.fromarray(pixels).save(file)
@@ -641,7 +642,7 @@ def test_a_card_that_cannot_be_changed_is_told_before_the_work(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    monkeypatch.setattr(data, "load", None)  # not reached
+    monkeypatch.setattr(datasets, "load", None)  # not reached
     more = {"evaluate": ["--protocol", "clean"], "lint": [], "calibrate": ["--variant", "ensemble"]}[command]
     line = refused(command, own, *more, "--record")
     assert str(own) in line
@@ -898,7 +899,7 @@ def test_a_result_whose_checks_do_not_hold_is_not_recorded(
 ) -> None:
     changed(model, tmp_path / "model")
     alarm = Check(name="gradients are not zero", held=False, detail="all are")
-    monkeypatch.setattr("zoo.evaluation.whitebox.sanity", lambda *_: (alarm,))
+    monkeypatch.setattr("zoo.evaluation.protocols.whitebox.sanity", lambda *_: (alarm,))
     words = ("--protocol", "whitebox", "--eps", "0.01", "--images", "9", "--steps", "1", "--restarts", "1", "--record")
     said = manygates_("evaluate", tmp_path / "model", *words, "--json")
     assert said.code == 1
@@ -959,7 +960,7 @@ print(sorted(names) == sorted(manygates.__all__))
 print(callable(manygates.load), manygates.attacks.__name__, manygates.evaluate.__name__, manygates.derive.__module__)
 """
     said = fresh("-c", code)
-    assert said.stdout.splitlines() == ["[]", "True", "True zoo.attacks evaluate zoo.derive"], said.stderr
+    assert said.stdout.splitlines() == ["[]", "True", "True zoo.attacks evaluate zoo.gates.derive"], said.stderr
 
 
 def test_the_public_names_are_those_of_the_design() -> None:

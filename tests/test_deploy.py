@@ -19,7 +19,7 @@ import yaml
 
 import manygates
 from serving.health_check import address, reason_against
-from serving.settings import Settings, setting_fields
+from serving.operations.settings import Settings, setting_fields
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -103,7 +103,7 @@ def test_the_ports_are_the_same_everywhere() -> None:
 def paths() -> set[str]:
     """The paths that the application answers."""
     from serving.server import build
-    from zoo.catalogue import list_bundled
+    from zoo.hub.source import list_bundled
 
     application = build(Settings(models=(list_bundled()[0].name,), threads=1))
     return {route.path for route in application.starlette.routes}  # type: ignore[attr-defined]

@@ -37,18 +37,20 @@ from pyarrow import parquet
 from torch import Tensor, nn
 
 import manygates
-from serving.app import Application
-from serving.engine import VARIANT_OF_MODE, Engine, modes_of
-from serving.service import Model
-from serving.settings import Settings
+from serving.engine.engine import VARIANT_OF_MODE, Engine, modes_of
+from serving.http.app import Application
+from serving.operations.settings import Settings
+from serving.scheduling.service import Model
 from training.recipes import RECIPES, Recipe, override, recipe
-from zoo import data, export, paths
-from zoo.bundle import Bundle
-from zoo.catalogue import list_bundled
-from zoo.checkpoint import Architecture
-from zoo.derive import derive
-from zoo.export import Description
-from zoo.models import PLAIN_WEIGHTS, load_members, load_rgn, load_variant, save_members
+from zoo import paths
+from zoo.bundle.bundle import Bundle
+from zoo.data import datasets
+from zoo.export import write as export
+from zoo.export.write import Description
+from zoo.gates.derive import derive
+from zoo.hub.source import list_bundled
+from zoo.weights.checkpoint import Architecture
+from zoo.weights.models import PLAIN_WEIGHTS, load_members, load_rgn, load_variant, save_members
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 
@@ -152,8 +154,8 @@ def done(*words: str | Path) -> str:
 
 def real_folder(name: str) -> Path:
     """Return where a data set's parquet files are on this machine."""
-    dataset = data.DATASETS[name]
-    return Path(os.environ.get(data.DATA_VARIABLE) or "../shared/data") / dataset.repository / dataset.folder
+    dataset = datasets.DATASETS[name]
+    return Path(os.environ.get(datasets.DATA_VARIABLE) or "../shared/data") / dataset.repository / dataset.folder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -161,7 +163,7 @@ def few_real_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Put the first images of each real data set where the commands look: to decode all of them takes a while."""
     folder = tmp_path_factory.mktemp("hub")
     smaller = {}
-    for name, dataset in data.DATASETS.items():
+    for name, dataset in datasets.DATASETS.items():
         place = folder / dataset.repository / dataset.folder
         place.mkdir(parents=True)
         for split, number in SPLITS.items():
@@ -170,17 +172,17 @@ def few_real_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             parquet.write_table(pyarrow.Table.from_batches([rows]), place / f"{split}-00000-of-00001.parquet")
         smaller[name] = dataclasses.replace(dataset, sizes=SPLITS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "DATASETS", smaller)
-        patch.setenv(data.DATA_VARIABLE, str(folder))
+        patch.setattr(datasets, "DATASETS", smaller)
+        patch.setenv(datasets.DATA_VARIABLE, str(folder))
         yield
 
 
 def real_image(dataset: str) -> tuple[Tensor, bytes]:
     """Return a real test image, float32 (1, channel, height, width), and the very same as a PNG file."""
-    pixels = data.load(dataset, "test").pixels[7]
+    pixels = datasets.load(dataset, "test").pixels[7]
     stream = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy()).save(stream, "PNG")
-    return data.as_float(pixels[None]), stream.getvalue()
+    return datasets.as_float(pixels[None]), stream.getvalue()
 
 
 # --- what the commands made of a recipe, once for all tests ---
@@ -208,7 +210,7 @@ def kind_of(run: Recipe) -> tuple[object, ...]:
 def write_weights_only(
     folder: Path, members: Sequence[nn.Module], architecture: Architecture, description: Description
 ) -> SimpleNamespace:
-    """Stand in for `zoo.export.export_members`, without the graphs."""
+    """Stand in for `zoo.export.write.export_members`, without the graphs."""
     folder.mkdir()
     save_members(folder / PLAIN_WEIGHTS, members, architecture)
     (folder / "recipe.json").write_text(json.dumps(description.training.recipe), encoding="utf-8")

@@ -75,7 +75,7 @@ def needed(metadata: email.message.Message, extra: str, **environment: str) -> s
 
 def test_the_wheel_installs_the_three_packages_and_the_command_line_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     top = {name.partition("/")[0] for name in wheel.namelist()}
-    assert {name for name in top if not name.endswith(".dist-info")} == {*PACKAGES, "manygates.py"}
+    assert {name for name in top if not name.endswith(".dist-info")} == {*PACKAGES, "manygates"}
 
 
 def test_the_wheel_holds_every_file_of_the_packages_and_no_left_overs(wheel: zipfile.ZipFile) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 import manygates
-from zoo.catalogue import list_bundled
+from zoo.hub.source import list_bundled
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
@@ -173,7 +173,7 @@ def test_every_make_target_in_the_documentation_exists() -> None:
 
 
 def data_dir() -> Path:
-    """Return where the real data sets are, by the rule of `zoo.data`, as seen from the repository's root."""
+    """Return where the real data sets are, by the rule of `zoo.data.datasets`, as seen from the repository's root."""
     return (ROOT / (os.environ.get("MANYGATES_DATA") or "../shared/data")).resolve()
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo import data
+from zoo.data import datasets
+from zoo.data.vision import transforms
 from zoo.errors import BadInput, UnknownName
-from zoo.vision import transforms
 
 NUM_LEVELS = 10  # of an operation's magnitude, 0 the weakest
 EWS_SEVERITY = 5  # AugMix's own default is 3
@@ -331,16 +331,16 @@ def _none(pixels: Tensor, generator: torch.Generator, flip: bool, views: int, se
 
 
 def _crop_flip(pixels: Tensor, generator: torch.Generator, flip: bool, views: int, severity: int) -> list[Tensor]:
-    return [data.augment(pixels, generator, flip=flip)]
+    return [datasets.augment(pixels, generator, flip=flip)]
 
 
 def _autoaugment(pixels: Tensor, generator: torch.Generator, flip: bool, views: int, severity: int) -> list[Tensor]:
-    cropped = data.augment(pixels, generator, flip=flip).contiguous()
+    cropped = datasets.augment(pixels, generator, flip=flip).contiguous()
     return [autoaugment(cropped, draw_autoaugment(len(pixels), generator))]
 
 
 def _augmix(pixels: Tensor, generator: torch.Generator, flip: bool, views: int, severity: int) -> list[Tensor]:
-    cropped = data.augment(pixels, generator, flip=flip).contiguous()
+    cropped = datasets.augment(pixels, generator, flip=flip).contiguous()
     mixtures = max(views - 1, 1)
     draws = draw_augmix(mixtures * len(pixels), generator, severity=severity)
     mixed = list(augmix(cropped.repeat(mixtures, 1, 1, 1), draws).chunk(mixtures))

@@ -13,8 +13,8 @@ from torch import nn
 from training.loop import train
 from training.objectives import MultiExit, Standard
 from training.recipes import Phase, Recipe
-from zoo.checkpoint import Architecture
 from zoo.networks import num_exits
+from zoo.weights.checkpoint import Architecture
 
 
 def finetune_recipe(architecture: Architecture, epochs: int, seed: int, *, exits: int = 1) -> Recipe:

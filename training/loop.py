@@ -41,12 +41,18 @@ from training.distributed import World
 from training.objectives import Batch, Memory, Step
 from training.randomness import gate_generator, seed_for, tensor_generator
 from training.recipes import Phase, Recipe, from_resolved, resolved
-from zoo import data, paths
+from zoo import paths
 from zoo.attacks import LinfBudget, average_exits, pgd
-from zoo.bundle import Bundle
-from zoo.card import Table
-from zoo.catalogue import open_model
-from zoo.checkpoint import (
+from zoo.bundle.bundle import Bundle
+from zoo.bundle.card import Table
+from zoo.data import datasets
+from zoo.errors import BadInput, CheckpointError, UnknownName
+from zoo.files import replace_directory, write_json_atomic, write_text_atomic
+from zoo.gates.derive import Ensemble, derive, folded_copy
+from zoo.gates.rgn import RandomGatedNetwork, randomly_gate
+from zoo.hub.source import open_model
+from zoo.networks import num_exits
+from zoo.weights.checkpoint import (
     Architecture,
     assembled,
     load,
@@ -55,12 +61,7 @@ from zoo.checkpoint import (
     read_architecture,
     save,
 )
-from zoo.derive import Ensemble, derive, folded_copy
-from zoo.errors import BadInput, CheckpointError, UnknownName
-from zoo.files import replace_directory, write_json_atomic, write_text_atomic
-from zoo.models import PLAIN_WEIGHTS, load_members
-from zoo.networks import num_exits
-from zoo.rgn import RandomGatedNetwork, randomly_gate
+from zoo.weights.models import PLAIN_WEIGHTS, load_members
 
 LAST, BEST, RECIPE, PROVENANCE, LOG = (
     "last.safetensors",
@@ -326,7 +327,7 @@ def _commit() -> str:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent:
             return "unknown"  # installed inside somebody else's repository
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "zoo", "training", "manygates.py")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "zoo", "training", "manygates")
         return git("rev-parse", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -405,17 +406,17 @@ class _Loop:
             torch.channels_last if recipe.channels_last and not _narrow(self.model) else torch.contiguous_format
         )
         self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
-        images = data.load(recipe.dataset, "train")
+        images = datasets.load(recipe.dataset, "train")
         if recipe.train_images is not None:
-            images = data.drawn(images, recipe.train_images, recipe.seed)
-        rest, held_out = data.hold_out(images, recipe.held_out, data.HOLD_OUT_SEED)
+            images = datasets.drawn(images, recipe.train_images, recipe.seed)
+        rest, held_out = datasets.hold_out(images, recipe.held_out, datasets.HOLD_OUT_SEED)
         self.images, self.held_out = rest.to(device), held_out.to(device)
         self.batches = len(self.images) // recipe.batch_size
         if self.batches == 0:
             raise BadInput(
                 f"{len(self.images)} training images are less than one batch of {recipe.batch_size}; lower batch_size"
             )
-        self.flip = data.source(recipe.dataset).flips
+        self.flip = datasets.source(recipe.dataset).flips
         self.share = world.share(recipe.batch_size)
         self.precision = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self.position = Position()
@@ -586,7 +587,7 @@ class _Loop:
 
     def _as_images(self, pixels: Tensor) -> Tensor:
         # a copy of the bytes: images of one channel are in both layouts as they are, and torch may take the other
-        return data.as_float(pixels.clone(memory_format=self.layout))
+        return datasets.as_float(pixels.clone(memory_format=self.layout))
 
     def _finish_epoch(self, phase: Phase, epoch: int, writer: Any) -> None:
         place = self.position
@@ -662,12 +663,12 @@ class _Loop:
         clean = [self._accuracy(network, self.held_out) for network in deployed]
         attacked = self.held_out[slice(0, self.recipe.validation_attacked)]
         budget = LinfBudget(eps=self.recipe.validation_eps, steps=10, random_start=False)
-        images = attack(deployed[0], data.as_float(attacked.pixels), attacked.labels, budget)
+        images = attack(deployed[0], datasets.as_float(attacked.pixels), attacked.labels, budget)
         robust = _share_right(deployed[0], images, attacked.labels)
         self.model.train()
         return {"held_out_clean": sum(clean) / len(clean), "held_out_robust": robust}
 
-    def _accuracy(self, network: nn.Module, images: data.Images) -> float:
+    def _accuracy(self, network: nn.Module, images: datasets.Images) -> float:
         parts = [_share_right(network, *batch) * len(batch[1]) for batch in images.batches(self.recipe.batch_size)]
         return sum(parts) / len(images)
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from zoo.card import MAX_PIXELS as MAX_PIXELS
-from zoo.card import InputFormat
+from zoo.bundle.card import MAX_PIXELS as MAX_PIXELS
+from zoo.bundle.card import InputFormat
 from zoo.errors import BadImage, BadInput, MissingFile, UnsupportedImage
 from zoo.files import write_bytes_atomic
 

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo import data, paths
+from zoo import paths
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.gradient import pgd
-from zoo.attacks.inputs import (
+from zoo.attacks.checks import (
     Model,
     Seen,
     check_logits,
@@ -34,20 +33,22 @@ from zoo.attacks.inputs import (
     gradient_of,
     see,
 )
+from zoo.attacks.gradient import pgd
 from zoo.attacks.losses import margin
 from zoo.attacks.random_gates import eot_pgd, path_model, path_sampler
 from zoo.attacks.square import square
-from zoo.bundle import Bundle
-from zoo.card import Card, Detection, Suspicion
-from zoo.catalogue import open_model
-from zoo.data import Images
-from zoo.derive import agreement, mean_probability
+from zoo.bundle.bundle import Bundle
+from zoo.bundle.card import Card, Detection, Suspicion
+from zoo.data import datasets
+from zoo.data.datasets import Images
 from zoo.errors import BadInput, ManygatesError
 from zoo.evaluation.ledger import Ledger
+from zoo.evaluation.protocols.transfer import Surrogate, check_surrogates, open_surrogate
 from zoo.evaluation.request import Request
 from zoo.evaluation.run import Run, wilson
-from zoo.evaluation.transfer import Surrogate, check_surrogates, open_surrogate
-from zoo.models import check_variant
+from zoo.gates.derive import agreement, mean_probability
+from zoo.hub.source import open_model
+from zoo.weights.models import check_variant
 
 DRAWS = 8
 """Paths that vote on an image where nothing else is asked for."""
@@ -316,7 +317,7 @@ def calibrate(
     clean, origin = spared_images(bundle.card, images)
     clean = clean.to(run.device)
     half = len(clean) // 2
-    answers, agreements = _judged(voters, data.as_float(clean.pixels))
+    answers, agreements = _judged(voters, datasets.as_float(clean.pixels))
     threshold, _ = threshold_of(agreements[:half], voters.size, rate)
     flagged, right = agreements.double() < threshold, answers == clean.labels
     false_positives = float(flagged[half:].double().mean())
@@ -378,13 +379,13 @@ def spared_images(card: Card, number: int | None = None) -> tuple[Images, str]:
         and not derived.get("finetune_epochs")
         and not derived.get("recalibrated")
     ):
-        _, spared = data.hold_out(data.load(card.dataset, "train"), held_out, data.HOLD_OUT_SEED)
+        _, spared = datasets.hold_out(datasets.load(card.dataset, "train"), held_out, datasets.HOLD_OUT_SEED)
         origin = f"{card.dataset} training images that the recipe held out of training{_started(recipe, held_out)}"
         if "best checkpoint" in card.training.summary:
             origin += " (the checkpoint was chosen on them)"
     else:
-        test = data.load(card.dataset, "test")
-        order = data.evaluation_order(len(test))
+        test = datasets.load(card.dataset, "test")
+        order = datasets.evaluation_order(len(test))
         spared = test[order[-min(SPARED, len(test) // 2) :]]
         origin = f"{card.dataset} test images, the last in the order of which robustness evaluations take the first"
     wanted = len(spared) if number is None else number

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from zoo.bundle import Bundle, write_bundle
-from zoo.card import Card
+from zoo.bundle.bundle import Bundle, write_bundle
+from zoo.bundle.card import Card
 
 ROOT = Path(__file__).parents[2]
 NAME = "eio-resnet20-cifar10"

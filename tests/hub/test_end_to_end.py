@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from zoo.bundle import Bundle, write_bundle
-from zoo.catalogue import bundled_dir
+from zoo.bundle.bundle import Bundle, write_bundle
+from zoo.hub.source import bundled_dir
 
 WRITER, READER = "hf_writer", "hf_reader"
 DEAD = "http://127.0.0.1:9"

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from serving.app import Application
-from serving.repository import load
+from serving.http.app import Application
+from serving.operations.settings import ModelSettings, Settings
+from serving.scheduling.repository import load
+from serving.scheduling.service import Model
 from serving.server import Server, bind, build, url_of
-from serving.service import Model
-from serving.settings import ModelSettings, Settings
-from zoo.bundle import write_bundle
-from zoo.card import Architecture, Card, InputFormat, Paths, Training
+from zoo.bundle.bundle import write_bundle
+from zoo.bundle.card import Architecture, Card, InputFormat, Paths, Training
 
 SHAPE = (3, 4, 4)
 CLASSES = ("cat", "dog", "frog")

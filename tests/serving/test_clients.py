@@ -15,8 +15,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from serving.operations.settings import Settings
 from serving.server import build
-from serving.settings import Settings
 
 FLAVOURS = ["http", "http.aio", "grpc", "grpc.aio"]
 

@@ -17,17 +17,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from serving.app import Application
-from serving.engine import Engine, Prediction, graph_files
+from serving.engine.engine import Engine, Prediction, graph_files
+from serving.engine.exits import LAST_EXIT, ExitChoice, read_confidence, read_exit
 from serving.errors import RequestError
-from serving.exits import LAST_EXIT, ExitChoice, read_confidence, read_exit
-from serving.protocol import Codec
-from serving.scheduler import Queue, Scheduler
+from serving.http.app import Application
+from serving.operations.settings import Settings
+from serving.protocol.open_inference import Codec
+from serving.scheduling.scheduler import Queue, Scheduler
+from serving.scheduling.service import Model
 from serving.server import build, serve
-from serving.service import Model
-from serving.settings import Settings
-from zoo.bundle import Bundle, write_bundle
-from zoo.card import Card, Exit, Paths
+from zoo.bundle.bundle import Bundle, write_bundle
+from zoo.bundle.card import Card, Exit, Paths
 from zoo.errors import BadInput, BundleError
 
 ROOT = Path(__file__).parents[2]
@@ -726,7 +726,7 @@ def test_the_real_tritonclient_chooses_exits_and_reads_which_answered(
 SERVE = """
 import sys
 from serving.server import serve
-from serving.settings import Settings
+from serving.operations.settings import Settings
 serve(Settings.resolve({"models": sys.argv[1], "exit": sys.argv[2], "port": 0}))
 """
 

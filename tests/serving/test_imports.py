@@ -10,11 +10,12 @@ ROOT = Path(__file__).parents[2]
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
-import serving
-names = [f"serving.{module.name}" for module in pkgutil.iter_modules(serving.__path__) if module.name != "demo"]
-names += [f"zoo.{name}" for name in "errors files paths card bundle model_card catalogue pictures".split()]
-assert len(names) >= 14, names
-for name in names:
+import serving, zoo.bundle, zoo.hub
+rooms = [serving, zoo.bundle, zoo.hub]
+names = [module.name for room in rooms for module in pkgutil.walk_packages(room.__path__, room.__name__ + ".")]
+names = [name for name in names if not name.startswith("serving.demo")]
+assert len(names) >= 30, names
+for name in [*names, "zoo.errors", "zoo.files", "zoo.paths", "zoo.pictures", "zoo.runtime"]:
     importlib.import_module(name)
 loaded = [name for name in ("torch", "torchvision", "training", "gradio", "onnx", "pyarrow") if name in sys.modules]
 print(loaded)
@@ -23,9 +24,9 @@ print(loaded)
 
 QUIET = """
 import pathlib, sys
-import serving.engine
+import serving.engine.engine
 if sys.argv[1:] == ["all"]:
-    import zoo.export, zoo.quantize
+    import zoo.export.write, zoo.export.quantize
 """
 
 

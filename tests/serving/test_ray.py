@@ -21,8 +21,8 @@ import onnxruntime
 import pytest
 import yaml
 
+from serving.operations.settings import Settings
 from serving.ray_app import app, replica_settings, with_cores
-from serving.settings import Settings
 from zoo.errors import BadInput
 
 ROOT = Path(__file__).parents[2]

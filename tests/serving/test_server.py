@@ -20,17 +20,17 @@ import onnxruntime
 import pytest
 
 from serving import server
-from serving.app import Application
+from serving.http.app import Application
+from serving.operations.settings import Settings
 from serving.server import bind, serve
-from serving.settings import Settings
-from zoo.bundle import Bundle
+from zoo.bundle.bundle import Bundle
 from zoo.errors import BadInput, ChecksumMismatch, ManygatesError, UnknownName
 
 ROOT = Path(__file__).parents[2]
 SERVE = """
 import sys
 from serving.server import serve
-from serving.settings import Settings
+from serving.operations.settings import Settings
 serve(Settings.resolve({"models": sys.argv[1], "mode": sys.argv[2], "port": 0}))
 """
 
@@ -125,7 +125,7 @@ def test_a_signal_while_a_model_is_loaded_ends_the_server_at_once_and_without_a_
     script = """
 import time
 from serving import server
-from serving.settings import Settings
+from serving.operations.settings import Settings
 def build(settings):
     print("loading", flush=True)
     time.sleep(600)
@@ -170,7 +170,7 @@ def test_requests_in_flight_at_sigterm_are_answered(application_of, monkeypatch)
 
     class Gate:
         def predict(self, images: np.ndarray) -> Any:
-            from serving.engine import Prediction
+            from serving.engine.engine import Prediction
 
             entered.set()
             assert opened.wait(10)
@@ -258,9 +258,9 @@ def test_the_demo_is_mounted_beside_the_calls(tiny_application, monkeypatch: pyt
         app.router.routes.append(Route(path, lambda request: PlainTextResponse(f"demo of {models}")))
         return app
 
-    demo = types.ModuleType("serving.demo")
+    demo = types.ModuleType("serving.demo.page")
     demo.mount = mount  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "serving.demo", demo)
+    monkeypatch.setitem(sys.modules, "serving.demo.page", demo)
     application = tiny_application()
     server._mount_demo(application, ["tiny"])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from training.recipes import Recipe, override, recipe
-from zoo import data
+from zoo.data import datasets
 
 Launch = Callable[..., "subprocess.Popen[str]"]
 
@@ -37,7 +37,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, register
         script = scripts / f"child_{len(started)}.py"
         script.write_text(f"import torch\ntorch.set_num_threads(1)\n{register_tiny}\n{code}\n")
         root = Path(__file__).parents[2]
-        variables = {**os.environ, data.DATA_VARIABLE: str(tiny_folder), "PYTHONPATH": str(root), **environment}
+        variables = {**os.environ, datasets.DATA_VARIABLE: str(tiny_folder), "PYTHONPATH": str(root), **environment}
         process = subprocess.Popen(
             [sys.executable, str(script)], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

@@ -32,9 +32,9 @@ from training.augmentation import (
     draw_augmix,
     draw_autoaugment,
 )
-from zoo import data
+from zoo.data import datasets
+from zoo.data.vision import transforms
 from zoo.errors import BadInput, UnknownName
-from zoo.vision import transforms
 
 METHODS = {"autoaugment": AUTOAUGMENT_REACH, "augmix": AUGMIX_REACH}
 
@@ -370,7 +370,7 @@ def test_none_returns_the_images_and_draws_nothing() -> None:
 def test_crop_flip_is_what_it_always_was(flip: bool) -> None:
     pixels = noise(16)
     (cropped,) = augmented("crop_flip", pixels, generator(), flip=flip)
-    assert torch.equal(cropped, data.augment(pixels, generator(), flip=flip))
+    assert torch.equal(cropped, datasets.augment(pixels, generator(), flip=flip))
 
 
 def cases() -> list[tuple[str, int]]:
@@ -406,13 +406,13 @@ def test_augmentation_is_a_function_of_the_generator_and_leaves_the_rest_alone(n
 @pytest.mark.parametrize("flip", [False, True])
 def test_autoaugment_and_augmix_start_from_the_crop_that_crop_flip_draws(flip: bool) -> None:
     pixels, drawn = noise(40), generator()
-    cropped = data.augment(pixels, drawn, flip=flip)
+    cropped = datasets.augment(pixels, drawn, flip=flip)
     expected = autoaugment(cropped, draw_autoaugment(40, drawn))
     assert torch.equal(augmented("autoaugment", pixels, generator(), flip=flip)[0], expected)
     clean, first, second = augmented("augmix", pixels, generator(), flip=flip, views=3)
     assert torch.equal(clean, cropped)
     drawn = generator()
-    data.augment(pixels, drawn, flip=flip)
+    datasets.augment(pixels, drawn, flip=flip)
     draws = draw_augmix(80, drawn)
     assert torch.equal(torch.cat([first, second]), augmix(cropped.repeat(2, 1, 1, 1), draws))
     differ = [(one != two).flatten(1).any(1) for one, two in ((clean, first), (clean, second), (first, second))]

@@ -15,8 +15,8 @@ from training.distributed import World
 from training.loop import architecture_of, train
 from training.randomness import seed_for
 from training.recipes import Recipe, resolved
-from zoo.checkpoint import network_state
 from zoo.errors import BadInput
+from zoo.weights.checkpoint import network_state
 
 MakeRecipe = Callable[..., Recipe]
 Launch = Callable[..., "subprocess.Popen[str]"]
@@ -27,7 +27,7 @@ import safetensors.torch
 from training.loop import architecture_of, train
 from training.randomness import seed_for
 from training.recipes import from_resolved
-from zoo.checkpoint import network_state
+from zoo.weights.checkpoint import network_state
 
 for name, recipe, port in json.loads({jobs!r}):
     os.environ["MASTER_PORT"] = str(port)

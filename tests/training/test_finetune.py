@@ -10,8 +10,8 @@ from training import finetune as module
 from training.finetune import finetune, finetune_recipe
 from training.objectives import Standard
 from training.recipes import from_resolved, resolved
-from zoo.checkpoint import Architecture
 from zoo.errors import BadInput, CheckpointError
+from zoo.weights.checkpoint import Architecture
 
 
 @pytest.fixture

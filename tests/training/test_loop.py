@@ -13,11 +13,11 @@ from training.distributed import World
 from training.loop import COLUMNS, _Loop, architecture_of, learning_rate, load_run, log, train
 from training.objectives import EnsembleInOne, Standard
 from training.recipes import Phase, Recipe, recipe, resolved
-from zoo import checkpoint
-from zoo.card import Table
-from zoo.checkpoint import network_state
+from zoo.bundle.card import Table
 from zoo.errors import BadInput, CheckpointError, UnknownName
-from zoo.rgn import RandomGatedNetwork
+from zoo.gates.rgn import RandomGatedNetwork
+from zoo.weights import checkpoint
+from zoo.weights.checkpoint import network_state
 
 MakeRecipe = Callable[..., Recipe]
 

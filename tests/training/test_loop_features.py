@@ -16,10 +16,11 @@ from training import loop
 from training.loop import learning_rate, load_run, train
 from training.objectives import Awp, Batch, Objective, PgdAt, Standard, Step
 from training.recipes import Phase, Recipe
-from zoo import checkpoint, data
-from zoo.checkpoint import network_state
-from zoo.derive import Ensemble
+from zoo.data import datasets
 from zoo.errors import BadInput, UnknownName
+from zoo.gates.derive import Ensemble
+from zoo.weights import checkpoint
+from zoo.weights.checkpoint import network_state
 
 MakeRecipe = Callable[..., Recipe]
 NAME = "standard-resnet20-cifar10-cpu"
@@ -286,7 +287,9 @@ def test_the_augmentation_of_a_recipe_is_what_its_images_went_through(
             make(f"augmentation={augmentation}"), phases=(Phase(objective=Recording(), epochs=1, milestones=()),)
         )
         train(recipe, tmp_path / augmentation, device="cpu")
-        originals = {image.numpy().tobytes() for image in data.as_float(data.load(recipe.dataset, "train").pixels)}
+        originals = {
+            image.numpy().tobytes() for image in datasets.as_float(datasets.load(recipe.dataset, "train").pixels)
+        }
         shown = [image.numpy().tobytes() for batch in Recording.seen for image in batch.images.contiguous()]
         untouched = sum(image in originals for image in shown) / len(shown)
         assert untouched == 1 if augmentation == "none" else untouched < 0.2

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from training.loop import train
 from training.recipes import Recipe, resolved
-from zoo import checkpoint
-from zoo.checkpoint import network_state
 from zoo.errors import BadInput, CheckpointError
+from zoo.weights import checkpoint
+from zoo.weights.checkpoint import network_state
 
 MakeRecipe = Callable[..., Recipe]
 Launch = Callable[..., "subprocess.Popen[str]"]
@@ -41,10 +41,10 @@ CHILD = """
 import json, pathlib, time
 from training.loop import train
 from training.recipes import from_resolved
-from zoo import data
+from zoo.data import datasets
 
-augment = data.augment
-data.augment = lambda *arguments, **options: time.sleep(0.02) or augment(*arguments, **options)
+augment = datasets.augment
+datasets.augment = lambda *arguments, **options: time.sleep(0.02) or augment(*arguments, **options)
 train(from_resolved(json.loads({recipe!r})), pathlib.Path({run_dir!r}), device="cpu", checkpoint_seconds=0)
 """
 

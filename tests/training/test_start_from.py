@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from training.loop import load_run, train
 from training.recipes import Recipe
-from zoo.bundle import write_bundle
-from zoo.card import Architecture as CardArchitecture
-from zoo.card import Card, InputFormat, Paths, Training
-from zoo.checkpoint import Architecture, network_state
-from zoo.data import source
-from zoo.derive import Ensemble
+from zoo.bundle.bundle import write_bundle
+from zoo.bundle.card import Architecture as CardArchitecture
+from zoo.bundle.card import Card, InputFormat, Paths, Training
+from zoo.data.datasets import source
 from zoo.errors import BadInput, MissingFile, UnknownName
-from zoo.models import PLAIN_WEIGHTS, RGN_WEIGHTS, save_members
-from zoo.rgn import RandomGatedNetwork
+from zoo.gates.derive import Ensemble
+from zoo.gates.rgn import RandomGatedNetwork
+from zoo.weights.checkpoint import Architecture, network_state
+from zoo.weights.models import PLAIN_WEIGHTS, RGN_WEIGHTS, save_members
 
 MakeRecipe = Callable[..., Recipe]
 PLAIN = Architecture(network="resnet8", options={"width": 4}, dataset="tiny")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from zoo.card import Card, InputFormat
+from zoo.bundle.card import Card, InputFormat
 from zoo.errors import BadImage, BadInput, MissingFile, UnsupportedImage
 from zoo.pictures import decode_image, encode_png, read_image, save_png
 

@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 import manygates
-from zoo import data, suspicion
+from zoo import suspicion
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.gradient import pgd
-from zoo.bundle import Bundle, record_suspicion
-from zoo.card import Card, Suspicion, Training
-from zoo.checkpoint import Architecture
-from zoo.derive import agreement, mean_probability
+from zoo.bundle.bundle import Bundle, record_suspicion
+from zoo.bundle.card import Card, Suspicion, Training
+from zoo.bundle.readme import model_card
+from zoo.data import datasets
 from zoo.errors import BadInput, BundleError
-from zoo.export import Description, export_members, export_rgn
-from zoo.model_card import model_card
-from zoo.models import member_networks
-from zoo.rgn import RandomGatedNetwork
+from zoo.export.write import Description, export_members, export_rgn
+from zoo.gates.derive import agreement, mean_probability
+from zoo.gates.rgn import RandomGatedNetwork
 from zoo.suspicion import Attack, calibrate, detection_of, spared_images, threshold_of, unanimous
+from zoo.weights.checkpoint import Architecture
+from zoo.weights.models import member_networks
 
 PATHS = [(0, 1, 0, 1, 0, 1, 0), (1, 1, 0, 1, 0, 1, 0), (1, 0, 1, 1, 0, 0, 1)]
 HELD_OUT = 40
@@ -276,7 +277,7 @@ def test_the_measured_rate_is_that_of_the_images_that_did_not_set_the_threshold(
     spared, _ = spared_images(bundle.card)
     with torch.no_grad():
         counts = agreement(
-            torch.stack([member(data.as_float(spared.pixels)) for member in member_networks(bundle, "ensemble")])
+            torch.stack([member(datasets.as_float(spared.pixels)) for member in member_networks(bundle, "ensemble")])
         )
     threshold, _ = threshold_of(counts[:20], 3, 0.3)
     assert found.threshold == threshold
@@ -322,7 +323,7 @@ def test_what_cannot_be_calibrated_is_refused(
 
 
 def test_a_model_that_is_never_right_cannot_be_attacked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = data.Images(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.full((4,), 9))
+    wrong = datasets.Images(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.full((4,), 9))
     monkeypatch.setattr(suspicion, "spared_images", lambda *_: (wrong, "nothing"))
     with pytest.raises(BadInput, match="answers none of the 2 measuring images correctly"):
         measured(folder, "ensemble")
@@ -345,8 +346,8 @@ def trained(folder: Path, **recipe: object) -> Card:
 
 def test_the_images_are_those_that_training_held_out(folder: Path) -> None:
     spared, origin = spared_images(trained(folder, held_out=30))
-    train = data.load("tiny", "train")
-    rest, held_out = data.hold_out(train, 30, data.HOLD_OUT_SEED)
+    train = datasets.load("tiny", "train")
+    rest, held_out = datasets.hold_out(train, 30, datasets.HOLD_OUT_SEED)
     assert torch.equal(spared.pixels, held_out.pixels)
     assert not set(map(bytes, spared.pixels.numpy())) & set(map(bytes, rest.pixels.numpy()))
     assert origin.startswith("30 tiny training images that the recipe held out")
@@ -367,8 +368,8 @@ def test_where_training_spared_none_they_are_the_test_images_that_attacks_take_l
     folder: Path, recipe: dict[str, object]
 ) -> None:
     spared, origin = spared_images(trained(folder, **recipe))
-    test = data.load("tiny", "test")
-    attacked = data.evaluation_subset(test, len(test) // 2)
+    test = datasets.load("tiny", "test")
+    attacked = datasets.evaluation_subset(test, len(test) // 2)
     assert len(spared) == len(test) // 2
     assert not set(map(bytes, spared.pixels.numpy())) & set(map(bytes, attacked.pixels.numpy()))
     assert "test images, the last in the order" in origin

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from training.objectives.base import Batch, Step
 from training.objectives.members import MembersObjective, accuracy
-from zoo.derive import mean_probability
 from zoo.errors import BadInput
+from zoo.gates.derive import mean_probability
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,14 +26,14 @@ from training.objectives.attack import Attack
 from training.objectives.base import Batch, Objective, Step
 from training.objectives.network import Network, check_one_exit, networks_of
 from training.randomness import gate_generator
-from zoo import graphs, self_check
 from zoo.attacks.budget import LinfBudget
+from zoo.attacks.checks import as_it_is
 from zoo.attacks.distillation import distil
-from zoo.attacks.inputs import as_it_is
-from zoo.derive import Ensemble
 from zoo.errors import BadInput
+from zoo.gates import graphs, self_check
+from zoo.gates.derive import Ensemble
+from zoo.gates.rgn import RandomGatedNetwork, fold
 from zoo.paths import sample_distinct
-from zoo.rgn import RandomGatedNetwork, fold
 
 DistillationNorm = Literal["eval", "train"]
 LayerDrawn = Literal["batch", "epoch"]

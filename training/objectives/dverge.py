@@ -20,7 +20,7 @@ from training.objectives.base import Needs
 from training.objectives.distilled import DistillationNorm, DistilledObjective, LayerDrawn
 from training.objectives.network import check_members
 from zoo.errors import BadInput
-from zoo.rgn import RandomGatedNetwork
+from zoo.gates.rgn import RandomGatedNetwork
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training.objectives.base import Needs
 from training.objectives.distilled import DistilledObjective
 from zoo.errors import BadInput
-from zoo.rgn import RandomGatedNetwork
+from zoo.gates.rgn import RandomGatedNetwork
 
 
 @dataclass(frozen=True, kw_only=True)

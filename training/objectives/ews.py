@@ -3,9 +3,9 @@
     min_w  L(w) + lambda * sum over views v of weight_v * KL( f_w(v), detached || f_{w, a}(v) )
 
 a is a subnet of the residual network f_w: some paths of each block and some of the channels inside it
-(`training/subnets.py`). An LSTM proposes it, and is trained every few steps to propose subnets of low accuracy
-(`training/controller.py`), so that the weakest parts of the network are pulled up to the whole. The subnet normalises
-with the statistics of its own batch and leaves the running ones alone.
+(`training.objectives.subnets`). An LSTM proposes it, and is trained every few steps to propose subnets of low accuracy
+(`training.objectives.controller`), so that the weakest parts of the network are pulled up to the whole. The subnet
+normalises with the statistics of its own batch and leaves the running ones alone.
 
 The views are those of the loss within: the image (standard), each augmentation of it (AugMix), the adversarial example
 (adversarial training), or both with their weights (TRADES), which gives the paper's
@@ -23,17 +23,17 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from training.controller import Controller, LogProb
 from training.objectives.awp import Awp
 from training.objectives.base import Batch, Needs
+from training.objectives.controller import Controller, LogProb
 from training.objectives.network import Network
 from training.objectives.single import Loss, NetworkObjective, View, kl_divergence
 from training.objectives.standard import Standard
+from training.objectives.subnets import Choice, Paths, Space, applied, lowest_norm_choice, random_choice, space_of
 from training.objectives.wrapper import Wrapper
-from training.subnets import Choice, Paths, Space, applied, lowest_norm_choice, random_choice, space_of
-from zoo.derive import Ensemble
 from zoo.errors import BadInput
-from zoo.rgn import RandomGatedNetwork
+from zoo.gates.derive import Ensemble
+from zoo.gates.rgn import RandomGatedNetwork
 
 Search = Literal["controller", "random", "l1"]
 Reduction = Literal["batchmean", "mean"]

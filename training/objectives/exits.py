@@ -21,10 +21,10 @@ from training.objectives.attack import Attack
 from training.objectives.base import Batch, Needs, Objective, Step
 from training.objectives.network import Network
 from zoo.attacks import as_it_is, average_exits, max_average_exits, single_exit
-from zoo.derive import Ensemble
 from zoo.errors import BadInput
+from zoo.gates.derive import Ensemble
+from zoo.gates.rgn import RandomGatedNetwork
 from zoo.networks import num_exits
-from zoo.rgn import RandomGatedNetwork
 
 Attacked = Literal["max-average", "average", "single"]
 """What the attack maximises: per image the worst of the attacks on single exits, judged by the loss summed over all

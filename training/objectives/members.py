@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from training.objectives.base import Needs, Objective, Step
 from training.objectives.network import Network, check_members, check_one_exit, networks_of
 from zoo.errors import BadInput
-from zoo.rgn import RandomGatedNetwork
+from zoo.gates.rgn import RandomGatedNetwork
 
 
 @dataclass(frozen=True, kw_only=True)

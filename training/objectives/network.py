@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from training.objectives.base import Step
 from zoo import paths
-from zoo.derive import Ensemble, mean_probability
 from zoo.errors import BadInput
+from zoo.gates.derive import Ensemble, mean_probability
+from zoo.gates.rgn import RandomGatedNetwork
 from zoo.networks import num_exits
 from zoo.paths import Path
-from zoo.rgn import RandomGatedNetwork
 
 Statistics = Literal["train", "train_frozen", "eval"]
 """How BatchNorm normalises: with the batch's statistics, moving the running ones; with the batch's, leaving the running

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from training.augmentation import AUGMENTATIONS
 from training.objectives import EnsembleInOne, Objective
 from zoo.errors import BadInput, UnknownName, check_count
-from zoo.rgn import Sharing
+from zoo.gates.rgn import Sharing
 
 Schedule = Literal["step", "cosine", "cyclic"]
 Optimizer = Literal["sgd", "adam"]

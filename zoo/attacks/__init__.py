@@ -10,12 +10,12 @@ the authors' code   autoattack, fab (the extra `[autoattack]`)
 from zoo.attacks.apgd import apgd, apgd_eot, apgd_targeted
 from zoo.attacks.autoattack import autoattack, fab
 from zoo.attacks.budget import Budget, L2Budget, LinfBudget
+from zoo.attacks.checks import RandomModel, as_it_is
 from zoo.attacks.distillation import distil
 from zoo.attacks.exits import average_exits, max_average_exits, single_exit
 from zoo.attacks.gradient import InputDiversity, fgsm, pgd
-from zoo.attacks.grid import to_grid
-from zoo.attacks.inputs import RandomModel, as_it_is
 from zoo.attacks.losses import LOSSES
+from zoo.attacks.pixel_grid import to_grid
 from zoo.attacks.random_gates import arc, eot_pgd, path_model, path_sampler, relaxed_model
 from zoo.attacks.rays import rays
 from zoo.attacks.remote import RemoteModel, eight_bit

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import Ball, LinfBudget, check_budget, check_generator, whole
+from zoo.attacks.checks import Model, Output, check_logits, checked, first_logits, see
 from zoo.attacks.gradient import Watch
-from zoo.attacks.inputs import Model, Output, check_logits, checked, first_logits, see
 from zoo.attacks.losses import Ascent, Loss, ascent, loss_named, succeeded
 from zoo.attacks.random_gates import Sampler, seen_draws
 from zoo.errors import BadInput, UnknownName

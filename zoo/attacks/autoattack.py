@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import LinfBudget, check_budget, whole
-from zoo.attacks.inputs import (
+from zoo.attacks.checks import (
     Model,
     Output,
     Seen,

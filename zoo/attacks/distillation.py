@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import Budget, check_budget, check_generator, check_momentum
+from zoo.attacks.checks import AsItIs, checked_images, differentiable, full_precision, gradient_of, said_of_model
 from zoo.attacks.gradient import accumulated
-from zoo.attacks.inputs import AsItIs, checked_images, differentiable, full_precision, gradient_of, said_of_model
 from zoo.errors import BadInput
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import Budget, check_budget
+from zoo.attacks.checks import AsItIs, Model, as_it_is, checked, said_of_model
 from zoo.attacks.gradient import pgd
-from zoo.attacks.inputs import AsItIs, Model, as_it_is, checked, said_of_model
 from zoo.attacks.losses import Loss, cross_entropy, loss_named
 from zoo.errors import BadInput
 

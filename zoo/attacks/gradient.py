@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.attacks.budget import Ball, Budget, check_budget, check_generator, check_momentum
-from zoo.attacks.inputs import Model, Output, checked, full_precision, see
+from zoo.attacks.checks import Model, Output, checked, full_precision, see
 from zoo.attacks.losses import Ascent, Loss, ascent, succeeded
 from zoo.errors import BadInput, UnknownName
 

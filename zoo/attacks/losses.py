@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.attacks.inputs import (
+from zoo.attacks.checks import (
     PASSED,
     Model,
     check_logits,

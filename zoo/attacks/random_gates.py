@@ -20,8 +20,7 @@ from torch import Tensor
 
 from zoo import paths
 from zoo.attacks.budget import Budget, LinfBudget, check_budget, check_generator, check_momentum, number, whole
-from zoo.attacks.gradient import accumulated
-from zoo.attacks.inputs import (
+from zoo.attacks.checks import (
     Model,
     Output,
     Seen,
@@ -34,10 +33,11 @@ from zoo.attacks.inputs import (
     gradient_of,
     see,
 )
+from zoo.attacks.gradient import accumulated
 from zoo.attacks.losses import Loss, ascent, loss_named
-from zoo.derive import mean_probability
 from zoo.errors import BadInput, UnknownName
-from zoo.rgn import RandomGatedNetwork
+from zoo.gates.derive import mean_probability
+from zoo.gates.rgn import RandomGatedNetwork
 
 Sampler = Callable[[], Model]
 Average = Literal["gradient", "loss", "probability", "sign"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import Budget, check_budget, check_generator, number, whole
-from zoo.attacks.inputs import Model, Output, checked, checked_images, first_logits, see
+from zoo.attacks.checks import Model, Output, checked, checked_images, first_logits, see
 from zoo.attacks.losses import succeeded
 from zoo.errors import BadInput
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.inputs import checked_images
+from zoo.attacks.checks import checked_images
 from zoo.errors import BadInput, ManygatesError, UnknownName
 
 LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from zoo import graphs, self_check
-from zoo.derive import Ensemble
 from zoo.errors import BadInput
+from zoo.gates import graphs, self_check
+from zoo.gates.derive import Ensemble
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import Budget, check_budget, check_generator, number, whole
+from zoo.attacks.checks import Model, Output, Seen, check_logits, check_numbers, checked, see
 from zoo.attacks.gradient import Watch
-from zoo.attacks.inputs import Model, Output, Seen, check_logits, check_numbers, checked, see
 from zoo.attacks.losses import Loss, loss_named, succeeded
 from zoo.errors import BadInput
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from zoo.card import INT8
+from zoo.bundle.card import INT8
 from zoo.errors import BadInput, UnknownName
 
 PRECISIONS = ("fp32", "int8")

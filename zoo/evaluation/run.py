@@ -17,20 +17,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from zoo import data, paths
+from zoo import paths
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.inputs import Model, asked, check_logits
+from zoo.attacks.checks import Model, asked, check_logits
 from zoo.attacks.random_gates import Sampler, path_model
-from zoo.bundle import AGREEMENT, Bundle, int8_file
-from zoo.card import Check, Result, Table
-from zoo.data import Images
-from zoo.derive import Ensemble, folded_copy
+from zoo.bundle.bundle import AGREEMENT, Bundle, int8_file
+from zoo.bundle.card import Check, Result, Table
+from zoo.data import datasets
+from zoo.data.datasets import Images
 from zoo.errors import BadInput
+from zoo.evaluation.int8_graph import Graph, Rounded, int8_graph
 from zoo.evaluation.ledger import Ledger
 from zoo.evaluation.request import Request
-from zoo.evaluation.rounded import Graph, Rounded, int8_graph
-from zoo.models import load_rgn, member_networks, weights_file
-from zoo.rgn import RandomGatedNetwork
+from zoo.gates.derive import Ensemble, folded_copy
+from zoo.gates.rgn import RandomGatedNetwork
+from zoo.weights.models import load_rgn, member_networks, weights_file
 
 BATCH = 250
 GROUP = 50
@@ -51,9 +52,9 @@ class Run:
 
     def images(self, default: int | None) -> Images:
         """Return the fixed subset of the test set: `request.images`, else `default`, at most all."""
-        images = data.load(self.bundle.card.dataset, "test")
+        images = datasets.load(self.bundle.card.dataset, "test")
         number = self.request.images if self.request.images is not None else min(default or len(images), len(images))
-        return data.evaluation_subset(images, number).to(self.device)
+        return datasets.evaluation_subset(images, number).to(self.device)
 
     @cached_property
     def members(self) -> list[nn.Module]:

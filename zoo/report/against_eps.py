@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from zoo.card import Result
+from zoo.bundle.card import Result
 from zoo.report import wording
 from zoo.report.document import Cell, Exhibit, Grid, Picture, Section
 from zoo.report.entries import Entry

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zoo.card import Card
+from zoo.bundle.card import Card
 from zoo.report import wording
 from zoo.report.against_eps import against_eps
 from zoo.report.document import Report

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from zoo.card import INT8, Card, Result
-from zoo.catalog import AUTOATTACK, TRANSFER, WHITEBOX, Trained, epochs_of, eps_shown, main_variant
+from zoo.bundle.card import INT8, Card, Result
 from zoo.errors import BadInput
 from zoo.files import write_bytes_atomic, write_text_atomic
+from zoo.hub.catalog import AUTOATTACK, TRANSFER, WHITEBOX, Trained, epochs_of, eps_shown, main_variant
 from zoo.report import wording
 from zoo.report.document import Cell, Grid, Picture
 from zoo.report.entries import Entry, entries_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from zoo.card import Card
+from zoo.bundle.card import Card
 from zoo.errors import BadInput
 from zoo.report.document import Cell, Exhibit, Grid, Report
 from zoo.report.entries import entries_of

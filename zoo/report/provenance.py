@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zoo.card import Card
+from zoo.bundle.card import Card
 from zoo.report import wording
 from zoo.report.document import Cell, Command, Exhibit, Grid, Section
 from zoo.report.entries import Entry

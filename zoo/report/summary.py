@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from zoo.card import Result
+from zoo.bundle.card import Result
 from zoo.report import wording
 from zoo.report.document import Cell, Exhibit, Grid, Section
 from zoo.report.entries import Entry

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from zoo.card import Result, Table
+from zoo.bundle.card import Result, Table
 from zoo.report import wording
 from zoo.report.document import Cell, Exhibit, Grid, Picture, Section
 from zoo.report.entries import Entry

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from fractions import Fraction
 
-from zoo.card import Result
+from zoo.bundle.card import Result
 
 EN_DASH = "\N{EN DASH}"
 MISSING = EN_DASH

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoo.card import Card
+from zoo.bundle.card import Card
 from zoo.errors import BadInput
 from zoo.files import replace_directory
 from zoo.report.content import report_of

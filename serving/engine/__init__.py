@@ -1,0 +1,1 @@
+"""What computes an answer: ONNX Runtime sessions, gates and exits."""

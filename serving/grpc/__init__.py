@@ -1,0 +1,1 @@
+"""gRPC: the same protocol on another port."""

@@ -1,0 +1,1 @@
+"""HTTP: the REST protocol, pictures and the pages beside them."""

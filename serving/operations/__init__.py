@@ -1,0 +1,1 @@
+"""What an operator sees and sets: settings, keys, TLS, log, metrics, traces."""

@@ -1,0 +1,228 @@
+"""OpenTelemetry traces, if they are asked for: a span per request, with its wait and its computing below it.
+
+Spans are written when a request is answered, from times that were taken anyway, so that a server without traces does
+nothing for them and a path through the server needs no span in hand. Where they go is OpenTelemetry's own business
+(OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_HEADERS, OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME, …). No span says which
+path through the gates an image took, what it showed, or which key was used.
+"""
+
+import importlib.metadata
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from serving.errors import Headers
+from serving.operations.settings import Settings
+from zoo.errors import BadInput
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import SpanProcessor
+
+logger = logging.getLogger("manygates.serving")
+
+_CLOSE_SECONDS: Final = 5.0
+_MAX_HEADER: Final = 512
+_CLIENT_GONE: Final = 499
+_METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"))
+_CALLS: Final = frozenset(("infer", "classify", "live", "ready", "load", "unload", "index", "metrics", "v2"))
+
+
+def make_tracer(settings: Settings) -> "Tracer | None":
+    """Return what writes spans and sends them by OTLP over HTTP; None where the settings ask for none.
+
+    Raises:
+        BadInput: if the packages for it are not installed.
+    """
+    if settings.tracing == "off":
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ModuleNotFoundError as error:
+        raise BadInput(
+            f"tracing is {settings.tracing!r}, but {error.name!r} is not installed; pip install 'manygates[tracing]', "
+            "or leave the setting out"
+        ) from error
+    return Tracer(BatchSpanProcessor(OTLPSpanExporter()))
+
+
+@dataclass(slots=True)
+class RequestNotes:
+    """What is learnt of a request while it is answered; see `Tracer.record` for what each is."""
+
+    status: int = 500
+    """Unless it is answered."""
+    model: str | None = None
+    mode: str | None = None
+    rows: int | None = None
+    queue_seconds: float | None = None
+    compute_seconds: float | None = None
+    request_id: str | None = None
+    reason: str | None = None
+
+    def answered(self, status: int) -> None:
+        """Take the status of the answer; 0 is none, because the client has gone."""
+        self.status = status or _CLIENT_GONE
+
+
+class Tracer:
+    """Writes a span for each request to a processor of OpenTelemetry's."""
+
+    def __init__(self, processor: "SpanProcessor") -> None:
+        """Prepare to write; which requests are written is the sampler's choice (OTEL_TRACES_SAMPLER; all else)."""
+        from opentelemetry import trace
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.trace.propagation import tracecontext
+
+        named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+        version = {"service.version": _version()}
+        resource = Resource.create(version if named else {"service.name": "manygates", **version})
+        self._trace = trace
+        self._propagator = tracecontext.TraceContextTextMapPropagator()
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider.add_span_processor(processor)
+        self._tracer = self._provider.get_tracer("manygates", _version())
+
+    def record(
+        self,
+        name: str,
+        *,
+        started: float,
+        ended: float,
+        status: int,
+        model: str | None = None,
+        mode: str | None = None,
+        rows: int | None = None,
+        queue_seconds: float | None = None,
+        compute_seconds: float | None = None,
+        protocol: str = "http",
+        method: str | None = None,
+        request_id: str | None = None,
+        reason: str | None = None,
+        traceparent: bytes | None = None,
+        tracestate: bytes | None = None,
+    ) -> None:
+        """Write the span of a request that is answered.
+
+        Args:
+            name: what was asked, of few values: `infer`, `classify`; never a path that a client chose.
+            started: when its head was there, by `time.perf_counter`.
+            ended: when its answer was handed over, by the same clock.
+            status: the HTTP status of the answer, or the one that the gRPC code stands for.
+            model: that answered.
+            mode: `single`, `ensemble` or `random`.
+            rows: how many images.
+            queue_seconds: its wait for its first batch: a span `queue`, which ends where `compute` begins.
+            compute_seconds: from there to its answer: a span `compute`, which ends with the request.
+            protocol: `http` or `grpc`.
+            method: of HTTP.
+            request_id: if clean.
+            reason: of a failure, as in the metrics.
+            traceparent: the header; one that makes no sense begins a new trace.
+            tracestate: the header.
+        """
+        trace = self._trace
+        # the clock of requests counts from anywhere, that of spans from 1970
+        offset = time.time_ns() - int(time.perf_counter() * 1e9)
+        begin, end = int(started * 1e9) + offset, int(ended * 1e9) + offset
+        attributes: dict[str, str | int] = {"network.protocol.name": protocol}
+        if protocol == "http":
+            attributes["http.response.status_code"] = status
+            if method is not None:
+                attributes["http.request.method"] = method if method in _METHODS else "_OTHER"
+        more = {
+            "manygates.model": model,
+            "manygates.mode": mode,
+            "manygates.rows": rows,
+            "manygates.request_id": request_id,
+            "error.type": reason,
+        }
+        attributes.update({key: value for key, value in more.items() if value is not None})
+        span = self._tracer.start_span(
+            name,
+            self._parent(traceparent, tracestate),
+            kind=trace.SpanKind.SERVER,
+            attributes=attributes,
+            start_time=begin,
+        )
+        if status >= 500:
+            span.set_status(trace.StatusCode.ERROR, reason)
+        if span.is_recording():
+            compute_from = end if compute_seconds is None else max(begin, end - int(compute_seconds * 1e9))
+            inside = trace.set_span_in_context(span)
+            if queue_seconds is not None:
+                first = max(begin, compute_from - int(queue_seconds * 1e9))
+                self._tracer.start_span("queue", inside, start_time=first).end(compute_from)
+            if compute_seconds is not None:
+                self._tracer.start_span("compute", inside, start_time=compute_from).end(end)
+        span.end(end)
+
+    @contextmanager
+    def request(self, method: str, path: str, headers: Headers) -> Iterator["RequestNotes"]:
+        """Write the span of an HTTP request that is answered inside the block.
+
+        Args:
+            method: of HTTP.
+            path: which call it is; only the calls we have are told apart, so that a client can invent no names.
+            headers: `traceparent` and `tracestate` are read, in lower case.
+        """
+        notes = RequestNotes()
+        started = time.perf_counter()
+        try:
+            yield notes
+        finally:
+            given = dict(headers)
+            called = path.rstrip("/").rpartition("/")[2]
+            self.record(
+                called if called in _CALLS else "other",
+                started=started,
+                ended=time.perf_counter(),
+                status=notes.status,
+                model=notes.model,
+                mode=notes.mode,
+                rows=notes.rows,
+                queue_seconds=notes.queue_seconds,
+                compute_seconds=notes.compute_seconds,
+                request_id=notes.request_id,
+                reason=notes.reason,
+                method=method,
+                traceparent=given.get(b"traceparent"),
+                tracestate=given.get(b"tracestate"),
+            )
+
+    def close(self, seconds: float = _CLOSE_SECONDS) -> None:
+        """Send what waits, for at most that long, and stop; call it once, when the last request is answered.
+
+        It blocks, so an event loop that has anything else to do calls it from a thread.
+        """
+        # OpenTelemetry's own limits of time are for each attempt to send
+        closing = threading.Thread(target=self._provider.shutdown, name="manygates-tracing", daemon=True)
+        closing.start()
+        closing.join(seconds)
+        if closing.is_alive():
+            logger.warning("some traces were not sent within %g seconds", seconds)
+
+    def _parent(self, traceparent: bytes | None, tracestate: bytes | None) -> "Context":
+        """Return the context in which a client asks; an empty one where it says nothing that can be understood."""
+        from opentelemetry.context import Context
+
+        if traceparent is None or len(traceparent) > _MAX_HEADER:
+            return Context()
+        carrier = {"traceparent": traceparent.decode("latin-1")}
+        if tracestate is not None and len(tracestate) <= _MAX_HEADER:
+            carrier["tracestate"] = tracestate.decode("latin-1")
+        return self._propagator.extract(carrier, Context())
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("manygates")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "0"

@@ -1,0 +1,1 @@
+"""Which request is computed when: models, queue, batches and deadlines."""

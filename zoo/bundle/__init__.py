@@ -1,0 +1,1 @@
+"""A bundle: card, weights, graphs and the page beside them. No torch."""

@@ -1,0 +1,1 @@
+"""Protocols: a module each; `zoo.evaluation.registry` names them."""

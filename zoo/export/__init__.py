@@ -1,0 +1,1 @@
+"""ONNX graphs of a bundle: written, checked against torch and quantised."""

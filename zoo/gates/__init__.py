@@ -1,0 +1,1 @@
+"""Random gated networks: template, bank, paths and the networks derived from them."""

@@ -1,0 +1,1 @@
+"""Weights of a bundle and the torch models that they make."""
