@@ -38,8 +38,8 @@ sys.path.insert(0, str(ROOT))
 import machine  # noqa: E402
 
 import manygates  # noqa: E402
-from zoo.data import datasets as data  # noqa: E402
 from zoo.attacks import LinfBudget, pgd  # noqa: E402
+from zoo.data import datasets  # noqa: E402
 from zoo.evaluation.run import ready  # noqa: E402
 
 MODELS = ("standard-resnet20-cifar10", "eio-resnet20-cifar10")
@@ -204,7 +204,7 @@ def measure(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]
     layout = torch.channels_last if kind == "deployed" else torch.contiguous_format
     budget = LinfBudget(eps=options.eps, steps=options.steps, restarts=options.restarts)
     attacks, absent = implementations(network, budget)
-    images = data.evaluation_subset(data.load("cifar10", "test"), options.images)
+    images = datasets.evaluation_subset(datasets.load("cifar10", "test"), options.images)
     tallies = {entry: Tally() for entry in attacks}
     clean, busy, began, own = 0, machine.busy_seconds(), time.perf_counter(), time.process_time()
     for number, (pixels, labels) in enumerate(images.batches(options.batch)):
