@@ -39,8 +39,8 @@ def exits(run: Run) -> list[Result]:
     summed over the exits. The accuracy of the result is the mean over exits under it.
 
     In the table "budgeted" an image leaves at the first exit that is sure enough (`zoo.gates.early_exit`), and what
-    an answer costs is the mean over images. Limits are chosen on clean held-out training images, for clean and for attacked test
-    images alike: who serves a model does not know which of them come.
+    an answer costs is the mean over images. Limits are chosen on clean held-out training images, for clean and for
+    attacked test images alike: who serves a model does not know which of them come.
     """
     card = run.bundle.card
     try:
