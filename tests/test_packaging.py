@@ -111,7 +111,7 @@ def test_no_pickle_is_shipped(wheel: zipfile.ZipFile) -> None:
 
 def test_the_command_is_installed_as_manygates(wheel: zipfile.ZipFile) -> None:
     (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
-    assert "manygates = manygates:main" in wheel.read(name).decode().splitlines()
+    assert "manygates = manygates.cli:main" in wheel.read(name).decode().splitlines()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,11 @@ def parse_repository(text: str) -> tuple[str, str | None]:
     return repository, revision or None
 
 
-def fetch(repository: str, revision: str | None = None, only: Iterable[str] | None = None) -> Bundle:
+def fetch(
+    repository: str,
+    revision: str | None = None,
+    only: Iterable[str] | Callable[[Card], Iterable[str]] | None = None,
+) -> Bundle:
     """Fetch a bundle, the card first and then exactly the files that are wanted, all from one commit.
 
     What the cache holds is not fetched again; without a network, or with HF_HUB_OFFLINE=1, it is all there is.
@@ -66,7 +70,7 @@ def fetch(repository: str, revision: str | None = None, only: Iterable[str] | No
     Args:
         repository: `organisation/name`.
         revision: a branch, tag or commit; None is the main branch.
-        only: the files that are needed; None is all that the card lists.
+        only: the files that are needed, or what says so of the card; None is all that the card lists.
 
     Returns:
         The bundle in the cache, checked; its folder is named after the commit.
@@ -80,7 +84,7 @@ def fetch(repository: str, revision: str | None = None, only: Iterable[str] | No
     folder = _fetch_card(repository, revision)
     source = f"{HUB_PREFIX}{repository}@{folder.name}"
     card = _card_in(folder, source)
-    wanted = None if only is None else tuple(only)
+    wanted = None if only is None else tuple(only(card) if callable(only) else only)
     names = [name for name in card.files if wanted is None or name in wanted]
     if names:
         _check_space(source, sum(card.files[name].size for name in names if not (folder / name).is_file()))

@@ -5,7 +5,7 @@ card.json), or `hf-hub:ORGANISATION/NAME[@REVISION]`.
 """
 
 import importlib.resources
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,6 +29,28 @@ class Source:
     """`organisation/name` on the hub."""
     revision: str | None = None
     """A branch, tag or commit of the repository; None is its main branch."""
+
+    def open(self, only: Iterable[str] | Callable[[Card], Iterable[str]] | None = None) -> Bundle:
+        """Fetch the model if it is on the hub, and open its bundle with its checksums checked.
+
+        Args:
+            only: the files that are needed, like ("single.onnx",), or what says so of the card; None is all of them.
+                Others are not fetched.
+
+        Raises:
+            BadInput: if the hub has no such repository or cannot be reached.
+            BundleError: as `Bundle.open`.
+        """
+        if self.kind == "hub":
+            assert self.repository is not None
+            return fetch(self.repository, self.revision, only)
+        assert self.folder is not None
+        if not callable(only):
+            return Bundle.open(self.folder, only=only)
+        bundle = Bundle.open(self.folder, only=())
+        for name in only(bundle.card):
+            bundle.file(name)
+        return bundle
 
 
 def bundled_dir() -> Path:
@@ -82,13 +104,7 @@ def open_model(model: str, *, only: Iterable[str] | None = None) -> Bundle:
         BadInput, UnknownName: as `resolve`, and if the hub has no such repository or cannot be reached.
         BundleError: as `Bundle.open`.
     """
-    source = resolve(model)
-    wanted = None if only is None else tuple(only)
-    if source.kind == "hub":
-        assert source.repository is not None
-        return fetch(source.repository, source.revision, wanted)
-    assert source.folder is not None
-    return Bundle.open(source.folder, only=wanted)
+    return resolve(model).open(only)
 
 
 def pin(model: str) -> tuple[str, Card]:

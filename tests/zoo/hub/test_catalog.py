@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import manygates
+import manygates.cli
 from training.recipes import RECIPES, override, recipe, resolved
 from zoo.bundle.card import Card, FileEntry, Finding, Lint, Paths, Result
 from zoo.errors import BadInput, BundleError, UnknownName
@@ -135,7 +135,7 @@ def test_every_command_of_the_filed_catalogue_trains_what_the_card_says() -> Non
             continue
         for command in entry.where.commands:
             words = shlex.split(command)
-            arguments = manygates.parser().parse_args(words[1:])
+            arguments = manygates.cli.parser().parse_args(words[1:])
             if words[1] != "train":
                 continue
             made = resolved(override(recipe(arguments.recipe), arguments.set))
@@ -259,7 +259,7 @@ def test_what_was_changed_for_a_run_is_in_its_command(recipes: catalog.Recipes) 
     train, export = catalog.commands_of(mine, recipes)
     words = shlex.split(train)
     assert words[:5] == ["manygates", "train", "standard-resnet20-cifar10-cpu", "--out", "runs/mine"]
-    arguments = manygates.parser().parse_args(words[1:])
+    arguments = manygates.cli.parser().parse_args(words[1:])
     # options that the recipe does not have are not seen, as a card of an older version says less than a recipe
     expected = resolved(override(recipe("standard-resnet20-cifar10-cpu"), settings[:-1]))
     assert resolved(override(recipe(arguments.recipe), arguments.set)) | {"network_options": {}} == expected
@@ -270,7 +270,7 @@ def test_another_method_in_a_phase_is_set_as_a_whole(recipes: catalog.Recipes) -
     made = override(recipe("standard-resnet20-cifar10-cpu"), ['phases.0.objective={"method":"trades","beta":3}'])
     mine = plain("mine", training=replace(GOLDEN.training, recipe=resolved(made)))
     words = shlex.split(catalog.commands_of(mine, recipes)[0])
-    arguments = manygates.parser().parse_args(words[1:])
+    arguments = manygates.cli.parser().parse_args(words[1:])
     assert resolved(override(recipe(arguments.recipe), arguments.set)) == resolved(made)
 
 
@@ -297,7 +297,7 @@ def test_a_derived_model_is_derived_along_its_own_paths(recipes: catalog.Recipes
         "manygates derive runs/two --out models/two --name two --path 0110 --path 1001 --recalibrate --finetune 2 "
         "--seed 5"
     )
-    manygates.parser().parse_args(shlex.split(commands[-1])[1:])
+    manygates.cli.parser().parse_args(shlex.split(commands[-1])[1:])
     rounded = card("two", CLEAN, training=replace(GOLDEN.training, recipe=made), int8=GOLDEN.int8)
     assert catalog.commands_of(rounded, recipes)[-1] == "manygates export local-dir:models/two --int8"
 
