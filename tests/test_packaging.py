@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-import manygates
+import manygates.cli
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("zoo", "training", "serving")
@@ -189,7 +189,7 @@ def test_the_image_runs_a_command_that_the_command_line_takes() -> None:
     (command,) = re.findall(r"^CMD (.*)$", dockerfile, re.MULTILINE)
     program, *arguments = ast.literal_eval(command)
     assert program == "manygates"
-    assert manygates.parser().parse_args(arguments).host == "0.0.0.0"
+    assert manygates.cli.parser().parse_args(arguments).host == "0.0.0.0"
     (user,) = re.findall(r"^USER (\d+)", dockerfile, re.MULTILINE)
     assert int(user) != 0
 
