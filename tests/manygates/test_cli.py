@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 import manygates
+from manygates.cli import main
 from manygates.commands.attack import ATTACK_FILES, ATTACK_NAMES
 from manygates.commands.train import recalibration_batches
 from zoo.attacks.registry import ATTACKS
@@ -66,7 +67,7 @@ def manygates_(*words: str | Path) -> Said:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            code = manygates.main([str(word) for word in words])
+            code = main([str(word) for word in words])
         except SystemExit as stopped:  # argparse
             code = int(stopped.code or 0)
     return Said(code, out.getvalue(), err.getvalue())
@@ -658,7 +659,7 @@ def test_output_that_cannot_be_written_is_an_error_like_any_other(model: Path, m
 
     told = io.StringIO()
     with redirect_stdout(Full()), redirect_stderr(told):
-        assert manygates.main(["show", str(model)]) == 2
+        assert main(["show", str(model)]) == 2
     assert told.getvalue().startswith("manygates: standard output: No space left on device")
 
 
