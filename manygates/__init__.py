@@ -524,7 +524,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.record and failed:
         _say("not recorded: a result whose checks do not hold enters no card")
     elif arguments.record:
-        from zoo.bundle.bundle import record_results
+        from zoo.bundle.record import record_results
 
         record_results(bundle.folder, results)
         _say(f"recorded in {bundle.folder / 'card.json'}")
@@ -532,7 +532,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _lint(arguments: argparse.Namespace) -> int:
-    from zoo.bundle.bundle import int8_file, record_lint
+    from zoo.bundle.bundle import int8_file
+    from zoo.bundle.record import record_lint
     from zoo.errors import BadInput
     from zoo.evaluation import parse_eps
     from zoo.evaluation.linter.bundle import lint_bundle

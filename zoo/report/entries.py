@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zoo.bundle.card import INT8, MEASURED_VARIANTS, VARIANTS, Card, Lint, Result
+from zoo.bundle.card import Card, Lint, Result
 from zoo.report.document import Cell
 from zoo.report.figures import Style
 from zoo.report.wording import SUSPECT, plural
+from zoo.vocabulary import INT8, MEASURED_VARIANTS, VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from zoo.bundle.card import INT8, Card, Result
+from zoo.bundle.card import Card, Result
 from zoo.errors import BadInput
 from zoo.files import write_bytes_atomic, write_text_atomic
 from zoo.hub.catalog import AUTOATTACK, TRANSFER, WHITEBOX, Trained, epochs_of, eps_shown, main_variant
@@ -25,6 +25,7 @@ from zoo.report.figures import Drawing, Lines, Scatter, Series, Style, render
 from zoo.report.markdown import escaped, table_lines
 from zoo.report.summary import accuracy_cell
 from zoo.report.wording import FAILED, MISSING, SUSPECT, eps_text
+from zoo.vocabulary import INT8, VARIANTS
 
 BEGIN, END = "<!-- leaderboard -->", "<!-- /leaderboard -->"
 FIGURES_DIR = "figures"
@@ -37,7 +38,6 @@ _NEW_PAGE = f"""# The zoo, measured
 {BEGIN}
 {END}
 """
-_VARIANTS = ("single", "ensemble", "gated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class _Board:
             0.0 if found is None else -found.accuracy,
             0.0 if clean is None else -clean.accuracy,
             entry.model,
-            _VARIANTS.index(entry.variant),
+            VARIANTS.index(entry.variant),
         )
 
     # --- the table ---
@@ -286,13 +286,13 @@ class _Board:
             across, up = self.clean.of(entry, Fraction(0)), attack.of(entry, eps)
             if across is not None and up is not None:
                 tag = f"{number}{SUSPECT if entry.variant in entry.card.suspect else ''}"
-                style = (self.methods.index(entry.card.method), _VARIANTS.index(entry.variant))
+                style = (self.methods.index(entry.card.method), VARIANTS.index(entry.variant))
                 grouped.setdefault(style, []).append((across, up, tag))
         if not grouped:
             return None
         series = tuple(
             Series(
-                label=f"{self.methods[method]} · {_VARIANTS[variant]}",
+                label=f"{self.methods[method]} · {VARIANTS[variant]}",
                 style=Style(colour=method, dash=variant),
                 at=tuple(across.accuracy for across, _, _ in points),
                 values=tuple(up.accuracy for _, up, _ in points),

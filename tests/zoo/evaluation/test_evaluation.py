@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import manygates
 from zoo import evaluation, networks
 from zoo.attacks.autoattack import ATTACKS, AutoAttackResult
-from zoo.bundle.bundle import Bundle, record_results, write_bundle
-from zoo.bundle.card import Architecture as CardArchitecture
-from zoo.bundle.card import Card, Check, Finding, InputFormat, Paths, Result, Training
+from zoo.bundle.bundle import Bundle, write_bundle
+from zoo.bundle.card import Card, Check, Finding, InputFormat, NetworkSummary, Paths, Result, Training
+from zoo.bundle.record import record_results
 from zoo.data import datasets
 from zoo.errors import BadInput, ChecksumMismatch, DataMissing, MissingFile, UnknownName
 from zoo.evaluation import Request, evaluate, parse_eps
@@ -101,7 +101,7 @@ def card(architecture: Architecture, variants: tuple[str, ...], paths: Paths, ga
         method="standard",
         license="apache-2.0",
         dataset="tiny",
-        architecture=CardArchitecture(
+        architecture=NetworkSummary(
             name=architecture.network,
             options=architecture.options,
             gated_layers=gated,

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import manygates
 from zoo import paths
 from zoo.bundle.bundle import Bundle, write_bundle
-from zoo.bundle.card import Architecture as CardArchitecture
-from zoo.bundle.card import Card, Exit, InputFormat, Paths, Training
+from zoo.bundle.card import Card, Exit, InputFormat, NetworkSummary, Paths, Training
 from zoo.errors import BadInput, CheckpointError
 from zoo.gates.derive import Ensemble
 from zoo.gates.rgn import RandomGatedNetwork
@@ -48,7 +47,7 @@ def card(architecture: Architecture, variants: tuple[str, ...], gated_layers: tu
         method="standard",
         license="apache-2.0",
         dataset=architecture.dataset,
-        architecture=CardArchitecture(
+        architecture=NetworkSummary(
             name=architecture.network,
             options=architecture.options,
             gated_layers=gated_layers,
