@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 from zoo.bundle.card import INT8, Card, Result
+from zoo.bundle.headline import AUTOATTACK, CLEAN, TRANSFER, WHITEBOX, accuracy_of, eps_shown, main_variant
 from zoo.errors import BadInput
 from zoo.files import write_bytes_atomic, write_text_atomic
-from zoo.hub.catalog import AUTOATTACK, TRANSFER, WHITEBOX, Trained, epochs_of, eps_shown, main_variant
 from zoo.report import wording
 from zoo.report.document import Cell, Grid, Picture
 from zoo.report.entries import Entry, entries_of
@@ -54,10 +54,10 @@ class _Attack:
 
     def of(self, entry: Entry, eps: Fraction) -> Result | None:
         """Return what was measured of a variant at one radius."""
-        return _chosen(entry, self.protocols, eps)
+        return accuracy_of(entry.card, self.protocols, eps, variant=entry.variant)
 
 
-def write_leaderboard(cards: Sequence[Card], file: Path, *, trained: Mapping[str, Trained] | None = None) -> list[Path]:
+def write_leaderboard(cards: Sequence[Card], file: Path) -> list[Path]:
     """Write the comparison of all cards between the marks of a Markdown page, and its figures beside it.
 
     What else stands in the page stays. The same cards give the same bytes; a figure of last time that is not drawn
@@ -66,8 +66,6 @@ def write_leaderboard(cards: Sequence[Card], file: Path, *, trained: Mapping[str
     Args:
         cards: of any data sets; those without a result are named below the table.
         file: the page; made if it is not there. Figures are in `figures/` beside it, called `zoo-….svg`.
-        trained: by the name of a model how long it was trained and how long the published one; by default what the card
-            says, which knows nothing of the published one.
 
     Returns:
         The figures.
@@ -89,7 +87,7 @@ def write_leaderboard(cards: Sequence[Card], file: Path, *, trained: Mapping[str
     blocks: list[str] = []
     pictures: list[tuple[str, Picture]] = []
     for dataset in sorted({card.dataset for card in cards}):
-        found = _Board([card for card in cards if card.dataset == dataset], dataset, trained or {})
+        found = _Board([card for card in cards if card.dataset == dataset], dataset)
         blocks += found.blocks()
         pictures += found.pictures()
     drawn = {f"{picture.name}.svg": _drawn(title, picture) for title, picture in pictures}
@@ -126,12 +124,12 @@ def _drawn(title: str, picture: Picture) -> bytes:
 class _Board:
     """What is said of one data set."""
 
-    def __init__(self, cards: Sequence[Card], dataset: str, trained: Mapping[str, Trained]) -> None:
-        self.dataset, self.trained = dataset, trained
+    def __init__(self, cards: Sequence[Card], dataset: str) -> None:
+        self.dataset = dataset
         self.title = _TITLES.get(dataset, wording.plain(dataset))
         every = [entry for entry in entries_of(cards) if not entry.variant.endswith(INT8)]
         groups = (("white-box", WHITEBOX), ("transfer", TRANSFER), ("AutoAttack", AUTOATTACK))
-        self.clean = _attack("clean", ("clean",), every, (Fraction(0),))
+        self.clean = _attack("clean", CLEAN, every, (Fraction(0),))
         self.attacks = [attack for title, protocols in groups if (attack := _attack(title, protocols, every, None)).eps]
         self.key = self._key(every)
         shown = [entry for entry in every if any(self._numbers(entry))]
@@ -220,13 +218,12 @@ class _Board:
         return replace(cell, text=f"{cell.text} {marks}") if marks else cell
 
     def _trained(self, card: Card) -> str:
-        known = self.trained.get(card.name)
-        epochs = epochs_of(card.training.recipe)
+        epochs, published = card.training.epochs, card.training.published
         said = f"{_epochs(epochs)} epochs" if epochs else MISSING
-        if known is not None and known.published is not None:
-            same = known.published.network == card.architecture.name
-            scale = _epochs(known.published.epochs)
-            said += f" of {scale}" if same else f" (published: {scale}, {known.published.network})"
+        if published is not None:
+            same = published.network == card.architecture.name
+            scale = _epochs(published.epochs)
+            said += f" of {scale}" if same else f" (published: {scale}, {published.network})"
         begun = card.training.recipe.get("start_from")
         return f"{said}, from {begun.rpartition('/')[2]}" if isinstance(begun, str) else said
 
@@ -316,7 +313,7 @@ class _Board:
             if entry.variant != main_variant(entry.card):
                 continue
             at = {Fraction(r.eps_fraction) for r in entry.results if r.protocol in WHITEBOX and r.norm == "linf"}
-            points = [_chosen(entry, WHITEBOX, eps) for eps in sorted(at)]
+            points = [accuracy_of(entry.card, WHITEBOX, eps, variant=entry.variant) for eps in sorted(at)]
             known = [self.clean.of(entry, Fraction(0)), *points]
             results = [result for result in known if result is not None]
             if len(at) < 2:
@@ -355,7 +352,8 @@ def _attack(
         result
         for entry in entries
         for place in places
-        if (result := _chosen(entry, protocols, place)) is not None and result.protocol == protocols[0]
+        if (result := accuracy_of(entry.card, protocols, place, variant=entry.variant)) is not None
+        and result.protocol == protocols[0]
     ]
     named = Counter(result.attack for result in shown)
     return _Attack(
@@ -365,16 +363,6 @@ def _attack(
         usual=wording.usual_terms(shown),
         attack=max(named, key=lambda name: named[name], default=""),
     )
-
-
-def _chosen(entry: Entry, protocols: Sequence[str], eps: Fraction) -> Result | None:
-    """Return an l_inf accuracy: the one on most images, and of these the lowest."""
-    found = [
-        result
-        for result in entry.results
-        if result.protocol in protocols and result.norm == "linf" and Fraction(result.eps_fraction) == eps
-    ]
-    return min(found, key=lambda result: (-result.images, result.accuracy), default=None)
 
 
 def _marks(result: Result, attack: _Attack) -> str:
