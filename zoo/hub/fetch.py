@@ -5,7 +5,6 @@ A file becomes visible in huggingface_hub's cache when it is complete; what does
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import shutil
@@ -17,6 +16,7 @@ from zoo.bundle.bundle import CARD_FILE, README_FILE, Bundle
 from zoo.bundle.card import Card
 from zoo.bundle.readme import TAG
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
+from zoo.files import sha256_of
 from zoo.hub.client import Refused, bars, named, translated, waiting, without_network
 
 logger = logging.getLogger(__name__)
@@ -181,16 +181,14 @@ def _snapshot(repository: str, revision: str | None, names: list[str], *, first:
 
 def _is_damaged(place: Path) -> bool:
     """Whether a file in the cache is not what the hub sent; the cache names a file's content by its digest there."""
+    from huggingface_hub.utils.sha import git_hash
+
     if not place.is_symlink():  # a file system without links: nothing to compare with
         return False
     name = place.readlink().name
-    content = place.read_bytes()
     if re.fullmatch(r"[0-9a-f]{64}", name):
-        return hashlib.sha256(content).hexdigest() != name
-    if re.fullmatch(r"[0-9a-f]{40}", name):  # as git names it
-        git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-        return git.hexdigest() != name
-    return False
+        return sha256_of(place) != name
+    return re.fullmatch(r"[0-9a-f]{40}", name) is not None and git_hash(place.read_bytes()) != name
 
 
 def _discard(folder: Path, names: Iterable[str], *, everywhere: bool = False) -> str:

@@ -32,12 +32,12 @@ class Push:
     parent: str | None
     """The commit that was looked at; the push is refused if there is a newer one. None in a new repository."""
     files: Mapping[str, bytes]
-    """What is sent: the very bytes that were checked."""
+    """What is sent: exactly the bytes that were checked."""
     removed: tuple[str, ...]
     """Files of the previous version that this one no longer has."""
 
     def described(self) -> list[str]:
-        """Say it, a sentence or a file a line."""
+        """Return the plan as lines of text: what is created, the commit, and each file."""
         made = f"create the {'private' if self.private else 'public'} repository" if self.creates_repository else "use"
         place = f"{self.repository}, branch {self.branch}" + (" (created)" if self.creates_branch else "")
         how = "propose in a pull request" if self.pull_request else "commit"
@@ -51,7 +51,7 @@ class Pushed:
     """What a push did."""
 
     source: str
-    """`hf-hub:ORGANISATION/NAME@COMMIT`: the very files that were pushed."""
+    """`hf-hub:ORGANISATION/NAME@COMMIT`, which names exactly these files."""
     url: str
     """Of the commit, or of the pull request."""
     changed: bool
@@ -84,15 +84,8 @@ def plan_push(
     if revision is not None:
         raise BadInput(f"{repository!r} names a revision, expected ORGANISATION/NAME; write --branch {revision}")
     _check_can_push(name)
-    info = _head(name, None)
-    if info is None and pull_request:
-        raise BadInput(f"there is no repository {name} to propose a change to; push without --create-pr creates it")
-    if info is not None and private and not info.private:
-        raise BadInput(f"{name} exists and is public; --private is for a repository that is created, leave it out")
-    there = info is not None and branch is not None and _head(name, branch)
-    if pull_request and branch is not None and not there:
-        raise BadInput(f"{name} has no branch {branch!r} to propose a change to; push without --create-pr creates it")
-    head = there or info  # a new branch begins as the main one
+    info, there = _target(name, branch, pull_request=pull_request, private=private)
+    head = there if there is not None else info  # a new branch begins as the main one
     removed: tuple[str, ...] = ()
     if head is not None and head.sha is not None:
         present = {sibling.rfilename for sibling in head.siblings or ()}
@@ -106,7 +99,7 @@ def plan_push(
         repository=name,
         branch=branch or "main",
         creates_repository=info is None,
-        creates_branch=branch not in (None, "main") and not there,
+        creates_branch=branch not in (None, "main") and there is None,
         private=private,
         pull_request=pull_request,
         message=message or f"{'Update' if removed or _holds_card(head) else 'Add'} {card.name}",
@@ -158,6 +151,29 @@ def push(plan: Push) -> Pushed:
         url=commit.pr_url or commit.commit_url,
         changed=commit.oid != plan.parent,
     )
+
+
+def _target(repository: str, branch: str | None, *, pull_request: bool, private: bool) -> tuple[Any, Any]:
+    """Return what the hub says of the main branch and of the named one; None of what is not there.
+
+    Raises:
+        BadInput: a change is proposed to what is not there, or a public repository is to be private.
+    """
+    info = _head(repository, None)
+    if info is None and pull_request:
+        raise BadInput(
+            f"there is no repository {repository} to propose a change to; push without --create-pr creates it"
+        )
+    if info is not None and private and not info.private:
+        raise BadInput(
+            f"{repository} exists and is public; --private is for a repository that is created, leave it out"
+        )
+    there = _head(repository, branch) if info is not None and branch is not None else None
+    if pull_request and branch is not None and there is None:
+        raise BadInput(
+            f"{repository} has no branch {branch!r} to propose a change to; push without --create-pr creates it"
+        )
+    return info, there
 
 
 def _head(repository: str, branch: str | None) -> Any:
