@@ -151,7 +151,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from zoo.errors import BadInput
     from zoo.hub import catalog
     from zoo.hub.source import HUB_PREFIX, LOCAL_PREFIX, pin, resolve
-    from zoo.report.wording import printable
+    from zoo.bundle.wording import printable
 
     unbundled = None
     try:
@@ -599,10 +599,9 @@ def _lint(arguments: argparse.Namespace) -> int:
 
 
 def _print_finding(finding: Finding) -> None:
-    verdict = "ALARM" if finding.verdict == "alarm" else finding.verdict
-    print(f"  {verdict:<8}{finding.code:<4}{finding.name}: {finding.figure}", flush=True)
-    if finding.verdict == "alarm":
-        print(f"{'':<14}{finding.meaning}", flush=True)
+    from zoo.bundle import findings
+
+    print("  " + findings.line(finding).replace("\n", "\n  "), flush=True)
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
@@ -669,7 +668,7 @@ def _detected(found: Detection) -> str:
 def _report(arguments: argparse.Namespace) -> int:
     from zoo.errors import BadInput
     from zoo.hub.source import open_model
-    from zoo.report import write_report
+    from zoo.report.write import write_report
 
     if arguments.zoo:
         if arguments.models:

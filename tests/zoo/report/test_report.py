@@ -33,7 +33,7 @@ from zoo.report.figures import (
     Style,
     render,
 )
-from zoo.report.wording import accuracy, apart, plain, slug, terms, usual_terms
+from zoo.bundle.wording import accuracy, apart, plain, slug, terms, usual_terms
 
 pytest.importorskip("matplotlib", reason="the figures of a report need manygates[report]")
 
