@@ -124,9 +124,9 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     from zoo.bundle.readme import model_card
+    from zoo.bundle.wording import printable
     from zoo.errors import BadInput
     from zoo.hub.source import HUB_PREFIX, LOCAL_PREFIX, find, known_model, resolve
-    from zoo.text import printable
 
     filed = None
     try:
@@ -576,16 +576,15 @@ def _lint(arguments: argparse.Namespace) -> int:
 
 
 def _print_finding(finding: Finding) -> None:
-    verdict = "ALARM" if finding.verdict == "alarm" else finding.verdict
-    print(f"  {verdict:<8}{finding.code:<4}{finding.name}: {finding.figure}", flush=True)
-    if finding.verdict == "alarm":
-        print(f"{'':<14}{finding.meaning}", flush=True)
+    from zoo.bundle import findings
+
+    print("  " + findings.line(finding).replace("\n", "\n  "), flush=True)
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from zoo.errors import BadInput
     from zoo.hub.source import open_model
-    from zoo.report import write_report
+    from zoo.report.write import write_report
 
     if arguments.zoo:
         if arguments.models:

@@ -107,9 +107,3 @@ def eps_shown(eps: Iterable[Fraction]) -> list[Fraction]:
     counted = Counter(place for place in eps if place)
     usual = [place for place in USUAL_EPS if place in counted]
     return sorted(usual or sorted(counted, key=lambda place: (-counted[place], place))[:SHOWN_EPS])
-
-
-def eps_text(value: Fraction) -> str:
-    """Write a radius as people do: 0.01, 0.3, and 8/255 where no short decimal is exact."""
-    decimal = f"{float(value):.4g}"
-    return decimal if Fraction(decimal) == value else str(value)

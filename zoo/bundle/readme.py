@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from zoo.bundle import findings
 from zoo.bundle.card import INT8, Card, Check, Int8, Result, Table
 
 TAG = "manygates"
@@ -165,19 +166,9 @@ def _lint(card: Card) -> str:
     rounded = () if card.int8 is None else card.int8.variants
     for variant in (*card.variants, *(f"{variant}{INT8}" for variant in rounded)):
         lint = next((lint for lint in card.lint if lint.variant == variant), None)
-        if lint is None:
-            said.append(f"- `{variant}`: the robustness linter has not looked at it")
-        elif not lint.alarms:
-            asked = sum(finding.verdict != "skipped" for finding in lint.findings)
-            said.append(
-                f"- `{variant}`: passed the robustness linter ({asked} checks on {lint.images} images, {lint.date})"
-            )
-        else:
-            said.append(f"- `{variant}`: **failed the robustness linter; its numbers may flatter it**")
-            said += [
-                f"  - {finding.code} {_cell(finding.name)}: {_cell(finding.figure)}. {_cell(finding.meaning)}"
-                for finding in lint.alarms
-            ]
+        text = findings.sentence(lint)
+        said.append(f"- `{variant}`: " + (f"**{text}**" if lint and lint.alarms else text))
+        said += [f"  - {_cell(findings.explained(finding))}" for finding in (lint.alarms if lint else ())]
     return "\n".join(said)
 
 

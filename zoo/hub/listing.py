@@ -17,13 +17,12 @@ from zoo.bundle.headline import (
     WHITEBOX,
     accuracy_of,
     eps_shown,
-    eps_text,
     main_variant,
     measured_eps,
 )
+from zoo.bundle.wording import eps_text, plain
 from zoo.errors import BadInput, UnknownName
 from zoo.hub.source import KnownModel
-from zoo.text import plain
 
 KINDS = {"whitebox": WHITEBOX, "transfer": TRANSFER, "autoattack": AUTOATTACK}
 """What `sort` can name beside "name", "method" and "clean"; each may be followed by ":EPS"."""

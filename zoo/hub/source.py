@@ -3,8 +3,8 @@
 One spelling everywhere: a catalogue name (`eio-resnet20-cifar10`), `local-dir:FOLDER` (or just a folder that holds a
 card.json), or `hf-hub:ORGANISATION/NAME[@REVISION]`.
 
-A command resolves a source once: `find` settles on one very version and opens its card; `Found.open` fetches and checks
-the files. `open_model` does both at once, for those who know which files they need before they have seen the card.
+A command resolves a source once and hands on what it opened. `resolve` says where a model is, `find` settles on one
+version and reads its card, `open` fetches and checks files.
 
 The catalogue is the cards themselves: of the bundled models (`bundles/NAME/card.json`), of models that are too large or
 too many to be bundled (`cards/NAME.json`), and of what was seen on the hub (in the user's cache). Listing needs neither
@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib.resources
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +47,37 @@ class Source:
     """`organisation/name` on the hub."""
     revision: str | None = None
     """A branch, tag or commit of the repository; None is its main branch."""
+
+    written: str = field(default="", compare=False)
+    """How the user named it."""
+
+    def find(self) -> Found:
+        """Settle on one very version, of the hub the present commit, and read its card.
+
+        What is opened later is of the same version, and asks the hub for nothing that is in the cache.
+
+        Raises:
+            BadInput: the hub has no such repository or cannot be reached.
+            BundleError: as `Bundle.open`.
+        """
+        if self.repository is not None:
+            bundle = fetch_card(self.repository, self.revision)
+            return Found(name=named(self.repository, bundle.folder.name), source=self, bundle=bundle)
+        assert self.folder is not None
+        return Found(name=self.written, source=self, bundle=Bundle.open(self.folder, only=()))
+
+    def open(self, only: Iterable[str] | Callable[[Card], Iterable[str]] | None = None) -> Bundle:
+        """Find the model, and return its bundle with its files here and checked.
+
+        Args:
+            only: the files that are needed, like ("single.onnx",), or a function that names them for a card; None is
+                all of them. Others are not fetched.
+
+        Raises:
+            ManygatesError: as `find` and `Found.open`.
+        """
+        found = self.find()
+        return found.open(only(found.card) if callable(only) else only)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +127,14 @@ def resolve(model: str) -> Source:
         place = model.removeprefix(LOCAL_PREFIX)
         if not place:
             raise BadInput(f"{model!r} names no folder, expected {LOCAL_PREFIX}FOLDER")
-        return Source(kind="local", folder=_at_home(place))
+        return Source(kind="local", folder=_at_home(place), written=model)
     if model.startswith(HUB_PREFIX):
         repository, revision = parse_repository(model.removeprefix(HUB_PREFIX))
-        return Source(kind="hub", repository=repository, revision=revision)
+        return Source(kind="hub", repository=repository, revision=revision, written=model)
     if model in _bundled_names():
-        return Source(kind="bundled", folder=bundled_dir() / model)
+        return Source(kind="bundled", folder=bundled_dir() / model, written=model)
     if model and ((folder := _at_home(model)) / CARD_FILE).is_file():
-        return Source(kind="local", folder=folder)
+        return Source(kind="local", folder=folder, written=model)
     if not model or model.startswith((".", "~")) or "/" in model or "\\" in model or Path(model).exists():
         raise BadInput(
             f"{model!r} is no name in the catalogue and no folder with a {CARD_FILE}; write {LOCAL_PREFIX}FOLDER for a "
@@ -113,36 +144,28 @@ def resolve(model: str) -> Source:
 
 
 def find(model: str) -> Found:
-    """Find a model, of the hub its present commit, and read its card.
-
-    What is opened later is of the same version, and asks the hub for nothing that is in the cache.
+    """Find a model by name and read its card: `resolve` and `Source.find` at once.
 
     Args:
         model: a catalogue name, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME[@REVISION]`.
 
     Raises:
-        BadInput, UnknownName: as `resolve`, and if the hub has no such repository or cannot be reached.
-        BundleError: as `Bundle.open`.
+        ManygatesError: as these two.
     """
-    source = resolve(model)
-    if source.repository is not None:
-        bundle = fetch_card(source.repository, source.revision)
-        return Found(name=named(source.repository, bundle.folder.name), source=source, bundle=bundle)
-    assert source.folder is not None
-    return Found(name=model, source=source, bundle=Bundle.open(source.folder, only=()))
+    return resolve(model).find()
 
 
-def open_model(model: str, *, only: Iterable[str] | None = None) -> Bundle:
-    """Find `model`, fetch it if it is on the hub, and open its bundle with its checksums checked.
+def open_model(model: str, *, only: Iterable[str] | Callable[[Card], Iterable[str]] | None = None) -> Bundle:
+    """Find a model by name, and open its bundle with its checksums checked: `resolve` and `Source.open` at once.
 
     Args:
         model: a catalogue name, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME[@REVISION]`.
-        only: the files that are needed, like ("single.onnx",); None is all of them. Others are not fetched.
+        only: the files that are needed, or a function that names them for a card; None is all of them.
 
     Raises:
-        ManygatesError: as `find` and `Found.open`.
+        ManygatesError: as these two.
     """
-    return find(model).open(only)
+    return resolve(model).open(only)
 
 
 def _at_home(place: str) -> Path:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from zoo.bundle import wording
 from zoo.bundle.card import Result
-from zoo.report import wording
+from zoo.bundle.wording import capital, plural, terms, terms_remark
 from zoo.report.document import Cell, Exhibit, Grid, Picture, Section
+from zoo.report.drawings import Lines, Series, Style
 from zoo.report.entries import Entry
-from zoo.report.figures import Lines, Series, Style
 from zoo.report.summary import Column, accuracy_cell, deployed
-from zoo.report.wording import capital, plural, terms, terms_remark
 
 
 def against_eps(entries: Sequence[Entry], named: Callable[[str], str]) -> Section:

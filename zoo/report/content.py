@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from zoo.bundle import wording
 from zoo.bundle.card import Card
-from zoo.report import wording
+from zoo.bundle.wording import plural
 from zoo.report.against_eps import against_eps
 from zoo.report.document import Report
 from zoo.report.entries import entries_of
 from zoo.report.provenance import commands, every_result, findings, models
 from zoo.report.summary import summary
 from zoo.report.tables import Tabled
-from zoo.report.wording import plural
 
 
 def report_of(cards: Sequence[Card], *, title: str) -> Report:

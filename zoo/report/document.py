@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from zoo.report.figures import Drawing
+from zoo.report.drawings import Drawing
 
 
 @dataclass(frozen=True, kw_only=True)

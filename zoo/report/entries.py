@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zoo.bundle.card import INT8, MEASURED_VARIANTS, VARIANTS, Card, Lint, Result
+from zoo.bundle.wording import SUSPECT, plural
 from zoo.report.document import Cell
-from zoo.report.figures import Style
-from zoo.report.wording import SUSPECT, plural
+from zoo.report.drawings import Style
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,17 +14,18 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+from zoo.bundle import wording
 from zoo.bundle.card import INT8, Card, Result
 from zoo.bundle.headline import AUTOATTACK, CLEAN, TRANSFER, WHITEBOX, accuracy_of, eps_shown, main_variant
+from zoo.bundle.wording import FAILED, MISSING, SUSPECT, eps_text
 from zoo.errors import BadInput
 from zoo.files import write_bytes_atomic, write_text_atomic
-from zoo.report import wording
 from zoo.report.document import Cell, Grid, Picture
+from zoo.report.drawings import Drawing, Lines, Scatter, Series, Style
 from zoo.report.entries import Entry, entries_of
-from zoo.report.figures import Drawing, Lines, Scatter, Series, Style, render
+from zoo.report.figures import render
 from zoo.report.markdown import escaped, table_lines
 from zoo.report.summary import accuracy_cell
-from zoo.report.wording import FAILED, MISSING, SUSPECT, eps_text
 
 BEGIN, END = "<!-- leaderboard -->", "<!-- /leaderboard -->"
 FIGURES_DIR = "figures"

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 
 from zoo.bundle.card import Card
+from zoo.bundle.wording import capital, plain
 from zoo.errors import BadInput
 from zoo.report.document import Cell, Exhibit, Grid, Report
 from zoo.report.entries import entries_of
 from zoo.report.summary import legend, summary_grids
-from zoo.report.wording import capital, plain
 
 
 def markdown_table(cards: Sequence[Card]) -> str:

@@ -7,9 +7,9 @@ import importlib.resources
 import re
 from collections.abc import Iterator, Mapping
 
+from zoo.bundle.wording import MISSING, plain
 from zoo.report.document import Cell, Command, Exhibit, Grid, Report, Section
 from zoo.report.figures import Rendered
-from zoo.report.wording import MISSING, plain
 
 MARK = '<meta name="generator" content="manygates report">'
 """By which a report is known as one."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from zoo.bundle import wording
 from zoo.bundle.card import Card
-from zoo.report import wording
+from zoo.bundle.wording import MISSING, measured_at, plural, terms
 from zoo.report.document import Cell, Command, Exhibit, Grid, Section
 from zoo.report.entries import Entry
 from zoo.report.summary import accuracy_cell
-from zoo.report.wording import MISSING, measured_at, plural, terms
 
 _TONES = {"ok": "good", "alarm": "alarm", "skipped": "unknown"}
 

@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from zoo.bundle import wording
 from zoo.bundle.card import Result, Table
-from zoo.report import wording
+from zoo.bundle.wording import capital, measured, number, only, percent, plural, terms, terms_remark
 from zoo.report.document import Cell, Exhibit, Grid, Picture, Section
+from zoo.report.drawings import Bars, Heat, Lines, Series, Spread, Style
 from zoo.report.entries import Entry
-from zoo.report.figures import Bars, Heat, Lines, Series, Spread, Style
-from zoo.report.wording import capital, measured, number, only, percent, plural, terms, terms_remark
 
 _SHARES = ("transfer", "steps", "corruptions", "sources", "draws", "paths", "attacks", "exits")
 """Tables of shares, shown as per cent; others are shown as the numbers they are."""

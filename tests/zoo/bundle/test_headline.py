@@ -13,7 +13,6 @@ from zoo.bundle.headline import (
     WHITEBOX,
     accuracy_of,
     eps_shown,
-    eps_text,
     headline,
     main_variant,
 )
@@ -111,8 +110,3 @@ def test_the_usual_radii_are_shown_where_they_were_measured_else_the_most_freque
     many = [Fraction(1, 2), odd, odd, Fraction(2, 10), Fraction(2, 10), Fraction(3, 10), Fraction(3, 10)]
     assert eps_shown(many) == [odd, Fraction(2, 10), Fraction(3, 10)]
     assert eps_shown([]) == []
-
-
-@pytest.mark.parametrize(("eps", "said"), [("1/100", "0.01"), ("3/10", "0.3"), ("8/255", "8/255"), ("0", "0")])
-def test_a_radius_is_written_as_people_do(eps: str, said: str) -> None:
-    assert eps_text(Fraction(eps)) == said

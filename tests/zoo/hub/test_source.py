@@ -148,6 +148,8 @@ def test_a_model_on_this_machine_is_found_where_it_is(bundled: Path) -> None:
     assert (found.name, found.source.kind, found.card) == (source, "local", open_model(NAME).card)
     assert find(NAME).name == NAME
     assert found.open(["single.onnx"]).read("single.onnx") == b"one"
+    by_card = resolve(NAME).open(lambda card: [f"{variant}.onnx" for variant in card.variants])
+    assert by_card.read("gated.onnx") == b"all"
 
 
 def test_a_model_that_was_found_is_checked_when_it_is_opened(bundled: Path) -> None:

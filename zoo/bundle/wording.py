@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from fractions import Fraction
 
 from zoo.bundle.card import Result
-from zoo.bundle.headline import eps_text as eps_text
-from zoo.text import plain as plain
-from zoo.text import printable as printable
 
 EN_DASH = "\N{EN DASH}"
 MISSING = EN_DASH
@@ -30,6 +29,25 @@ _PROTOCOLS = {
     "queries": "queries",
 }
 PROTOCOL_ORDER = tuple(_PROTOCOLS)
+# control characters, halves of surrogate pairs, unassigned code points, and what silently reverses or hides text
+_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Cn", "Co"})
+_JOINERS = "\u200c\u200d"
+
+
+def plain(text: str) -> str:
+    """Return one line of printable text: any white space becomes a blank, what cannot be printed U+FFFD."""
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """Return text with its lines, in which what cannot be printed (a terminal's commands, say) is U+FFFD."""
+    shown = (
+        "\ufffd"
+        if unicodedata.category(character) in _UNPRINTABLE and character not in _JOINERS and character != "\n"
+        else character
+        for character in text
+    )
+    return "".join(shown)
 
 
 def slug(text: str, taken: Iterable[str] = ()) -> str:
@@ -125,6 +143,12 @@ def corruptions(result: Result) -> str:
 def eps(result: Result) -> str:
     """Write an attack's eps; empty where there is none."""
     return f"ε {result.eps_fraction}" if result.eps else ""
+
+
+def eps_text(value: Fraction) -> str:
+    """Write a radius as people do: 0.01, 0.3, and 8/255 where no short decimal is exact."""
+    decimal = f"{float(value):.4g}"
+    return decimal if Fraction(decimal) == value else str(value)
 
 
 def _step_size(result: Result) -> str:
