@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from zoo.bundle.card import Result
 from zoo.bundle import wording
-from zoo.report.document import Cell, Exhibit, Grid, Section
+from zoo.report.document import Cell, Exhibit, Grid, Section, grid
 from zoo.report.entries import Entry
 from zoo.bundle.wording import FAILED, MISSING, SUSPECT, UNLESS, measured, terms
 
@@ -107,13 +107,15 @@ def _summary_grid(
     elif costs:
         header += [Cell(text="parameters", detail="one path / all"), Cell(text="passes", detail="per image")]
         groups.append(Cell(text="cost", span=2))
-    return Grid(caption=caption, groups=tuple(groups), header=tuple(header), rows=tuple(rows), headings=2)
+    return grid(caption, header, rows, groups=groups, headings=2)
 
 
 def _variant_cell(entry: Entry, compact: bool) -> Cell:
     if compact:
         return Cell(text=entry.variant)
-    return Cell(text=entry.variant, detail=entry.verdict.text, tone=entry.verdict.tone)
+    said = entry.verdict.text
+    text = said if entry.lint is None else f"linter: {said}"
+    return Cell(text=entry.variant, detail=text, tone=entry.verdict.tone, link=entry.key)
 
 
 def deployed(entry: Entry) -> Iterator[Result]:
@@ -143,9 +145,13 @@ def accuracy_cell(entry: Entry, results: Sequence[Result], *, usual: str = "", c
 
 
 def _marks(entry: Entry, result: Result) -> str:
-    failed = any(not check.held for check in result.checks)
-    marks = (FAILED if failed else "") + (SUSPECT if entry.variant in entry.card.suspect else "")
+    marks = ("" if held(result) else FAILED) + (SUSPECT if entry.suspect else "")
     return f" {marks}" if marks else ""
+
+
+def held(result: Result) -> bool:
+    """Say whether every check of a measurement held."""
+    return all(check.held for check in result.checks)
 
 
 def _costs(entry: Entry) -> tuple[Cell, Cell]:
@@ -156,35 +162,44 @@ def _costs(entry: Entry) -> tuple[Cell, Cell]:
     )
 
 
-def legend(entries: Sequence[Entry]) -> list[str]:
-    """Return what the marks in these entries' tables mean; only the marks that occur."""
-    said = []
-    if any(not check.held for entry in entries for result in entry.results for check in result.checks):
-        said.append(f"{FAILED} A check of this measurement did not hold, so the number may be wrong.")
-    if any(entry.variant in entry.card.suspect for entry in entries):
-        said.append(
+def meanings(entries: Sequence[Entry], results: Iterable[Result], *, missing: bool) -> Iterator[str]:
+    """Yield what the marks of a table mean, only those that occur.
+
+    Args:
+        entries: the rows.
+        results: the numbers shown.
+        missing: whether some number was not measured.
+    """
+    if not all(map(held, results)):
+        yield f"{FAILED} A check of this measurement did not hold, so the number may be wrong."
+    if any(entry.suspect for entry in entries):
+        yield (
             f"{SUSPECT} The robustness linter raised an alarm: the numbers of this variant may flatter it, because the "
             "attacks may have failed for reasons other than robustness."
         )
     if any(entry.lint is None for entry in entries):
-        said.append("“not linted”: nobody has asked the robustness linter about this variant; run manygates lint.")
-    if any(Cell(text=MISSING) in row for grid in summary_grids(entries) for row in grid.rows):
-        said.append(f"{MISSING} Not measured.")
-    return said
+        yield "“not linted”: nobody has asked the robustness linter about this variant; run manygates lint."
+    if missing:
+        yield f"{MISSING} Not measured."
 
 
-def summary(entries: Sequence[Entry]) -> Section:
-    """Return the section of the summary."""
+def legend(entries: Sequence[Entry]) -> list[str]:
+    """Return what the marks in these entries' tables of accuracies mean."""
+    missing = any(Cell(text=MISSING) in row for grid in summary_grids(entries) for row in grid.rows)
+    return list(meanings(entries, (result for entry in entries for result in entry.results), missing=missing))
+
+
+def accuracies(entries: Sequence[Entry]) -> Section:
+    """Return the section of every accuracy under every attack, variant by variant."""
     left_out = sorted({measured(r) for e in entries for r in e.results if r.protocol in NOT_DEPLOYED})
     remarks = legend(entries)
     if left_out:
         remarks.append(f"Not in this table, as they say nothing about a deployed variant alone: {'; '.join(left_out)}.")
-    grids = tuple(summary_grids(entries))
     return Section(
-        key="summary",
-        title="Summary",
+        key="accuracies",
+        title="Every accuracy side by side",
         intro="The share of test images that is answered correctly: as they are (clean), and after an attack that may "
         "move each pixel by ε (1 is black to white). Small print: the 95 % interval in per cent. Compare within a "
         "column, and only on equal terms. Passes are forward passes per image, the cost relative to one path.",
-        exhibits=(Exhibit(grids=grids, remarks=tuple(remarks)),),
+        exhibits=(Exhibit(grids=tuple(summary_grids(entries)), remarks=tuple(remarks)),),
     )
