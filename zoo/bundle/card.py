@@ -161,11 +161,25 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """The scale at which a method was published."""
+
+    recipe: str
+    network: str
+    epochs: tuple[int, ...]
+    """Of each phase."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
     """Where the weights come from."""
 
     recipe: Mapping[str, Any]
     """The resolved recipe, free-form JSON."""
+    overrides: tuple[str, ...] | None = None
+    """What `--set` changed in the recipe of that name, such as "seed=7"; None where no recipe makes this."""
+    published: Published | None = None
+    """None where no recipe of the published scale is known."""
     seed: int
     commit: str
     versions: Mapping[str, str]
@@ -177,6 +191,13 @@ class Training:
 
     def __post_init__(self) -> None:
         _expect_date("training.date", self.date)
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """The epochs of each phase of the recipe; empty if it does not say."""
+        phases = self.recipe.get("phases")
+        found = [phase.get("epochs") for phase in phases if isinstance(phase, dict)] if isinstance(phases, list) else []
+        return tuple(epochs for epochs in found if isinstance(epochs, int))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
