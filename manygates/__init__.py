@@ -148,10 +148,10 @@ def _recipes() -> dict[str, dict[str, Any]]:
 
 def _show(arguments: argparse.Namespace) -> int:
     from zoo.bundle.readme import model_card
+    from zoo.bundle.wording import printable
     from zoo.errors import BadInput
     from zoo.hub import catalog
     from zoo.hub.source import HUB_PREFIX, LOCAL_PREFIX, pin, resolve
-    from zoo.bundle.wording import printable
 
     unbundled = None
     try:
@@ -673,11 +673,10 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.zoo:
         if arguments.models:
             raise BadInput(f"--zoo draws every model, so leave {arguments.models[0]!r} out; or leave --zoo out")
-        from zoo.hub.catalog import cards, load
+        from zoo.hub.catalog import cards
         from zoo.report.leaderboard import write_leaderboard
 
-        trained = {entry.name: entry.trained for entry in load(_say)}
-        figures = write_leaderboard(cards(), arguments.out, trained=trained)
+        figures = write_leaderboard(cards(), arguments.out)
         _say(f"the leaderboard is in {arguments.out}; figures: {', '.join(map(str, figures)) or 'none'}")
         return DONE
     if not arguments.models:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from zoo.bundle.wording import eps_text, plain
 from zoo.errors import BadInput, UnknownName
 from zoo.hub.catalog import AUTOATTACK, FAILED, NOT_LINTED, TRANSFER, WHITEBOX, Entry, Measured, eps_shown
-from zoo.bundle.wording import eps_text, plain
 
 KINDS = {"whitebox": WHITEBOX, "transfer": TRANSFER, "autoattack": AUTOATTACK}
 """What `sort` can name beside "name", "method" and "clean"; each may be followed by ":EPS"."""

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from zoo.bundle.card import Result
 from zoo.bundle import wording
+from zoo.bundle.card import Result
+from zoo.bundle.wording import FAILED, MISSING, SUSPECT, UNLESS, measured, terms
 from zoo.report.document import Cell, Exhibit, Grid, Section, grid
 from zoo.report.entries import Entry
-from zoo.bundle.wording import FAILED, MISSING, SUSPECT, UNLESS, measured, terms
 
 NOT_DEPLOYED = ("transfer-matrix", "diversity")
 """Their accuracies are of pairs of paths, on images that all answer: not what a deployed variant answers correctly."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from zoo.bundle import findings, wording
 from zoo.bundle.wording import MISSING, capital, measured_at, number, plural, terms

@@ -45,14 +45,18 @@ def compared_tables(found: Sequence[Found], figure: Figures) -> list[Section]:
             title="Black-box attacks by surrogate",
             intro="On which surrogate the transferred images were made. An image counts only if all of its versions "
             "are answered correctly.",
-            exhibits=tuple(_by_category(context, group, figure, last=True) for context, group in grouped(found, "sources")),
+            exhibits=tuple(
+                _by_category(context, group, figure, last=True) for context, group in grouped(found, "sources")
+            ),
         ),
         Section(
             key="attacks",
             title="Attack by attack",
             intro="What each attack alone leaves. The accuracy of all of them takes for every image the attack that "
             "served it worst, so it is at most the smallest of these.",
-            exhibits=tuple(_by_category(context, group, figure, last=False) for context, group in grouped(found, "attacks")),
+            exhibits=tuple(
+                _by_category(context, group, figure, last=False) for context, group in grouped(found, "attacks")
+            ),
         ),
     ]
 
@@ -154,7 +158,7 @@ def _corruptions(context: str, group: list[Found], figure: Figures) -> Exhibit:
 
 
 def _by_category(context: str, group: list[Found], figure: Figures, *, last: bool) -> Exhibit:
-    """Show one column of tables row by row, the first or the last; of a table with one row all columns, unless `last`."""
+    """Show the first or last column of tables, row by row; of a table with one row, its columns unless `last`."""
     title, kind = capital(context), group[0].table.name
     shown: list[dict[str, float | None]] = []
     drawn, whole = [], []

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from zoo.bundle.wording import percent, slug
 from zoo.report.drawings import Drawing
 
+_BESIDE = 8
+"""A table of more columns stands below its figure instead of beside it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -43,6 +46,11 @@ class Grid:
     headings: int = 1
     folded: bool = False
     """Whether it is long and of use to few, so that it may be shown on demand."""
+
+    @property
+    def wide(self) -> bool:
+        """Whether it has more columns than there is room for beside a figure."""
+        return len(self.header) > _BESIDE
 
 
 def grid(
@@ -93,9 +101,7 @@ class Figures:
             drawing: what to draw.
         """
         self._names.append(slug(name, self._names))
-        return Picture(
-            name=self._names[-1], alt=f"{shown}; its numbers are in the table beside it.", drawing=drawing
-        )
+        return Picture(name=self._names[-1], alt=f"{shown}; its numbers are in the table beside it.", drawing=drawing)
 
 
 @dataclass(frozen=True, kw_only=True)

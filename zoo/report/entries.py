@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from zoo.bundle import findings
 from zoo.bundle.card import INT8, MEASURED_VARIANTS, VARIANTS, Card, Lint, Result
+from zoo.bundle.wording import SUSPECT, slug
 from zoo.report.document import Cell
 from zoo.report.drawings import Style
-from zoo.bundle.wording import SUSPECT, slug
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,11 @@ class Found:
         rows, columns = self.labels
         heads = [name if name == row else f"{row}: {name}" for name, row in zip(self.table.rows, rows, strict=True)]
         digits = wording.digits_for(self.result.images)
-        show = (lambda value: share(value, digits)) if self.shares else (lambda value: Cell(text=number(value), value=value))
+        show = (
+            (lambda value: share(value, digits))
+            if self.shares
+            else (lambda value: Cell(text=number(value), value=value))
+        )
         return grid(
             f"{self.title} ({self.table.name})",
             (f"{self.table.row_axis} \\ {self.table.column_axis}", *columns),

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 
 from zoo.bundle.card import Card
+from zoo.bundle.wording import capital, plain
 from zoo.errors import BadInput
+from zoo.report.accuracies import legend, summary_grids
 from zoo.report.document import Cell, Exhibit, Grid, Report
 from zoo.report.entries import entries_of
-from zoo.report.summary import legend, summary_grids
-from zoo.bundle.wording import capital, plain
 
 
 def markdown_table(cards: Sequence[Card]) -> str:
@@ -37,7 +37,7 @@ def markdown_table(cards: Sequence[Card]) -> str:
 def markdown_of(report: Report) -> str:
     """Return a whole report as Markdown; its figures are the files in `figures/`."""
     blocks = [f"# {escaped(report.title)}", escaped(report.subtitle)]
-    for section in report.sections:
+    for section in (report.overview, *report.folded):
         blocks.append(f"## {escaped(section.title)}")
         blocks += [escaped(section.intro)] if section.intro else []
         for exhibit in section.exhibits:
@@ -46,6 +46,8 @@ def markdown_of(report: Report) -> str:
 
 
 def _exhibit(exhibit: Exhibit) -> Iterator[str]:
+    if exhibit.claims:
+        yield "\n".join(f"- **{escaped(claim.subject)}** {escaped(claim.text)}" for claim in exhibit.claims)
     if exhibit.title:
         yield f"### {escaped(exhibit.title)}"
     if exhibit.picture is not None:

@@ -12,8 +12,17 @@ from fractions import Fraction
 
 from zoo.bundle import wording
 from zoo.bundle.card import INT8, VARIANTS, Result
+from zoo.bundle.headline import (
+    AUTOATTACK,
+    CLEAN,
+    TRANSFER,
+    WHITEBOX,
+    accuracy_of,
+    eps_shown,
+    main_variant,
+    measured_eps,
+)
 from zoo.bundle.wording import MISSING, eps_text
-from zoo.hub.catalog import AUTOATTACK, TRANSFER, WHITEBOX, eps_shown, main_variant
 from zoo.report.accuracies import accuracy_cell, meanings
 from zoo.report.document import Cell
 from zoo.report.drawings import Lines, Series, Style
@@ -36,9 +45,8 @@ class Columns:
     """What most of the numbers call it: tells sets of transferred images apart."""
 
     def of(self, entry: Entry, eps: Fraction) -> Result | None:
-        """Return the l_inf accuracy of a variant at one radius: the one on most images, and of these the lowest."""
-        found = (result for result in _linf(entry, self.protocols) if Fraction(result.eps_fraction) == eps)
-        return min(found, key=lambda result: (-result.images, result.accuracy), default=None)
+        """Return the l_inf accuracy that stands for a variant at one radius."""
+        return accuracy_of(entry.card, self.protocols, eps, variant=entry.variant)
 
     def mark(self, result: Result) -> str:
         """Return the mark of a number that is not what most of the column is."""
@@ -67,7 +75,7 @@ class Standing:
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         every = [entry for entry in entries if not entry.variant.endswith(INT8)]
-        self.clean = _columns("clean", ("clean",), every, (Fraction(0),))
+        self.clean = _columns("clean", CLEAN, every, (Fraction(0),))
         groups = (("white-box", WHITEBOX), ("transfer", TRANSFER), ("AutoAttack", AUTOATTACK))
         self.attacks = [found for title, protocols in groups if (found := _columns(title, protocols, every)).eps]
         self.key = self._key(every)
@@ -133,9 +141,9 @@ class Standing:
         """Return white-box accuracy against eps of each model's main variant; None without a line of two points."""
         series, places = [], {Fraction(0)}
         for entry in self.rows:
-            at = {Fraction(result.eps_fraction) for result in _linf(entry, WHITEBOX)}
-            whitebox = self.attacks[0] if at else self.clean
-            known = [self.clean.of(entry, Fraction(0)), *(whitebox.of(entry, eps) for eps in sorted(at))]
+            at = set(measured_eps(entry.card, WHITEBOX, variant=entry.variant))
+            points = [(CLEAN, Fraction(0)), *((WHITEBOX, eps) for eps in sorted(at))]
+            known = (accuracy_of(entry.card, which, eps, variant=entry.variant) for which, eps in points)
             results = [result for result in known if result is not None]
             if entry.variant != main_variant(entry.card) or not at or len(results) < 2:
                 continue
@@ -153,16 +161,12 @@ class Standing:
         return Lines(axis=f"ε ({wording.norm('linf')})", ticks=ticks, series=tuple(series)) if series else None
 
 
-def _linf(entry: Entry, protocols: Sequence[str]) -> list[Result]:
-    return [result for result in entry.results if result.protocol in protocols and result.norm == "linf"]
-
-
 def _columns(
     title: str, protocols: tuple[str, ...], entries: Sequence[Entry], eps: tuple[Fraction, ...] | None = None
 ) -> Columns:
     """Return the columns of an attack; `eps` None chooses the radii that are shown."""
-    every = [result for entry in entries for result in _linf(entry, protocols)]
-    places = tuple(eps_shown(Fraction(result.eps_fraction) for result in every)) if eps is None else eps
+    every = (eps for entry in entries for eps in measured_eps(entry.card, protocols, variant=entry.variant))
+    places = tuple(eps_shown(every)) if eps is None else eps
     columns = Columns(title=title, protocols=protocols, eps=places, usual="", attack="")
     found = [columns.of(entry, place) for entry in entries for place in places]
     shown = [result for result in found if result is not None and result.protocol == protocols[0]]

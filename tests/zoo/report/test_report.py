@@ -14,6 +14,7 @@ import pytest
 
 import zoo.report
 from zoo.bundle.card import Architecture, Card, Check, Finding, Lint, Paths, Result, Table
+from zoo.bundle.wording import accuracy, apart, plain, slug, terms, usual_terms
 from zoo.errors import BadInput
 from zoo.report import check_report_target, markdown_table, write_report
 from zoo.report.content import report_of
@@ -33,7 +34,6 @@ from zoo.report.figures import (
     Style,
     render,
 )
-from zoo.bundle.wording import accuracy, apart, plain, slug, terms, usual_terms
 
 pytest.importorskip("matplotlib", reason="the figures of a report need manygates[report]")
 
