@@ -197,7 +197,7 @@ def accuracies(entries: Sequence[Entry]) -> Section:
         remarks.append(f"Not in this table, as they say nothing about a deployed variant alone: {'; '.join(left_out)}.")
     return Section(
         key="accuracies",
-        title="Every accuracy side by side",
+        title="Every accuracy",
         intro="The share of test images that is answered correctly: as they are (clean), and after an attack that may "
         "move each pixel by ε (1 is black to white). Small print: the 95 % interval in per cent. Compare within a "
         "column, and only on equal terms. Passes are forward passes per image, the cost relative to one path.",

@@ -24,8 +24,10 @@ _LARGE_MATRIX = 64
 def variant_section(entry: Entry, figure: Figures) -> Section:
     """Return everything that is known of one variant and compared nowhere else."""
     found = tables_of([entry])
-    exhibits = [*_findings(entry), *_results(entry), *(exhibit for each in found for exhibit in _table(each, figure))]
-    return Section(key=entry.key, title=entry.name, exhibits=(*exhibits, *_commands(entry)))
+    tables = (exhibit for each in found for exhibit in _table(each, figure))
+    exhibits = (*_findings(entry), *_results(entry), *tables, *_commands(entry))
+    nothing = Exhibit(remarks=("Nothing was measured of this variant yet.",))
+    return Section(key=entry.key, title=entry.name, exhibits=exhibits or (nothing,))
 
 
 def _findings(entry: Entry) -> Iterator[Exhibit]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from zoo.bundle import wording
 from zoo.bundle.wording import capital, only, plural, terms_remark
-from zoo.report.document import Cell, Exhibit, Figures, Grid, Section, grid, share
+from zoo.report.document import Cell, Exhibit, Figures, Grid, Row, Section, grid, share
 from zoo.report.drawings import Bars, Lines, Series, Spread, Style
 from zoo.report.found import Found, grouped, labels_of, positions, remarks_of
 
@@ -66,7 +66,8 @@ def _curves(context: str, group: list[Found], figure: Figures) -> Exhibit:
     places = _steps_scale(names)
     ordered = sorted(names, key=lambda name: places[name])
     common = only(row for found in group for row in found.table.rows)
-    series, rows = [], []
+    series: list[Series] = []
+    rows: list[Row] = []
     for found, label_of in zip(group, labels_of(group), strict=True):
         for index, (row, values) in enumerate(zip(found.table.rows, found.values, strict=True)):
             known = dict(zip(found.table.columns, values, strict=True))
@@ -106,7 +107,8 @@ def _spreads(found: Sequence[Found], figure: Figures) -> Iterable[Exhibit]:
 
 def _spread(title: str, column: str, group: list[Found], figure: Figures) -> Exhibit:
     usual = wording.usual_terms(found.result for found in group)
-    series, rows = [], []
+    series: list[Series] = []
+    rows: list[Row] = []
     for found in group:
         at = found.table.columns.index(column)
         values = tuple(row[at] for row in found.values)
@@ -194,7 +196,7 @@ def _comparison(caption: str, corner: str, categories: Sequence[str], series: Se
     if len(categories) <= _SHORT_LIST:
         return grid(caption, ("Model", *categories), ((each.label, *map(share, each.values)) for each in series))
     columns = zip(*(each.values for each in series), strict=True)
-    rows = ((name, *map(share, values)) for name, values in zip(categories, columns, strict=True))
+    rows: list[Row] = [(name, *map(share, values)) for name, values in zip(categories, columns, strict=True)]
     return grid(caption, (corner, *(each.label for each in series)), rows)
 
 

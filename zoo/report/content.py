@@ -33,7 +33,6 @@ def report_of(cards: Sequence[Card], *, title: str) -> Report:
         trust(entries),
         models(entries),
     ]
-    alone = [variant_section(entry, figure) for entry in entries]
     number = len({entry.model for entry in entries})
     results = [result for entry in entries for result in entry.results]
     dates = sorted({result.date for result in results})
@@ -44,5 +43,5 @@ def report_of(cards: Sequence[Card], *, title: str) -> Report:
         f"{plural(len(results), 'result')}{when}",
         overview=first,
         compared=tuple(section for section in compared if section.exhibits),
-        alone=tuple(section for section in alone if section.exhibits),
+        alone=tuple(variant_section(entry, figure) for entry in entries),
     )

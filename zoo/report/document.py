@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from zoo.bundle.wording import percent, slug
@@ -53,10 +53,14 @@ class Grid:
         return len(self.header) > _BESIDE
 
 
+Row = tuple[str | Cell, ...]
+"""The cells of one row of a table, where a text stands for a cell of that text."""
+
+
 def grid(
     caption: str,
-    header: Iterable[str | Cell],
-    rows: Iterable[Iterable[str | Cell]],
+    header: Sequence[str | Cell],
+    rows: Iterable[Sequence[str | Cell]],
     *,
     groups: Iterable[Cell] = (),
     headings: int = 1,

@@ -11,7 +11,7 @@ from zoo.bundle.card import Result
 from zoo.bundle.headline import headline
 from zoo.bundle.wording import MISSING, SUSPECT, eps_text, measured
 from zoo.report.accuracies import held
-from zoo.report.document import Cell, Claim, Exhibit, Figures, Grid, Section, grid
+from zoo.report.document import Cell, Claim, Exhibit, Figures, Grid, Row, Section, grid
 from zoo.report.entries import Entry
 from zoo.report.standing import Place, Standing
 
@@ -67,16 +67,17 @@ def _claims(standing: Standing, entries: Sequence[Entry]) -> Iterator[Claim]:
 
 
 def _accuracies(entry: Entry, clean: Result | None, robust: Result | None) -> str:
+    if clean is None and robust is None:
+        return "has not been measured yet"
     said = []
     if clean is not None:
-        said.append(f"{wording.accuracy(clean)} of clean images")
-    if robust is not None:
-        eps = eps_text(Fraction(robust.eps_fraction))
-        said.append(f"{wording.accuracy(robust)} ({wording.interval(robust)}) under {measured(robust)} at ε {eps}")
-    if not said:
-        return "has not been measured yet"
-    which = "" if entry.said == "the network" else f"({entry.said}) "
-    return f"{which}answers correctly {' and '.join(said)}" + ("" if robust else "; it was not attacked yet")
+        said.append(f"answers {wording.accuracy(clean)} of clean images correctly")
+    if robust is None:
+        said.append("was not attacked yet")
+    else:
+        share, eps = wording.accuracy(robust), eps_text(Fraction(robust.eps_fraction))
+        said.append(f"{share} ({wording.interval(robust)}) under {measured(robust)} at ε {eps}")
+    return ("" if entry.said == "the network" else f"({entry.said}) ") + " and ".join(said)
 
 
 def _trust(entry: Entry, robust: Result | None) -> str:
@@ -96,7 +97,7 @@ def _places(standing: Standing) -> list[Place]:
 
 def _table(standing: Standing, places: Sequence[Place], dataset: str) -> Grid:
     header = ("Model", "Variant", "passes", "clean", *(f"{attack.title}, ε {eps_text(eps)}" for attack, eps in places))
-    rows = (
+    rows: list[Row] = [
         (
             entry.model,
             Cell(text=entry.variant, detail=entry.said, link=entry.key),
@@ -106,5 +107,5 @@ def _table(standing: Standing, places: Sequence[Place], dataset: str) -> Grid:
             entry.verdict,
         )
         for entry in standing.rows
-    )
+    ]
     return grid(f"How the models stand on {dataset}", (*header, "linter"), rows, headings=2)

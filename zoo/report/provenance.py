@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from zoo.bundle import findings
 from zoo.bundle.card import Card
 from zoo.bundle.wording import MISSING, measured_at, plural
-from zoo.report.document import Cell, Exhibit, Section, grid
+from zoo.report.document import Cell, Exhibit, Row, Section, grid
 from zoo.report.entries import Entry
 
 
@@ -48,12 +48,11 @@ def _side_by_side(linted: Sequence[Entry]) -> Exhibit:
         if entry.lint is not None
     ]
     questions = dict.fromkeys(question for known in verdicts for question in known)
-    rows = (
-        (*question, *(Cell(text=said, tone=findings.TONES.get(said, "")) for said in told))
-        for question in questions
-        if (told := [known.get(question, MISSING) for known in verdicts])
-    )
-    header = ("Code", "Question", *(Cell(text=entry.name, link=entry.key) for entry in linted))
+    rows: list[Row] = []
+    for question in questions:
+        told = [known.get(question, MISSING) for known in verdicts]
+        rows.append((*question, *(Cell(text=said, tone=findings.TONES.get(said, "")) for said in told)))
+    header: Row = ("Code", "Question", *(Cell(text=entry.name, link=entry.key) for entry in linted))
     title = "Verdicts side by side"
     return Exhibit(title=title, grids=(grid(title, header, rows, headings=2),))
 

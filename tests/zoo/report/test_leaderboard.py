@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 
 import manygates
-from zoo.bundle.card import Card, Check, Finding, Lint, Paths, Result
+from zoo.bundle.card import Card, Check, Finding, Lint, Paths, Published, Result
 from zoo.errors import BadInput
-from zoo.hub import catalog
 from zoo.hub import source as catalogue
-from zoo.hub.catalog import Published, Trained
 from zoo.report.leaderboard import BEGIN, END, write_leaderboard
 
 pytest.importorskip("matplotlib", reason="needs the extra [report]")
@@ -92,8 +90,8 @@ def named(page: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def write(tmp_path: Path, *cards: Card, **options: Any) -> str:
-    write_leaderboard(cards, tmp_path / "zoo.md", **options)
+def write(tmp_path: Path, *cards: Card) -> str:
+    write_leaderboard(cards, tmp_path / "zoo.md")
     return (tmp_path / "zoo.md").read_text(encoding="utf-8")
 
 
@@ -219,19 +217,12 @@ def test_variants_are_named_by_what_they_are(tmp_path: Path) -> None:
 
 
 def test_how_long_was_trained_stands_against_the_published_time(tmp_path: Path) -> None:
-    run = replace(GOLDEN.training, recipe={"phases": [{"epochs": 1}, {"epochs": 18}]})
-    known = Trained(
-        summary="",
-        recipe="",
-        epochs=(1, 18),
-        published=Published(recipe="r", network="resnet20", epochs=(200, 200)),
-        seed=0,
-        date="2026-11-21",
-    )
-    assert known.published is not None
-    elsewhere = replace(known, published=replace(known.published, network="preact_resnet18", epochs=(200,)))
-    cards = [card(name, training=run) for name in ("same", "elsewhere", "unknown")]
-    rows = named(write(tmp_path, *cards, trained={"same": known, "elsewhere": elsewhere}))
+    run = replace(GOLDEN.training, recipe={"phases": [{"epochs": 1}, {"epochs": 18}]}, published=None)
+    same = Published(recipe="r", network=GOLDEN.architecture.name, epochs=(200, 200))
+    elsewhere = replace(same, network="preact_resnet18", epochs=(200,))
+    scales = {"same": same, "elsewhere": elsewhere, "unknown": None}
+    cards = [card(name, training=replace(run, published=scale)) for name, scale in scales.items()]
+    rows = named(write(tmp_path, *cards))
     assert rows["same the network"]["trained"] == "1 + 18 epochs of 200 + 200"
     assert rows["elsewhere the network"]["trained"] == "1 + 18 epochs (published: 200, preact_resnet18)"
     assert rows["unknown the network"]["trained"] == "1 + 18 epochs"
@@ -311,4 +302,3 @@ def test_cards_that_are_not_bundled_are_compared_too(tmp_path: Path, monkeypatch
     place.write_text(card("unbundled").to_json(), encoding="utf-8")
     assert manygates.main(["report", "--zoo", "--out", str(tmp_path / "zoo.md")]) == 0
     assert "unbundled" in (tmp_path / "zoo.md").read_text(encoding="utf-8")
-    assert [found.name for found in catalog.cards()] == ["unbundled"]
