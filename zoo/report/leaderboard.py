@@ -64,22 +64,27 @@ def write_leaderboard(cards: Sequence[Card], file: Path) -> list[Path]:
         raise BadInput(f"{file} lacks one {BEGIN} with one {END} behind it; put them where the leaderboard belongs")
     before, _, rest = page.partition(BEGIN)
     old, _, after = rest.partition(END)
+    new, pictures = leaderboard_of(cards)
+    with needs_extra("the leaderboard"):
+        drawn = {
+            f"{picture.name}.svg": render(picture.drawing, name=picture.name, title=title, alt=picture.alt).svg
+            for title, picture in pictures
+        }
+    folder = file.parent / FIGURES_DIR
+    _write(file, f"{before}{BEGIN}\n{new}\n{END}{after}", folder, drawn)
+    for name in set(re.findall(rf"\({FIGURES_DIR}/({PREFIX}[a-z0-9-]+\.svg)\)", old)) - set(drawn):
+        (folder / name).unlink(missing_ok=True)
+    return [folder / name for name in drawn]
+
+
+def leaderboard_of(cards: Sequence[Card]) -> tuple[str, list[tuple[str, Picture]]]:
+    """Return the comparison of all cards as Markdown, and its figures with their titles."""
     boards = [
         _Board([card for card in cards if card.dataset == dataset], dataset)
         for dataset in sorted({card.dataset for card in cards})
     ]
     blocks = [block for board in boards for block in board.blocks()]
-    with needs_extra("the leaderboard"):
-        drawn = {
-            f"{picture.name}.svg": render(picture.drawing, name=picture.name, title=title, alt=picture.alt).svg
-            for board in boards
-            for title, picture in board.pictures
-        }
-    folder = file.parent / FIGURES_DIR
-    _write(file, f"{before}{BEGIN}\n" + "\n\n".join(blocks) + f"\n{END}{after}", folder, drawn)
-    for name in set(re.findall(rf"\({FIGURES_DIR}/({PREFIX}[a-z0-9-]+\.svg)\)", old)) - set(drawn):
-        (folder / name).unlink(missing_ok=True)
-    return [folder / name for name in drawn]
+    return "\n\n".join(blocks), [picture for board in boards for picture in board.pictures]
 
 
 def _write(file: Path, page: str, folder: Path, drawn: dict[str, bytes]) -> None:

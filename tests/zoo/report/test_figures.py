@@ -12,7 +12,7 @@ from zoo.report.figures import render
 pytest.importorskip("matplotlib", reason="the figures of a report need manygates[report]")
 
 
-@pytest.mark.parametrize("number", [1, 3, 9])
+@pytest.mark.parametrize("number", [3, 9])
 def test_figures_of_few_and_many_series_are_drawn_without_a_warning(number: int) -> None:
     series = tuple(
         Series(

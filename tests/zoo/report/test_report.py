@@ -753,6 +753,7 @@ def test_the_page_s_light_scheme_has_the_colours_of_the_files() -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}; `apt-get install chromium` on Debian")
 def test_a_browser_shows_the_page_at_any_width_and_in_both_schemes(written: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
