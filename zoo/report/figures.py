@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoo.bundle.wording import plain
+from zoo.errors import BadInput
 from zoo.report.axes import draw, height, wrapped
 from zoo.report.drawings import GRID, INK, MUTED, PAGE, VARIABLES, Drawing
 
@@ -55,6 +56,24 @@ def render(drawing: Drawing, *, name: str, title: str, alt: str) -> Rendered:
         below = _title_height(figure)
         png = _saved(figure, format="png", dpi=144, metadata={"Software": None})
     return Rendered(svg=svg, png=png, inline=_inline(svg, name=name, title=title, alt=alt, below=below))
+
+
+@contextmanager
+def needs_extra(what: str) -> Iterator[None]:
+    """Turn a missing package of the extra `report` into advice.
+
+    Args:
+        what: needs it, as the subject of a sentence.
+
+    Raises:
+        BadInput: matplotlib or jinja2 is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "jinja2"):
+            raise
+        raise BadInput(f"{what} needs {error.name}, which is not installed; pip install 'manygates[report]'") from error
 
 
 @contextmanager
