@@ -153,6 +153,13 @@ def int8_file(variant: str) -> str:
     return f"{variant}.int8.onnx"
 
 
+def variants_in(card: Card, precision: str) -> tuple[str, ...]:
+    """Return the variants that have a graph in a precision, "fp32" or "int8"."""
+    if precision == "fp32":
+        return card.variants
+    return () if card.int8 is None else card.int8.variants
+
+
 def write_bundle(folder: Path | str, card: Card, files: Mapping[str, bytes | Path | str]) -> Bundle:
     """Write a bundle, replacing the one that `folder` held in one step.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import manygates
+from manygates.commands.evaluate import PROTOCOLS
 from zoo import evaluation, networks
 from zoo.attacks.autoattack import ATTACKS, AutoAttackResult
 from zoo.bundle.bundle import Bundle, record_results, write_bundle
@@ -841,7 +841,7 @@ def test_a_network_with_one_exit_has_no_exits_to_compare(linear: Bundle) -> None
 
 
 def test_the_command_line_names_the_protocols_there_are() -> None:
-    assert set(manygates.PROTOCOLS) == set(evaluation.PROTOCOLS)
+    assert set(PROTOCOLS) == set(evaluation.PROTOCOLS)
 
 
 # --- the linter on a bundle ---
