@@ -20,7 +20,7 @@ VARIANTS: Final[tuple[Variant, ...]] = get_args(Variant)
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 DEVICES: Final[tuple[Device, ...]] = get_args(Device)
-VARIANT_OF_MODE: Final[dict[Mode, Variant]] = {"single": "single", "ensemble": "ensemble", "random": "gated"}
+VARIANT_OF_MODE: Final[dict[str, Variant]] = {"single": "single", "ensemble": "ensemble", "random": "gated"}
 
 INT8: Final = "-int8"
 """What the variant of a result or a lint ends in if it was measured on the int8 graph: "single-int8"."""

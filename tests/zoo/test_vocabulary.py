@@ -1,21 +1,7 @@
-import re
-import tomllib
-from pathlib import Path
-
 import pytest
 
-import manygates
 from zoo import evaluation, vocabulary
 from zoo.attacks.registry import ATTACKS
-
-ROOT = Path(__file__).parents[2]
-
-
-def test_there_is_one_version() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    image = re.search(r'image\.version="([^"]*)"', (ROOT / "Dockerfile").read_text(encoding="utf-8"))
-    assert image is not None
-    assert (vocabulary.VERSION, project, image[1]) == (manygates.__version__,) * 3
 
 
 def test_every_protocol_and_attack_that_is_named_has_its_code() -> None:

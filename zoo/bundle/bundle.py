@@ -168,6 +168,13 @@ def int8_file(variant: str) -> str:
     return f"{variant}.int8.onnx"
 
 
+def variants_in(card: Card, precision: str) -> tuple[str, ...]:
+    """Return the variants that have a graph in a precision, "fp32" or "int8"."""
+    if precision == "fp32":
+        return card.variants
+    return () if card.int8 is None else card.int8.variants
+
+
 def _described(card: Card) -> dict[str, str]:
     """Return the text of the files that say what the others are."""
     return {CARD_FILE: card.to_json(), README_FILE: model_card(card)}

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from zoo.bundle import findings
 from zoo.bundle.card import Card, Int8, Result, Table
 from zoo.bundle.headline import headline
 from zoo.vocabulary import INT8
@@ -143,19 +144,9 @@ def _lint(card: Card) -> str:
     said = []
     for variant in (*card.variants, *(f"{variant}{INT8}" for variant in (card.int8.variants if card.int8 else ()))):
         lint = lints.get(variant)
-        if lint is None:
-            said.append(f"- `{variant}`: the robustness linter has not looked at it")
-        elif not lint.alarms:
-            asked = sum(finding.verdict != "skipped" for finding in lint.findings)
-            said.append(
-                f"- `{variant}`: passed the robustness linter ({asked} checks on {lint.images} images, {lint.date})"
-            )
-        else:
-            said.append(f"- `{variant}`: **failed the robustness linter; its numbers may flatter it**")
-            said += [
-                f"  - {finding.code} {_cell(finding.name)}: {_cell(finding.figure)}. {_cell(finding.meaning)}"
-                for finding in lint.alarms
-            ]
+        text = findings.sentence(lint)
+        said.append(f"- `{variant}`: " + (f"**{text}**" if lint and lint.alarms else text))
+        said += [f"  - {_cell(findings.explained(finding))}" for finding in (lint.alarms if lint else ())]
     return "\n".join(said)
 
 

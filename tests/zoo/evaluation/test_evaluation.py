@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import manygates
 from zoo import evaluation, networks
 from zoo.attacks.autoattack import ATTACKS, AutoAttackResult
 from zoo.bundle.bundle import Bundle, write_bundle
@@ -838,10 +837,6 @@ def test_a_random_model_given_to_a_deterministic_protocol_is_refused(tmp_path: P
 def test_a_network_with_one_exit_has_no_exits_to_compare(linear: Bundle) -> None:
     with pytest.raises(BadInput, match="has one exit; the protocol exits is for multi-exit networks"):
         evaluate(linear, Request(protocol="exits", images=20))
-
-
-def test_the_command_line_names_the_protocols_there_are() -> None:
-    assert set(manygates.PROTOCOLS) == set(evaluation.PROTOCOLS)
 
 
 # --- the linter on a bundle ---
