@@ -27,10 +27,10 @@ from serving.scheduling.service import Model, Service
 from zoo.bundle.bundle import CARD_FILE
 from zoo.errors import BadInput, BundleError, ManygatesError
 from zoo.hub.source import LOCAL_PREFIX, find, resolve
+from zoo.vocabulary import NAME
 
 logger = logging.getLogger("manygates.serving")
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
 _MOMENT: Final = 0.1  # seconds; a bundle is replaced by two renames
 
@@ -328,7 +328,7 @@ class Repository:
             return True
         try:
             identity = self._folder.stat()
-            places = [place for place in sorted(self._folder.iterdir()) if _NAME.fullmatch(place.name)]
+            places = [place for place in sorted(self._folder.iterdir()) if NAME.fullmatch(place.name)]
         except OSError as error:
             return self._note_away(error.strerror or str(error))
         known = {entry.settings.source for entry in self._entries}
