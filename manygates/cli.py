@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from manygates import __version__
 from manygates.output import DONE, INTERRUPTED, WRONG, say
 
 _PACKAGES = ("zoo", "training", "serving")
@@ -25,13 +24,14 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     """
     from manygates.arguments import Parser
     from manygates.commands import attack, evaluate, export, models, report, serve, train
+    from zoo.vocabulary import VERSION
 
     root = Parser(
         prog="manygates",
         description="Adversarially robust image classifiers built on random gated networks.",
         epilog="MODEL: a catalogue name, local-dir:PATH or hf-hub:org/name[@revision]. RUN: a training run's folder.",
     )
-    root.add_argument("--version", action="version", version=f"manygates {__version__}")
+    root.add_argument("--version", action="version", version=f"manygates {VERSION}")
     subparsers = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for family in (models, train, export, evaluate, report, attack, serve):
         for name, added in family.COMMANDS.items():

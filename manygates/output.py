@@ -26,7 +26,7 @@ def print_json(document: object) -> None:
 
 def print_foreign(text: str) -> None:
     """Print text that others may have written; what would control the terminal is replaced."""
-    from zoo.report.wording import printable
+    from zoo.bundle.wording import printable
 
     print(printable(text))
 
@@ -52,7 +52,6 @@ def print_result(result: Result) -> None:
 
 def print_finding(finding: Finding) -> None:
     """Print what the linter found in one line; an alarm's meaning below it."""
-    verdict = "ALARM" if finding.verdict == "alarm" else finding.verdict
-    print(f"  {verdict:<8}{finding.code:<4}{finding.name}: {finding.figure}", flush=True)
-    if finding.verdict == "alarm":
-        print(f"{'':<14}{finding.meaning}", flush=True)
+    from zoo.bundle import findings
+
+    print("  " + findings.line(finding).replace("\n", "\n  "), flush=True)

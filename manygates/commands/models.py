@@ -1,4 +1,4 @@
-"""The models that there are: list, catalog, show, pull, push, verify."""
+"""The models that there are: list, show, pull, push, verify."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from manygates.arguments import PRECISIONS, Command, add_json, add_model
+from manygates.arguments import Command, add_json, add_model
 from manygates.output import DONE, NOT_HELD, print_check, print_foreign, print_json, say
 from zoo.errors import BadInput, ChecksumMismatch, MissingFile
+from zoo.vocabulary import PRECISIONS
 
 if TYPE_CHECKING:
-    from zoo.bundle.card import Card, Check
+    from zoo.bundle.card import Check
+    from zoo.hub.source import Found
 
 
 def _add_list(parser: argparse.ArgumentParser) -> None:
@@ -25,53 +27,28 @@ def _add_list(parser: argparse.ArgumentParser) -> None:
         metavar="BY",
         help="name (the default), method, clean, whitebox, transfer or autoattack; whitebox:8/255 names the radius",
     )
-    parser.add_argument("--hub", action="store_true", help="what is published on the hub now, instead")
+    parser.add_argument(
+        "--hub", action="store_true", help="what is published on the hub now, instead; `list` shows it too from then on"
+    )
     parser.add_argument("--author", metavar="ORG", help="with --hub: whose models")
     add_json(parser)
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from zoo.hub.catalog import load, on_the_hub
-    from zoo.hub.listing import documents, select, tables
+    from zoo.hub.listing import documents, on_the_hub, select, tables
+    from zoo.hub.source import keep_seen, known_models
 
     if arguments.author is not None and not arguments.hub:
         raise BadInput(f"--author {arguments.author} is for --hub, which asks the hub; `list` alone needs no network")
-    entries = on_the_hub(arguments.author) if arguments.hub else load(say)
-    found = select(entries, dataset=arguments.dataset, method=arguments.method, sort=arguments.sort)
+    models = on_the_hub(arguments.author) if arguments.hub else known_models(say)
+    if arguments.hub:
+        keep_seen(models, arguments.author)
+    found = select(models, dataset=arguments.dataset, method=arguments.method, sort=arguments.sort)
     if arguments.json:
         print_json(documents(found))
     else:
         print(tables(found), end="")
     return DONE
-
-
-def _add_catalog(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    build = actions.add_parser("build", help="write zoo/catalog.json from the cards in zoo/bundles and zoo/cards")
-    build.add_argument("--out", type=Path, metavar="FILE", help="another file than the package's")
-    refresh = actions.add_parser("refresh", help="keep what the hub's cards say in the cache, where `list` finds it")
-    refresh.add_argument("--author", metavar="ORG", help="whose models")
-
-
-def _catalog(arguments: argparse.Namespace) -> int:
-    from zoo.hub.catalog import CATALOG_FILE, build, package_dir, refresh, write
-
-    if arguments.action == "refresh":
-        file, entries = refresh(arguments.author)
-        say(f"{file} has what the hub's cards say now (models: {len(entries)}); `manygates list` shows them")
-        return DONE
-    file = arguments.out or package_dir() / CATALOG_FILE
-    entries = build(_recipes())
-    write(entries, file)
-    bundled = sum(entry.where.bundled for entry in entries)
-    say(f"{file} has what the cards say (models: {len(entries)}, bundled: {bundled})")
-    return DONE
-
-
-def _recipes() -> dict[str, dict[str, Any]]:
-    from training.recipes import RECIPES, recipe, resolved
-
-    return {name: resolved(recipe(name)) for name in RECIPES}
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
@@ -81,17 +58,19 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 def _show(arguments: argparse.Namespace) -> int:
     from zoo.bundle.readme import model_card
-    from zoo.hub import catalog
-    from zoo.hub.source import HUB_PREFIX, LOCAL_PREFIX, pin, resolve
+    from zoo.hub.source import HUB_PREFIX, LOCAL_PREFIX, find, known_model, resolve
 
-    unbundled = None
+    filed = None
     try:
         resolve(arguments.model)
     except BadInput:  # perhaps a model whose card alone comes with manygates
-        known = catalog.entry(arguments.model)
-        unbundled = known if known is not None and not known.where.bundled else None
-    filed = catalog.card_of(arguments.model) if unbundled is not None else None
-    source, card = (f"{LOCAL_PREFIX}models/{filed.name}", filed) if filed is not None else pin(arguments.model)
+        known = known_model(arguments.model)
+        filed = known if known is not None and not known.stranger else None
+    if filed is None:
+        found = find(arguments.model)
+        source, card = found.name, found.card
+    else:
+        source, card = f"{LOCAL_PREFIX}models/{filed.card.name}", filed.card
     on_hub = source.startswith(HUB_PREFIX)
     if arguments.json and on_hub:
         print_json({"source": source, **json.loads(card.to_json())})
@@ -102,8 +81,8 @@ def _show(arguments: argparse.Namespace) -> int:
         print_foreign(text.split("---\n", 2)[-1].strip())
         if on_hub:
             print(f"\nThis is {source}")
-        if filed is not None and unbundled is not None:
-            print(f"\nIt does not come with manygates: {unbundled.how_to_get()}")
+        if filed is not None:
+            print(f"\nIt does not come with manygates: {filed.how_to_get()}")
     return DONE
 
 
@@ -123,7 +102,7 @@ def _add_pull(parser: argparse.ArgumentParser) -> None:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    from zoo.hub.fetch import pull
+    from zoo.hub.pull import pull
 
     found = pull(arguments.model, variants=arguments.variant, precision=arguments.precision, out=arguments.out)
     if arguments.json:
@@ -152,7 +131,7 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> int:
-    from zoo.hub.hub import plan_push, push
+    from zoo.hub.push import plan_push, push
     from zoo.hub.source import HUB_PREFIX, resolve
 
     source = resolve(arguments.bundle)
@@ -183,31 +162,31 @@ def _push(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from zoo.hub.source import pin
+    from zoo.hub.source import find
 
-    source, card = pin(arguments.model)  # no bundle at all is bad input, not a failed check
-    checks, skipped = _checks(source, card)
+    found = find(arguments.model)  # no bundle at all is bad input, not a failed check
+    checks, skipped = _checks(found)
     held = all(check.held for check in checks)
     if arguments.json:
         rows = [{"name": check.name, "held": check.held, "detail": check.detail} for check in checks]
-        print_json({"model": source, "held": held, "checks": rows, "skipped": skipped})
+        print_json({"model": found.name, "held": held, "checks": rows, "skipped": skipped})
     else:
         for check in checks:
             print_check(check)
         if skipped:
             print(f"skip  {skipped}")
-        if source != arguments.model:
-            print(f"\nThis is {source}")
+        if found.name != arguments.model:
+            print(f"\nThis is {found.name}")
     return DONE if held else NOT_HELD
 
 
-def _checks(source: str, card: Card) -> tuple[list[Check], str]:
+def _checks(found: Found) -> tuple[list[Check], str]:
     """Check a bundle's files, and its graphs against its weights; also say why the graphs were not checked."""
     from zoo.bundle.card import Check
-    from zoo.hub.source import open_model
 
+    card = found.card
     try:
-        bundle = open_model(source, only=card.files)
+        bundle = found.open()
     except (ChecksumMismatch, MissingFile) as error:
         return [Check(name="checksums", held=False, detail=str(error))], ""
     checks = [Check(name="checksums", held=True, detail=f"{len(card.files)} files are what the card says")]
@@ -225,7 +204,6 @@ def _checks(source: str, card: Card) -> tuple[list[Check], str]:
 
 COMMANDS = {
     "list": Command("The models of the zoo with their measured numbers; needs no network.", _add_list, _list),
-    "catalog": Command("Write what `list` reads: from the package's cards, or from the hub.", _add_catalog, _catalog),
     "show": Command("One model's card.", _add_show, _show),
     "pull": Command("Fetch a model, verify it and say where it is, or copy it to a folder.", _add_pull, _pull),
     "push": Command(

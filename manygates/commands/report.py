@@ -20,7 +20,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     from zoo.hub.source import open_model
-    from zoo.report import write_report
+    from zoo.report.write import write_report
 
     if arguments.zoo:
         return _leaderboard(arguments)
@@ -32,13 +32,12 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _leaderboard(arguments: argparse.Namespace) -> int:
-    from zoo.hub.catalog import cards, load
+    from zoo.hub.source import package_models
     from zoo.report.leaderboard import write_leaderboard
 
     if arguments.models:
         raise BadInput(f"--zoo draws every model, so leave {arguments.models[0]!r} out; or leave --zoo out")
-    trained = {entry.name: entry.trained for entry in load(say)}
-    figures = write_leaderboard(cards(), arguments.out, trained=trained)
+    figures = write_leaderboard([model.card for model in package_models()], arguments.out)
     say(f"the leaderboard is in {arguments.out}; figures: {', '.join(map(str, figures)) or 'none'}")
     return DONE
 

@@ -50,8 +50,9 @@ def _with_bundled(settings: Settings) -> Settings:
 
     from zoo.bundle.bundle import variants_in
     from zoo.hub.source import list_bundled
+    from zoo.vocabulary import VARIANT_OF_MODE
 
-    variant = "gated" if settings.mode == "random" else settings.mode or "single"
+    variant = VARIANT_OF_MODE[settings.mode or "single"]
     cards = list_bundled()
     if settings.exit or settings.confidence:
         cards = [card for card in cards if card.exits]

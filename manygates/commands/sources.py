@@ -48,6 +48,7 @@ def load_source(source: str, checkpoint: str = "last") -> Trained:
 
 
 def _load_run(run_dir: Path, checkpoint: str) -> Trained:
+    from training.known_recipes import overrides_of, published_scale
     from training.loop import epochs_done, load_run, log, provenance
     from training.recipes import resolved
     from zoo.bundle.card import Training
@@ -63,6 +64,8 @@ def _load_run(run_dir: Path, checkpoint: str) -> Trained:
     origin = f", from {recipe.start_from}" if recipe.start_from else ""
     training = Training(
         recipe={**resolved(recipe), "method": recipe.method, "starts": starts},
+        overrides=overrides_of(resolved(recipe)),
+        published=published_scale(resolved(recipe)),
         seed=recipe.seed,
         commit=", ".join(dict.fromkeys(start["commit"] for start in starts)),
         versions=starts[-1]["versions"],

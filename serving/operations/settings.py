@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from serving.cores import usable_cores
-from zoo.bundle.card import MAX_PIXELS
 from zoo.errors import BadInput
+from zoo.input_format import MAX_PIXELS
 
 if TYPE_CHECKING:
     from serving.engine.exits import ExitChoice

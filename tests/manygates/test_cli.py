@@ -34,7 +34,6 @@ def writing_commands(
         "derive": ["derive", run, "--out", place, "--paths", "1"],
         "report": ["report", model, "--out", place],
         "report --zoo": ["report", "--zoo", "--out", place],
-        "catalog": ["catalog", "build", "--out", place],
         "train": ["train", "smoke", "--out", place, *small],
         "attack": ["attack", model, "--image", picture, "--steps", "1", "--out", place],
         "pull": ["pull", model, "--out", place],
@@ -54,9 +53,7 @@ def fresh(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return start
 
 
-@pytest.mark.parametrize(
-    "command", ["export", "derive", "report", "report --zoo", "catalog", "train", "attack", "pull"]
-)
+@pytest.mark.parametrize("command", ["export", "derive", "report", "report --zoo", "train", "attack", "pull"])
 @pytest.mark.parametrize("trouble", ["read-only", "full", "file in the way", "name too long"])
 def test_a_command_that_cannot_write_says_where_and_what_moves_it_and_leaves_nothing(
     command: str,

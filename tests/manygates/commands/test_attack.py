@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import manygates
-from manygates.commands.attack import ATTACK_FILES, ATTACK_NAMES
+from manygates.commands.attack import ATTACK_FILES
 from zoo.attacks.registry import ATTACKS
 
 
@@ -127,7 +127,7 @@ def test_an_attack_that_makes_no_sense_is_refused(
     assert message in cli.refused("attack", model, "--image", picture, "--out", tmp_path / "out", *words)
 
 
-@pytest.mark.parametrize("name", [*ATTACK_NAMES])
+@pytest.mark.parametrize("name", [*ATTACKS])
 def test_every_attack_runs_on_a_picture_and_keeps_to_its_ball(
     name: str, model: Path, picture: Path, tmp_path: Path, cli: Any
 ) -> None:
@@ -140,10 +140,6 @@ def test_every_attack_runs_on_a_picture_and_keeps_to_its_ball(
     assert report["attack"] == name
     assert report["linf"] <= 20 / 255 + 1e-6
     assert (tmp_path / "adversarial.png").is_file()
-
-
-def test_the_attacks_by_name_are_those_of_the_library() -> None:
-    assert set(ATTACK_NAMES) == set(ATTACKS)
 
 
 def test_a_targeted_attack_in_the_euclidean_ball_reports_both_norms(
