@@ -18,7 +18,7 @@ from zoo.networks.normalise import Normalise
 from zoo.networks.resnet import initialise
 
 if TYPE_CHECKING:
-    from zoo.networks import ImageFormat
+    from zoo.networks.image_format import ImageFormat
 
 SCALES = 3
 WIDENING = (1, 2, 4)

@@ -14,7 +14,7 @@ from zoo.errors import BadInput
 from zoo.networks.normalise import Normalise
 
 if TYPE_CHECKING:
-    from zoo.networks import ImageFormat
+    from zoo.networks.image_format import ImageFormat
 
 
 class TwoLayerCNN(nn.Module):
