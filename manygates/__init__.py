@@ -766,11 +766,12 @@ def _attack(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from serving.operations.settings import Settings, flags_in
+    from serving.operations.settings import Settings
+    from serving.operations.settings_help import flags_in, to_toml
 
     settings = Settings.resolve(flags_in(arguments), os.environ, arguments.config)
     if arguments.print_config:
-        sys.stdout.write(settings.to_toml())
+        sys.stdout.write(to_toml(settings))
         return DONE
     from serving.server import serve
 
@@ -782,8 +783,6 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _with_bundled(settings: Settings) -> Settings:
     """Return the settings with all bundled models that can be served so."""
-    import dataclasses
-
     from zoo.hub.source import list_bundled
 
     variant = "gated" if settings.mode == "random" else settings.mode or "single"
@@ -795,7 +794,7 @@ def _with_bundled(settings: Settings) -> Settings:
     if left_out := [card.name for card in cards if card.name not in able]:
         graphs = f"{variant!r}" if settings.precision == "fp32" else f"{variant!r} in {settings.precision}"
         _say(f"not served, because without the variant {graphs}: {', '.join(left_out)}")
-    return dataclasses.replace(settings, models=tuple(_some(able)))
+    return settings.changed(models=tuple(_some(able)))
 
 
 def _variants_of(card: Card, precision: str) -> tuple[str, ...]:
@@ -1081,7 +1080,8 @@ def _say(text: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    from serving.operations.settings import CONFIG_VARIABLE, add_flags
+    from serving.operations.settings_help import add_flags
+    from serving.operations.sources import CONFIG_VARIABLE
 
     root = argparse.ArgumentParser(
         prog="manygates",

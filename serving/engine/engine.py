@@ -10,12 +10,14 @@ A multi-exit network in mode `single` answers with its last exit, in batches lik
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.answers import Mode as Mode
+from serving.answers import Plan as Plan
+from serving.answers import Prediction as Prediction
 from serving.engine.exits import LAST_EXIT, ExitChoice, always_last, choose_exit, num_exits
 from serving.engine.gates import GateSource, SystemGates, open_gated
 from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle
@@ -23,7 +25,6 @@ from zoo.bundle.card import Card
 from zoo.errors import BadInput, BundleError, UnknownName
 from zoo.runtime import runtime as _runtime
 
-Mode = Literal["single", "ensemble", "random"]
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "int8"]
 GateScope = Literal["image", "batch"]
@@ -32,19 +33,6 @@ VARIANT_OF_MODE: dict[str, str] = {"single": "single", "ensemble": "ensemble", "
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INPUT, _GATES, _LIMITS, _OUTPUTS = "images", "gates", "limits", ["probabilities", "logits"]
 _EXIT, _AGREEMENT = "exit", "agreement"
-
-
-class Prediction(NamedTuple):
-    """What a model says about some images, row by row."""
-
-    probabilities: NDArray[np.float32]
-    """(image, class); each row sums to 1."""
-    logits: NDArray[np.float32]
-    """(image, class)."""
-    exits: NDArray[np.int64] | None = None
-    """(image,): which exit answered, counted from 1; None where the model has only one."""
-    agreement: NDArray[np.float32] | None = None
-    """(image,): the share of draws or members whose largest class is the answer's; None where only one path votes."""
 
 
 class Predictor(Protocol):
@@ -58,15 +46,6 @@ class Predictor(Protocol):
         true whether an image came alone; see `Engine.predict`.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How an image is answered: what all images of one batch have in common."""
-
-    mode: Mode
-    draws: int = 1
-    """Paths drawn per image in mode `random`, whose probabilities are averaged."""
 
 
 class Engine:

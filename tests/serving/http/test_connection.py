@@ -27,9 +27,10 @@ from serving.engine.engine import Prediction
 from serving.http import connection
 from serving.http.app import Application
 from serving.http.connection import Connection
+from serving.listener import allow_open_files, bind
 from serving.operations.settings import Settings
 from serving.scheduling.service import Model
-from serving.server import Server, allow_open_files, bind
+from serving.server import Server
 
 INFER = b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\n"
 CLASSIFY = b"POST /classify HTTP/1.1\r\nHost: x\r\n"

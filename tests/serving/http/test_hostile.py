@@ -35,8 +35,8 @@ from PIL import Image
 
 from serving.engine.engine import Prediction
 from serving.http.app import Application
+from serving.listener import allow_open_files
 from serving.protocol.messages import SERVICE, message
-from serving.server import allow_open_files
 from zoo.bundle.bundle import Bundle
 from zoo.files import sha256_of
 

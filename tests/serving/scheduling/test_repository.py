@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from serving.http.app import Application
-from serving.operations.settings import ModelTable, Settings
+from serving.operations.settings import Settings
 from serving.scheduling import repository
 from serving.scheduling.repository import Repository
 from serving.scheduling.service import Model, Service
@@ -488,7 +488,7 @@ def test_a_name_is_served_once(write, tmp_path: Path) -> None:
     both = (f"local-dir:{first}", f"local-dir:{second}")
     with pytest.raises(BadInput, match="'tiny' is to be served twice; name each model once, or give it a name"):
         build(Settings(threads=1, models=both))
-    named = build(Settings(threads=1, models=both, model_tables=(ModelTable(source=both[1], name="other"),)))
+    named = build(Settings(threads=1, models=both, model_tables=[{"source": both[1], "name": "other"}]))
     assert named.service.names == ["tiny", "other"]
 
     folder = write("repository/tiny", 3).parent
