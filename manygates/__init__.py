@@ -783,6 +783,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _with_bundled(settings: Settings) -> Settings:
     """Return the settings with all bundled models that can be served so."""
+    import dataclasses
+
     from zoo.hub.source import list_bundled
 
     variant = "gated" if settings.mode == "random" else settings.mode or "single"
@@ -794,7 +796,7 @@ def _with_bundled(settings: Settings) -> Settings:
     if left_out := [card.name for card in cards if card.name not in able]:
         graphs = f"{variant!r}" if settings.precision == "fp32" else f"{variant!r} in {settings.precision}"
         _say(f"not served, because without the variant {graphs}: {', '.join(left_out)}")
-    return settings.changed(models=tuple(_some(able)))
+    return dataclasses.replace(settings, models=tuple(_some(able)))
 
 
 def _variants_of(card: Card, precision: str) -> tuple[str, ...]:

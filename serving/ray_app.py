@@ -10,6 +10,7 @@ which address it listens, TLS, how many replicas there are and where. Inside a r
 replicas Ray does.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,7 +101,7 @@ def replica_settings(settings: Settings) -> Settings:
     models = tuple(card.name for card in list_bundled() if variant in card.variants)
     if not models:
         raise BadInput(f"no bundled model has the variant {variant!r}; name one: models=NAME")
-    return settings.changed(models=models)
+    return dataclasses.replace(settings, models=models)
 
 
 def with_cores(settings: Settings, cores: float) -> Settings:
@@ -110,4 +111,4 @@ def with_cores(settings: Settings, cores: float) -> Settings:
     """
     if settings.threads or settings.device == "cuda" or cores < 1:
         return settings
-    return settings.changed(threads=max(1, int(cores) // settings.intra_op))
+    return dataclasses.replace(settings, threads=max(1, int(cores) // settings.intra_op))

@@ -5,40 +5,37 @@ variable `MANYGATES_SERVE_FIELD_NAME`, its key `field_name` in a TOML file, its 
 are made from it (`serving.operations.settings_help`).
 """
 
+import dataclasses
 import ipaddress
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
-from pydantic.fields import FieldInfo
+from typing import Any, Literal, Self
 
 from serving.cores import usable_cores
-from serving.operations.fields import Checked, setting
+from serving.operations.fields import check, is_plain, setting, unknown
 from serving.operations.sources import CONFIG_VARIABLE, of_environment, of_file, of_flags
 from zoo.bundle.card import MAX_PIXELS
 from zoo.errors import BadInput
 
 _DAY = 86_400
 _MOST_PIXELS = 89_478_485  # Pillow warns of a decompression bomb beyond
+_MODEL_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})?")
+_ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9._~\[\]:-]+")
 
 
-def _confidences(numbers: tuple[float, ...]) -> tuple[float, ...]:
-    if not all(0 < number <= 1 or (number == math.inf and len(numbers) > 1) for number in numbers):
-        raise ValueError
-    return numbers
+def _is_source(text: str) -> bool:
+    return bool(text) and is_plain(text)
 
 
-Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
-"""Without control characters, and without halves of characters."""
-WebOrigin = Annotated[str, Field(pattern=r"^(\*|https?://[A-Za-z0-9._~\[\]:-]+)$")]
-_Listed = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-_Numbers = BeforeValidator(lambda value: (value,) if type(value) in (int, float) else value)
+def _are_confidences(numbers: tuple[float, ...]) -> bool:
+    return all(0 < number <= 1 or (number == math.inf and len(numbers) > 1) for number in numbers)
 
 
-class _Answering(Checked):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Answering:
     """How a model answers: what a `[[model]]` may say otherwise than all."""
 
     mode: Literal["", "single", "ensemble", "random"] = setting(
@@ -52,18 +49,21 @@ class _Answering(Checked):
         "fp32", "which graphs run; `int8` is faster and needs a model that has them"
     )
     exit: int = setting(0, "the exit of multi-exit models that answers, from 1; 0 is the last", 0, 1024)
-    confidence: Annotated[tuple[float, ...], _Numbers, _Listed, AfterValidator(_confidences)] = setting(
+    confidence: tuple[float, ...] = setting(
         (),
         "or the first exit whose largest probability reaches this; one number, or one per exit but the last",
+        allowed=_are_confidences,
         expected="numbers above 0 and up to 1, like 0.9 or 0.9,0.8; among several, inf is an exit that never answers",
     )
     allow_mode_choice: bool = setting(False, "let a request choose its mode; the graphs of all modes are loaded then")
 
-    @model_validator(mode="after")
-    def _check_exit(self) -> Self:
+    def __post_init__(self) -> None:
+        confidence: Any = self.confidence
+        if type(confidence) in (int, float):  # one need not be a list
+            object.__setattr__(self, "confidence", (confidence,))
+        check(self, getattr(self, "origins", {}))
         if self.exit and self.confidence:
             raise BadInput(f"exit {self.exit} and confidence {self.confidence} were both given; leave one out")
-        return self
 
     @property
     def may_be_random(self) -> bool:
@@ -71,26 +71,27 @@ class _Answering(Checked):
         return self.mode == "random" or self.allow_mode_choice
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings(_Answering):
     """How one model is served, after what holds for all models and what its own table says."""
 
-    source: Text = setting(..., "what is served", min_length=1, expected='a model; write source = "NAME"')
+    source: str = setting("", "what is served", allowed=_is_source, expected='a model; write source = "NAME"')
     """A catalogue name, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME`."""
     name: str = setting(
         "",
         "what clients call it; empty is the name in its card",
-        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,127})?$",
+        allowed=_MODEL_NAME.fullmatch,
         expected="up to 128 letters, digits, dots, underscores and hyphens, the first a letter or digit",
     )
     weight: float = setting(
         1.0,
         "its share of the cores beside other models that are busy too",
-        highest=1000,
-        gt=0,
+        allowed=lambda weight: 0 < weight <= 1000,
         expected="a number above 0 and up to 1000",
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(_Answering):
     """How a server runs; each field is also a flag, an environment variable and a key of a settings file.
 
@@ -99,11 +100,11 @@ class Settings(_Answering):
     """
 
     # what is served
-    models: Annotated[tuple[Text, ...], _Listed] = setting(
+    models: tuple[str, ...] = setting(
         (),
         "names, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME`, the first the default; none serves all bundled ones",
     )
-    model_repository: Text = setting(
+    model_repository: str = setting(
         "", "a folder of bundles to serve, each in `NAME/` or `NAME/VERSION/` with a number as version", metavar="DIR"
     )
     allow_exit_choice: bool = setting(
@@ -112,10 +113,10 @@ class Settings(_Answering):
     demo: bool = setting(False, "also serve the attack page under /demo")
 
     # where
-    host: Text = setting(
+    host: str = setting(
         "127.0.0.1",
         "the address to listen on",
-        min_length=1,
+        allowed=lambda host: host and is_plain(host),
         expected="an address without control characters; 0.0.0.0 is all of this machine's",
     )
     port: int = setting(8000, "for HTTP; 0 takes a free one", 0, 65_535)
@@ -179,14 +180,15 @@ class Settings(_Answering):
     )
 
     # who may ask
-    api_keys_file: Text = setting("", "keys of which a request must have one; empty asks for none", metavar="FILE")
-    admin_keys_file: Text = setting("", "keys of which one is needed to load and unload models", metavar="FILE")
-    tls_certificate: Text = setting("", "PEM file of the server's certificate and those above it", metavar="FILE")
-    tls_key: Text = setting("", "PEM file of the certificate's key, not encrypted", metavar="FILE")
-    tls_client_ca: Text = setting("", "PEM file of who signs clients' certificates; clients need one", metavar="FILE")
-    cors_origins: Annotated[tuple[WebOrigin, ...], _Listed] = setting(
+    api_keys_file: str = setting("", "keys of which a request must have one; empty asks for none", metavar="FILE")
+    admin_keys_file: str = setting("", "keys of which one is needed to load and unload models", metavar="FILE")
+    tls_certificate: str = setting("", "PEM file of the server's certificate and those above it", metavar="FILE")
+    tls_key: str = setting("", "PEM file of the certificate's key, not encrypted", metavar="FILE")
+    tls_client_ca: str = setting("", "PEM file of who signs clients' certificates; clients need one", metavar="FILE")
+    cors_origins: tuple[str, ...] = setting(
         (),
         "web pages' origins that browsers may ask from; `*` is all",
+        allowed=lambda origins: all(map(_ORIGIN.fullmatch, origins)),
         expected="a list of https://HOST or https://HOST:PORT without a path, or *",
     )
 
@@ -197,18 +199,15 @@ class Settings(_Answering):
     tracing: Literal["off", "otlp"] = setting("off", "`otlp` sends OpenTelemetry traces")
 
     # not settings of their own
-    model_tables: Annotated[tuple[dict[str, Any], ...], _Listed] = setting(
-        (), "", expected="tables; write [[model]] above each model's keys"
+    model_tables: tuple[dict[str, Any], ...] = setting(
+        (), "", allowed=lambda _: True, expected="tables; write [[model]] above each model's keys"
     )
     """Fields of `ModelSettings` that are different for single models; a source not among `models` is served too."""
-    origins: dict[str, str] = setting({}, "", repr=False)
-    """Field -> where its value came from, if not from the defaults. Settings from elsewhere are equal all the same."""
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    """Field -> where its value came from, if not from the defaults."""
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Settings) and {**vars(self), "origins": 0} == {**vars(other), "origins": 0}
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_total_body_bytes < self.max_body_bytes:
             raise BadInput(
                 f"max_total_body_bytes is {self.max_total_body_bytes}, expected at least the {self.max_body_bytes} of "
@@ -230,7 +229,6 @@ class Settings(_Answering):
                 "name admin_keys_file, or listen on 127.0.0.1"
             )
         self._check_models()
-        return self
 
     def _check_models(self) -> None:
         for table in self.model_tables:
@@ -282,10 +280,13 @@ class Settings(_Answering):
         Raises:
             BadInput: if a key is no field of `ModelSettings`, or a value makes no sense.
         """
-        shared = {name: getattr(self, name) for name in _Answering.model_fields}
+        shared = {name: getattr(self, name) for name in _names_of(_Answering)}
         if "exit" in table or "confidence" in table:  # the one takes the place of the other
             del shared["exit"], shared["confidence"]
         try:
+            for name in table:
+                if name not in _names_of(ModelSettings):
+                    raise unknown(name, _names_of(ModelSettings))
             return ModelSettings(**{**shared, **table})
         except BadInput as error:
             raise BadInput(f"[[model]] {table.get('source')!r}: {error}{self._from('model_tables')}") from error
@@ -327,19 +328,19 @@ class Settings(_Answering):
         """Return the defaults with what the environment sets, and the file that it names; see `resolve`."""
         return cls.resolve({}, environment)
 
-    def changed(self, **changes: Any) -> Self:
-        """Return the settings with other values for some fields, checked again."""
-        origins = {name: origin for name, origin in self.origins.items() if name not in changes}
-        return type(self)(**{**vars(self), "origins": origins, **changes})
-
     def _from(self, name: str) -> str:
         return f" (from {self.origins[name]})" if name in self.origins else ""
 
 
-def setting_fields() -> dict[str, FieldInfo]:
+def setting_fields() -> "dict[str, dataclasses.Field[Any]]":
     """Return the fields that are settings, in the order of the sections."""
-    fields = {name: Settings.model_fields[name] for name in ("models", "model_repository")} | Settings.model_fields
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    fields = {name: fields[name] for name in ("models", "model_repository")} | fields
     return {name: field for name, field in fields.items() if name not in ("model_tables", "origins")}
+
+
+def _names_of(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def _needs_random(draws: int) -> str:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from serving.operations.fields import choices, extra, shown
+from serving.operations.fields import choices, meaning_of, shown
 from serving.operations.settings import Settings, setting_fields
 from serving.operations.sources import PREFIX, flag_of
 from zoo.errors import BadInput
@@ -32,7 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for name, field in setting_fields().items():
         if name in _SECTIONS:
             group = parser.add_argument_group(_SECTIONS[name])
-        text = str(field.description).replace("%", "%%")
+        text = meaning_of(field).text.replace("%", "%%")
         if name == "models":
             group.add_argument("models", nargs="*", default=argparse.SUPPRESS, metavar="MODEL", help=text)
             continue
@@ -46,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             how["choices"] = words
         else:
             by_type = {int: "N", float: "SECONDS", tuple: "X[,X…]"}
-            how["metavar"] = extra(field, "metavar") or by_type.get(type(default), "TEXT")
+            how["metavar"] = meaning_of(field).metavar or by_type.get(type(default), "TEXT")
         group.add_argument(flag_of(name), **how)
 
 
@@ -79,7 +79,7 @@ def markdown_table() -> str:
     lines = ["| setting | flag | environment | default | meaning |", "|---|---|---|---|---|"]
     for name, field in setting_fields().items():
         default = f"`{shown(field.default)}`" if field.default not in ("", ()) else ""
-        meaning = str(field.description).replace("|", "\\|")
+        meaning = meaning_of(field).text.replace("|", "\\|")
         lines.append(f"| `{name}` | `{flag_of(name)}` | `{PREFIX}{name.upper()}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 

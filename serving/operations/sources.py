@@ -1,12 +1,11 @@
 """What a command's flags, the environment and a settings file say, before it is checked."""
 
+import dataclasses
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
-
-from pydantic.fields import FieldInfo
 
 from serving.operations.fields import unknown
 from zoo.errors import BadInput
@@ -21,7 +20,7 @@ _SERVICE_LINK = re.compile(
     re.DOTALL,
 )
 
-Fields = Mapping[str, FieldInfo]
+Fields = Mapping[str, "dataclasses.Field[Any]"]
 Layer = dict[str, tuple[Any, str]]
 """Field -> its value and where that came from."""
 
@@ -84,14 +83,14 @@ def of_file(file: Path, fields: Fields) -> Layer:
     return {name: (value, f"file {file}") for name, value in document.items()}
 
 
-def _read(text: str, field: FieldInfo) -> Any:
+def _read(text: str, field: "dataclasses.Field[Any]") -> Any:
     """Return the value that a text means to a field, or the text itself if it means none; the check then refuses it."""
     default: Any = field.default
     if isinstance(default, bool):
         return {"0": False, "1": True, "false": False, "true": True}.get(text.lower(), text)
     try:
         if isinstance(default, tuple):
-            each = float if get_args(field.annotation)[0] is float else str
+            each = float if get_args(field.type)[0] is float else str
             return tuple(each(part.strip()) for part in text.split(",") if part.strip())
         return type(default)(text)
     except ValueError:

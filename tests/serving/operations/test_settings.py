@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import manygates
-from serving.operations.fields import bounds
+from serving.operations.fields import meaning_of
 from serving.operations.settings import ModelSettings, Settings, setting_fields
 from serving.operations.settings_help import add_flags, flags_in, markdown_table, to_toml, with_table
 from serving.operations.sources import PREFIX, flag_of
@@ -143,7 +144,8 @@ def test_the_command_that_writes_the_table_leaves_a_current_page_as_it_is(tmp_pa
 def test_every_number_among_the_settings_has_a_range() -> None:
     for name, field in setting_fields().items():
         if type(field.default) in (int, float):
-            lowest, highest = bounds(field)
+            lowest, highest = meaning_of(field).lowest, meaning_of(field).highest
+            assert lowest is not None
             assert lowest <= field.default <= highest, name
             for wrong in (lowest - 1, highest + 1):
                 with pytest.raises(
@@ -168,7 +170,7 @@ def test_flags_go_before_the_environment_that_before_the_file_and_that_before_de
         "intra_op = 1  # default",
     ):
         assert line in printed
-    assert "intra_op = 4  # given" in to_toml(settings.changed(intra_op=4))
+    assert "intra_op = 4  # given" in to_toml(dataclasses.replace(settings, intra_op=4))
 
 
 def test_the_environment_may_name_the_file_and_a_flag_names_another(tmp_path: Path) -> None:
@@ -247,7 +249,7 @@ def test_the_exit_of_a_model_takes_the_place_of_the_confidence_of_all() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[[model]]\nmode = 'random'", "source is None, expected a model"),
+        ("[[model]]\nmode = 'random'", "source is '', expected a model"),
         (
             "[[model]]\nsource = 'a'\nmodes = 'random'",
             "'a': modes is no setting; did you mean mode? known: ",
@@ -317,10 +319,10 @@ def test_a_table_that_makes_no_sense_is_refused(tmp_path: Path, text: str, said:
         ({"TLS_CERTIFICATE": "a"}, "tls_certificate is 'a', but tls_key is empty; TLS needs both"),
         ({"TLS_KEY": "a"}, "tls_key is 'a', but tls_certificate is empty; TLS needs both"),
         ({"TLS_CLIENT_CA": "a"}, "tls_client_ca is 'a', but tls_certificate and tls_key are empty"),
-        ({"CORS_ORIGINS": "example.org"}, "cors_origins is 'example.org', expected"),
-        ({"CORS_ORIGINS": "https://a.org/path"}, "cors_origins is 'https://a.org/path', expected"),
+        ({"CORS_ORIGINS": "example.org"}, "cors_origins is ('example.org',), expected"),
+        ({"CORS_ORIGINS": "https://a.org/path"}, "cors_origins is ('https://a.org/path',), expected"),
         ({"API_KEYS_FILE": "a\nb"}, "api_keys_file is 'a\\nb', expected text without control characters"),
-        ({"MODELS": "a,b\x1b"}, "models is 'b\\x1b', expected"),
+        ({"MODELS": "a,b\x1b"}, "models is ('a', 'b\\x1b'), expected"),
         ({"ALLOW_REPOSITORY_CHANGES": "1", "HOST": "0.0.0.0"}, "so anybody could load and unload models"),
     ],
 )
@@ -341,8 +343,8 @@ def test_a_setting_that_makes_no_sense_is_refused(environment: dict[str, str], s
         ("demo = 1", "demo is 1, expected true or false"),
         ("host = 1", "host is 1, expected"),
         ("models = 'a'", "models is 'a', expected a list of texts"),
-        ("models = [1]", "models is 1, expected a list of texts"),
-        ("confidence = ['0.9']", "confidence is '0.9', expected numbers"),
+        ("models = [1]", "models is [1], expected a list of texts"),
+        ("confidence = ['0.9']", "confidence is ['0.9'], expected numbers"),
         ("threads = ", "is no TOML"),
         ("\udcff", "is no TOML"),
         ("[serve]\nthreads = 1", "serve is no setting"),
