@@ -75,7 +75,7 @@ class Tracer:
     """Writes a span for each request to a processor of OpenTelemetry's."""
 
     def __init__(self, processor: "SpanProcessor") -> None:
-        """Prepare to write; which requests are written is the sampler's choice (OTEL_TRACES_SAMPLER; all else)."""
+        """Prepare to write; the sampler chooses which requests are written (OTEL_TRACES_SAMPLER; all by default)."""
         from opentelemetry import trace
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
