@@ -60,6 +60,10 @@ class Metrics:
         self.info = gauge("model_info", "What serves a model: always 1.", *model, "mode", *_TOLD)
         self._failures = counter("request_failures", "Requests answered with an error.", "model", "reason")
         self._loads = counter("model_loads", "Models loaded while the server runs, by outcome.", "model", "outcome")
+        self._of_models = (
+            *(self.requests, self.images, self.draws, self.exits, self.waiting, self.ready, self.info),
+            *(self.request_seconds, self.queue_seconds, self.compute_seconds, self.batch_images),
+        )
         self._registry = registry
         self._models: dict[tuple[str, str], ModelMetrics] = {}
 
@@ -75,8 +79,7 @@ class Metrics:
         """Tell no more of a model that was unloaded."""
         if self._models.get(model.labels) is model:
             del self._models[model.labels]
-            of_models = (value for value in vars(self).values() if isinstance(value, Counter | Gauge | Histogram))
-            self._forget(model, *(family for family in of_models if family not in (self._failures, self._loads)))
+            self._forget(model, *self._of_models)
 
     def failed(self, model: str, reason: str) -> None:
         """Count an error; `model` is empty where the request named none that is known."""

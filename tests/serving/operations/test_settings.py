@@ -359,6 +359,11 @@ def test_a_file_that_makes_no_sense_is_refused_by_its_name(tmp_path: Path, text:
     assert str(file) in str(refusal.value)
 
 
+def test_a_flag_that_is_no_setting_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"thread is no setting; did you mean threads\?"):
+        Settings.resolve({"thread": "1"}, {})
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"cannot read the settings file .*nowhere\.toml \(No such file"):
         Settings.resolve({}, {}, tmp_path / "nowhere.toml")
