@@ -89,16 +89,15 @@ def _stopped_by_signals() -> Iterator[None]:
 def _serve(settings: Settings) -> None:
     protocols = 1 if settings.grpc_port < 0 else 2
     allow_open_files(protocols * settings.max_connections + SPARE_CONNECTIONS + _OTHER_FILES)
-    # before loading: a port in use should not cost the time to load
     log.configure(settings.log_format, settings.log_level)
     takes_signals = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
     if takes_signals:  # it would end the process; what it asks to read again is about to be read
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    listener = bind(settings.host, settings.port)
+    listener = bind(settings.host, settings.port)  # before loading: a port in use should not cost the time to load
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         if settings.grpc_port > 0:
-            # only tried: the library that will take it takes no sockets
+            # only a trial: gRPC takes no sockets that are bound already
             bind(settings.host, settings.grpc_port, "--grpc-port").close()
         ssl_context(settings)  # before loading as well: a wrong file should not cost the time to load
         application = build(settings)

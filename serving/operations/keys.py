@@ -68,7 +68,7 @@ class Keys:
 
     @property
     def generation(self) -> int:
-        """Grows when the keys change, after which nothing cached holds; asking looks for a change, at most every second."""
+        """Grows when the keys change, after which nothing cached holds; asking looks for that, at most every second."""
         if time.monotonic() >= self._look_at:
             self._look()
         return self._generation
