@@ -9,9 +9,10 @@ A multi-exit network in mode `single` answers with its last exit, in batches lik
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,19 +48,6 @@ class Prediction(NamedTuple):
     """(image,): the share of draws or members whose largest class is the answer's; None where only one path votes."""
 
 
-class Predictor(Protocol):
-    """Anything that answers images; called from several threads at once."""
-
-    def predict(self, images: NDArray[np.float32]) -> Prediction:
-        """Answer float32 (image, channel, height, width) in [0, 1] with one row per image, in the same order.
-
-        `limits`, float32 (image, exit - 1), comes second where requests may choose their exit. A predictor whose
-        attribute `modes` is there is told the `plan` where requests may choose it, and one whose attribute `wide` is
-        true whether an image came alone; see `Engine.predict`.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Plan:
     """How an image is answered: what all images of one batch have in common."""
@@ -69,7 +57,31 @@ class Plan:
     """Paths drawn per image in mode `random`, whose probabilities are averaged."""
 
 
-class Engine:
+class Predictor(ABC):
+    """Anything that answers images; called from several threads at once."""
+
+    wide: bool = False
+    """Whether it can use every core for an image that comes alone."""
+
+    @abstractmethod
+    def predict(
+        self,
+        images: NDArray[np.float32],
+        limits: NDArray[np.float32] | None = None,
+        plan: Plan | None = None,
+        wide: bool = False,
+    ) -> Prediction:
+        """Answer float32 (image, channel, height, width) in [0, 1] with one row per image, in the same order.
+
+        Args:
+            images: the images.
+            limits: float32 (image, exit - 1), where requests may choose their exit; None is the predictor's own choice.
+            plan: how to answer; None is the predictor's own plan.
+            wide: the image came alone, and every core is free.
+        """
+
+
+class Engine(Predictor):
     """A bundle loaded into ONNX Runtime; a `Predictor`.
 
     One session per graph, shared by all threads, each of which computes on one core: that is as fast as a session per
