@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine.engine import Plan, Prediction, Predictor
+from serving.answers import Plan, Prediction, Predictor
 
 logger = logging.getLogger("manygates.serving")
 

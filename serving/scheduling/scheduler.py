@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine.engine import Plan, Prediction, Predictor
+from serving.answers import Plan, Prediction, Predictor
 from serving.scheduling.queue import Batch, Done, Draining, Outcome, Queue, Ticket
 
 logger = logging.getLogger("manygates.serving")

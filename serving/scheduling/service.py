@@ -16,7 +16,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine.engine import GateScope, Mode, Plan, Prediction, Predictor
+from serving.answers import Mode, Plan, Prediction, Predictor
+from serving.engine.engine import GateScope
 from serving.engine.exits import num_exits
 from serving.engine.gates import give_memory_back
 from serving.errors import RequestError, busy

@@ -17,8 +17,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from serving.engine.engine import Engine, Prediction, Predictor, graph_files
+from serving.answers import Prediction, Predictor
+from serving.engine.engine import Engine
 from serving.engine.exits import LAST_EXIT, ExitChoice, read_confidence, read_exit
+from serving.engine.graphs import graph_files
 from serving.errors import RequestError
 from serving.http.app import Application
 from serving.operations.settings import Settings

@@ -20,7 +20,7 @@ import onnxruntime
 import pytest
 
 from serving import server
-from serving.engine.engine import Prediction, Predictor
+from serving.answers import Prediction, Predictor
 from serving.http.app import Application
 from serving.operations.settings import Settings
 from serving.server import bind, serve

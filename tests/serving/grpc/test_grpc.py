@@ -21,7 +21,7 @@ import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from grpc_health.v1 import health_pb2
 
-from serving.engine.engine import Prediction, Predictor
+from serving.answers import Prediction, Predictor
 from serving.http.app import Application
 from serving.operations.settings import Settings
 from serving.protocol import messages

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image, ImageFile
 from starlette import formparsers
 
+from serving.answers import Prediction, Predictor
 from serving.engine import gate_compiler
-from serving.engine.engine import Engine, Prediction, Predictor
+from serving.engine.engine import Engine
 from serving.http.app import Application
 from serving.http.decoders import Decoders
 from serving.protocol.open_inference import Asked

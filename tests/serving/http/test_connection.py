@@ -23,7 +23,7 @@ import pytest
 import trustme
 
 from serving import server as server_module
-from serving.engine.engine import Prediction, Predictor
+from serving.answers import Prediction, Predictor
 from serving.http import connection
 from serving.http.app import Application
 from serving.http.connection import Connection

@@ -33,7 +33,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from serving.engine.engine import Prediction, Predictor
+from serving.answers import Prediction, Predictor
 from serving.http.app import Application
 from serving.protocol.messages import SERVICE, message
 from serving.server import allow_open_files

@@ -17,7 +17,7 @@ import openapi_spec_validator
 import pytest
 from starlette.routing import Route
 
-from serving.engine.engine import Prediction, Predictor
+from serving.answers import Prediction, Predictor
 from serving.http import openapi
 from serving.http.app import Application
 from serving.operations.settings import Settings

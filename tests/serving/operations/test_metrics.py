@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.engine.engine import Plan, Prediction, Predictor
+from serving.answers import Plan, Prediction, Predictor
 from serving.http.app import Application
 from serving.operations.metrics import Distribution, Metrics, ModelMetrics
 from serving.operations.settings import Settings

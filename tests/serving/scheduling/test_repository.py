@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.engine.engine import Prediction, Predictor
+from serving.answers import Prediction, Predictor
 from serving.http.app import Application
 from serving.operations.settings import ModelTable, Settings
 from serving.scheduling import repository

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.engine.engine import Plan, Prediction, Predictor
+from serving.answers import Plan, Prediction, Predictor
 from serving.scheduling.queue import Draining, Outcome, Queue, QueueFull, Ticket
 from serving.scheduling.scheduler import (
     DeadlineExceeded,

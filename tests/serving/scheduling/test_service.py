@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.engine.engine import Plan, Prediction, Predictor
+from serving.answers import Plan, Prediction, Predictor
 from serving.errors import GRPC_CODES, RequestError
 from serving.operations.settings import Settings
 from serving.protocol.open_inference import Asked
