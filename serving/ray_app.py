@@ -94,7 +94,7 @@ def replica_settings(settings: Settings) -> Settings:
             raise BadInput(f"{name} is {getattr(settings, name)!r}, which a Ray Serve deployment has not: {reason}")
     if settings.model_settings or settings.model_repository:
         return settings
-    from serving.engine.engine import VARIANT_OF_MODE
+    from serving.engine.graphs import VARIANT_OF_MODE
     from zoo.hub.source import list_bundled
 
     variant = VARIANT_OF_MODE[settings.mode or "single"]

@@ -37,7 +37,8 @@ from pyarrow import parquet
 from torch import Tensor, nn
 
 import manygates
-from serving.engine.engine import VARIANT_OF_MODE, Engine, modes_of
+from serving.engine.engine import Engine
+from serving.engine.graphs import VARIANT_OF_MODE, modes_of
 from serving.http.app import Application
 from serving.operations.settings import Settings
 from serving.scheduling.service import Model

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Final
 
 from serving.cores import usable_cores
-from serving.engine.engine import Engine, choose_mode, graph_files, modes_of
+from serving.engine.engine import Engine
 from serving.engine.exits import ExitChoice
+from serving.engine.graphs import choose_mode, graph_files, modes_of
 from serving.errors import RequestError
 from serving.operations.settings import ModelSettings, Settings
 from serving.protocol.open_inference import VERSION

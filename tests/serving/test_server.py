@@ -20,6 +20,7 @@ import onnxruntime
 import pytest
 
 from serving import server
+from serving.answers import Prediction, Predictor
 from serving.http.app import Application
 from serving.listener import bind
 from serving.operations.settings import Settings
@@ -169,10 +170,8 @@ def test_whoever_connects_while_the_models_are_loaded_is_answered_when_they_are(
 def test_requests_in_flight_at_sigterm_are_answered(application_of, monkeypatch) -> None:
     entered, opened = threading.Event(), threading.Event()
 
-    class Gate:
-        def predict(self, images: np.ndarray) -> Any:
-            from serving.engine.engine import Prediction
-
+    class Gate(Predictor):
+        def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Any:
             entered.set()
             assert opened.wait(10)
             return Prediction(np.full((len(images), 3), 1 / 3, np.float32), np.zeros((len(images), 3), np.float32))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.answers import Plan, Prediction
+from serving.answers import Plan, Prediction, Predictor
 from serving.http.app import Application
 from serving.operations.metrics import Metrics, ModelMetrics
 from serving.operations.settings import Settings
@@ -204,8 +204,8 @@ def test_the_servers_metrics_are_read_by_prometheus_and_fit_its_statistics(
 
 
 def test_a_model_is_ready_while_it_takes_requests(card: Any) -> None:
-    class Fixed:
-        def predict(self, images: np.ndarray) -> Prediction:
+    class Fixed(Predictor):
+        def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
             return prediction(len(images))
 
     application = Application([Model(card=card, mode="single", predictor=Fixed())], Settings(threads=1))

@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
+from serving.answers import Prediction, Predictor
 from serving.http.app import Application
 from serving.operations.settings import Settings
 from serving.scheduling import repository
@@ -905,13 +906,11 @@ def test_requests_in_flight_while_a_model_is_loaded_again_are_all_answered_by_th
 def test_what_a_replaced_or_unloaded_model_has_taken_is_answered(card, load_model) -> None:
     opened, entered = threading.Event(), threading.Event()
 
-    class Slow:
+    class Slow(Predictor):
         def __init__(self, mark: float) -> None:
             self.mark = mark
 
-        def predict(self, images: np.ndarray) -> Any:
-            from serving.engine.engine import Prediction
-
+        def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Any:
             entered.set()
             assert opened.wait(10)
             return Prediction(np.full((len(images), 3), self.mark, np.float32), np.zeros((len(images), 3), np.float32))
