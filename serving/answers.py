@@ -2,12 +2,12 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Mode = Literal["single", "ensemble", "random"]
+from zoo.vocabulary import Mode
 
 
 @dataclass(frozen=True)

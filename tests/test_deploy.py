@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-import manygates
+import manygates.cli
 from serving.health_check import address, reason_against
 from serving.operations.settings import Settings, setting_fields
 
@@ -72,7 +72,7 @@ def test_every_setting_in_a_description_is_one_of_the_servers(place: str) -> Non
 def test_every_command_in_a_description_is_one_that_the_command_line_takes(place: str) -> None:
     program, *arguments = commands()[place]
     assert program == "manygates"
-    parsed = manygates.parser().parse_args(arguments)
+    parsed = manygates.cli.parser().parse_args(arguments)
     assert parsed.host == "0.0.0.0"
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.answers import Mode, Plan, Prediction, Predictor
+from serving.answers import Plan, Prediction, Predictor
 from serving.engine.exits import LAST_EXIT, ExitChoice, always_last, choose_exit, num_exits
 from serving.engine.gates import GateSource, SystemGates, open_gated
 from serving.engine.graphs import (
@@ -24,9 +24,7 @@ from serving.engine.graphs import (
     LIMITS,
     OUTPUTS,
     PROVIDERS,
-    Device,
     Opener,
-    Precision,
     check_signature,
     choose_mode,
     graph_file,
@@ -34,6 +32,7 @@ from serving.engine.graphs import (
 )
 from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle
 from zoo.errors import BadInput, BundleError
+from zoo.vocabulary import Device, Mode, Precision
 
 GateScope = Literal["image", "batch"]
 

@@ -2,19 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from serving.answers import Mode
 from serving.engine.exits import LAST_EXIT, ExitChoice, always_last, choose_exit, num_exits
 from zoo.bundle.bundle import EARLY_EXIT_FILE
 from zoo.bundle.card import Card
 from zoo.errors import BadInput, BundleError, UnknownName
 from zoo.runtime import CPU, GraphError, runtime, session
+from zoo.vocabulary import VARIANT_OF_MODE, Device, Mode, Precision
 
-Device = Literal["cpu", "cuda"]
-Precision = Literal["fp32", "int8"]
-
-VARIANT_OF_MODE: Final[dict[str, str]] = {"single": "single", "ensemble": "ensemble", "random": "gated"}
 PROVIDERS: Final = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
 INPUT, GATES, LIMITS, OUTPUTS = "images", "gates", "limits", ["probabilities", "logits"]
 EXIT, AGREEMENT = "exit", "agreement"

@@ -27,11 +27,11 @@ from serving.protocol.open_inference import VERSION
 from serving.scheduling.service import Model, Service
 from zoo.bundle.bundle import CARD_FILE
 from zoo.errors import BadInput, BundleError, ManygatesError
-from zoo.hub.source import LOCAL_PREFIX, open_model, pin, resolve
+from zoo.hub.source import LOCAL_PREFIX, find, resolve
+from zoo.vocabulary import NAME
 
 logger = logging.getLogger("manygates.serving")
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
 _MOMENT: Final = 0.1  # seconds; a bundle is replaced by two renames
 
@@ -329,7 +329,7 @@ class Repository:
             return True
         try:
             identity = self._folder.stat()
-            places = [place for place in sorted(self._folder.iterdir()) if _NAME.fullmatch(place.name)]
+            places = [place for place in sorted(self._folder.iterdir()) if NAME.fullmatch(place.name)]
         except OSError as error:
             return self._note_away(error.strerror or str(error))
         known = {entry.settings.source for entry in self._entries}
@@ -419,7 +419,8 @@ def load(model: ModelSettings, settings: Settings, *, version: str = VERSION) ->
     source, found = _versioned(model.source)
     version = found or version
     fingerprint = _fingerprint(source)
-    source, card = pin(source)  # of the hub: card and graphs from one commit
+    place = find(source)  # of the hub: card and graphs from one commit
+    card = place.card
     chosen = choose_mode(card, model.mode or None)
     more = [choose_mode(card, mode) for mode in modes_of(card)] if model.allow_mode_choice else []
     if model.precision == "int8":
@@ -429,7 +430,7 @@ def load(model: ModelSettings, settings: Settings, *, version: str = VERSION) ->
     choice = ExitChoice(exit=model.exit or None, confidence=confidence)
     needed = graph_files(card, (chosen, *more), choice, any_exit=any_exit, precision=model.precision)
     engine = Engine(
-        open_model(source, only=needed),
+        place.open(needed),
         chosen,
         more_modes=more,
         draws=model.draws,

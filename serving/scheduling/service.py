@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.answers import Mode, Plan, Prediction, Predictor
+from serving.answers import Plan, Prediction, Predictor
 from serving.engine.engine import GateScope
 from serving.engine.exits import num_exits
 from serving.engine.gates import give_memory_back
@@ -35,6 +35,7 @@ from serving.scheduling.scheduler import (
 )
 from zoo.bundle.card import Card
 from zoo.errors import BadInput, UnknownName
+from zoo.vocabulary import Mode
 
 logger = logging.getLogger("manygates.serving")
 
