@@ -28,7 +28,6 @@ CONTRACTS = PROJECT["tool"]["importlinter"]["contracts"]
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "gradio", "pyarrow", "starlette", "tensorboard", "training")
 
 STANDING: set[tuple[str, str]] = {
-    ("serving.demo.page", "serving.server"),
     ("serving.grpc.server", "serving.http.app"),
     ("serving.http.app", "serving.grpc.server"),
     ("training.objectives.base", "training.objectives"),
