@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from zoo.vocabulary import VERSION
+
 if TYPE_CHECKING:
     from torch import nn
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["attacks", "derive", "evaluate", "load", "main", "randomly_gate"]
 
 

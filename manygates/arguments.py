@@ -12,8 +12,6 @@ from typing import NamedTuple, NoReturn
 from manygates.output import WRONG
 from zoo.errors import BadInput, shortened
 
-VARIANTS = ("single", "ensemble", "gated")
-PRECISIONS = ("fp32", "int8")
 MOST_COUNTED = 10**9  # as in a card
 MOST_SEED = 2**63 - 1  # what every generator of random numbers here takes
 

@@ -10,8 +10,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manygates.arguments import VARIANTS, Command, add_json, add_model, add_seed, count
+from manygates.arguments import Command, add_json, add_model, add_seed, count
 from manygates.output import DONE, print_json
+from zoo import vocabulary
 from zoo.errors import BadInput, UnknownName
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from zoo.attacks.remote import RemoteModel
     from zoo.bundle.bundle import Bundle
 
-ATTACK_NAMES = ("fgsm", "pgd", "mi-fgsm", "m-di2-fgsm", "apgd", "apgd-t", "square", "rays")
 ATTACK_FILES = ("clean.png", "adversarial.png", "perturbation.png", "report.json")
 JUDGING_DRAWS = 20
 
@@ -30,8 +30,8 @@ JUDGING_DRAWS = 20
 def _add(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--image", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--attack", default="pgd", metavar="NAME", help=f"one of {', '.join(ATTACK_NAMES)}")
-    parser.add_argument("--variant", choices=VARIANTS, default="single")
+    parser.add_argument("--attack", default="pgd", metavar="NAME", help=f"one of {', '.join(vocabulary.ATTACKS)}")
+    parser.add_argument("--variant", choices=vocabulary.VARIANTS, default="single")
     parser.add_argument("--label", metavar="CLASS", help="the true class; what the model says by default")
     parser.add_argument("--target", metavar="CLASS", help="the class to be reached; any wrong one by default")
     parser.add_argument("--targeted", action="store_true", help="insist on a --target")

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manygates.arguments import (
-    PRECISIONS,
-    VARIANTS,
     Command,
     add_json,
     add_model,
@@ -23,6 +21,7 @@ from manygates.arguments import (
 from manygates.output import DONE, NOT_HELD, print_finding, print_json, print_result, say
 from zoo.errors import BadInput
 from zoo.files import check_writable
+from zoo.vocabulary import PRECISIONS, PROTOCOLS, VARIANTS
 
 if TYPE_CHECKING:
     from zoo.bundle.bundle import Bundle
@@ -30,18 +29,6 @@ if TYPE_CHECKING:
     from zoo.evaluation import Request
     from zoo.hub.source import Source
 
-PROTOCOLS = (
-    "clean",
-    "whitebox",
-    "blackbox",
-    "transfer-matrix",
-    "diversity",
-    "autoattack",
-    "random-gates",
-    "corruptions",
-    "exits",
-    "queries",
-)
 PATHS_COMPARED = 5
 
 
@@ -107,7 +94,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.record and failed:
         say("not recorded: a result whose checks do not hold enters no card")
     elif arguments.record:
-        from zoo.bundle.bundle import record_results
+        from zoo.bundle.record import record_results
 
         record_results(bundle.folder, results)
         say(f"recorded in {bundle.folder / 'card.json'}")
@@ -178,7 +165,7 @@ def _add_lint(parser: argparse.ArgumentParser) -> None:
 
 
 def _lint(arguments: argparse.Namespace) -> int:
-    from zoo.bundle.bundle import record_lint
+    from zoo.bundle.record import record_lint
     from zoo.evaluation import parse_eps
     from zoo.hub.source import resolve
 

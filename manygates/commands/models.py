@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manygates.arguments import PRECISIONS, Command, add_json, add_model
+from manygates.arguments import Command, add_json, add_model
 from manygates.output import DONE, NOT_HELD, print_check, print_foreign, print_json, say
 from zoo.errors import BadInput, ChecksumMismatch, MissingFile
+from zoo.vocabulary import PRECISIONS
 
 if TYPE_CHECKING:
     from zoo.bundle.card import Check
