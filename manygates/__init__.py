@@ -94,11 +94,11 @@ def load(model: str, variant: str = "single") -> nn.Module:
     Raises:
         ManygatesError: no such model or variant, or a bundle that is not what its card says.
     """
-    from zoo.hub.source import open_model, pin
+    from zoo.hub.source import find
     from zoo.weights.models import load_variant, weights_file
 
-    source, card = pin(model)
-    return load_variant(open_model(source, only=(weights_file(card),)), variant)
+    found = find(model)
+    return load_variant(found.open([weights_file(found.card)]), variant)
 
 
 # --- commands: each takes the parsed arguments and returns an exit code ---
@@ -106,13 +106,15 @@ def load(model: str, variant: str = "single") -> nn.Module:
 
 def _list(arguments: argparse.Namespace) -> int:
     from zoo.errors import BadInput
-    from zoo.hub.catalog import load, on_the_hub
-    from zoo.hub.listing import documents, select, tables
+    from zoo.hub.listing import documents, on_the_hub, select, tables
+    from zoo.hub.source import keep_seen, known_models
 
     if arguments.author is not None and not arguments.hub:
         raise BadInput(f"--author {arguments.author} is for --hub, which asks the hub; `list` alone needs no network")
-    entries = on_the_hub(arguments.author) if arguments.hub else load(_say)
-    found = select(entries, dataset=arguments.dataset, method=arguments.method, sort=arguments.sort)
+    models = on_the_hub(arguments.author) if arguments.hub else known_models(_say)
+    if arguments.hub:
+        keep_seen(models, arguments.author)
+    found = select(models, dataset=arguments.dataset, method=arguments.method, sort=arguments.sort)
     if arguments.json:
         _print_json(documents(found))
     else:
@@ -120,46 +122,23 @@ def _list(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _catalog_build(arguments: argparse.Namespace) -> int:
-    from zoo.hub.catalog import CATALOG_FILE, build, package_dir, write
-
-    file = arguments.out or package_dir() / CATALOG_FILE
-    entries = build(_recipes())
-    write(entries, file)
-    bundled = sum(entry.where.bundled for entry in entries)
-    _say(f"{file} has what the cards say (models: {len(entries)}, bundled: {bundled})")
-    return DONE
-
-
-def _catalog_refresh(arguments: argparse.Namespace) -> int:
-    from zoo.hub.catalog import refresh
-
-    file, entries = refresh(arguments.author)
-    _say(f"{file} has what the hub's cards say now (models: {len(entries)}); `manygates list` shows them")
-    return DONE
-
-
-def _recipes() -> dict[str, dict[str, Any]]:
-    from training.recipes import RECIPES, recipe, resolved
-
-    return {name: resolved(recipe(name)) for name in RECIPES}
-
-
 def _show(arguments: argparse.Namespace) -> int:
     from zoo.bundle.readme import model_card
     from zoo.bundle.wording import printable
     from zoo.errors import BadInput
-    from zoo.hub import catalog
-    from zoo.hub.source import HUB_PREFIX, LOCAL_PREFIX, pin, resolve
+    from zoo.hub.source import HUB_PREFIX, LOCAL_PREFIX, find, known_model, resolve
 
-    unbundled = None
+    filed = None
     try:
         resolve(arguments.model)
     except BadInput:  # perhaps a model whose card alone comes with manygates
-        known = catalog.entry(arguments.model)
-        unbundled = known if known is not None and not known.where.bundled else None
-    filed = catalog.card_of(arguments.model) if unbundled is not None else None
-    source, card = (f"{LOCAL_PREFIX}models/{filed.name}", filed) if filed is not None else pin(arguments.model)
+        known = known_model(arguments.model)
+        filed = known if known is not None and not known.stranger else None
+    if filed is None:
+        found = find(arguments.model)
+        source, card = found.name, found.card
+    else:
+        source, card = f"{LOCAL_PREFIX}models/{filed.card.name}", filed.card
     on_hub = source.startswith(HUB_PREFIX)
     if arguments.json and on_hub:
         _print_json({"source": source, **json.loads(card.to_json())})
@@ -170,13 +149,13 @@ def _show(arguments: argparse.Namespace) -> int:
         print(printable(text.split("---\n", 2)[-1].strip()))
         if on_hub:
             print(f"\nThis is {source}")
-        if filed is not None and unbundled is not None:
-            print(f"\nIt does not come with manygates: {unbundled.how_to_get()}")
+        if filed is not None:
+            print(f"\nIt does not come with manygates: {filed.how_to_get()}")
     return DONE
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    from zoo.hub.fetch import pull
+    from zoo.hub.pull import pull
 
     found = pull(arguments.model, variants=arguments.variant, precision=arguments.precision, out=arguments.out)
     if arguments.json:
@@ -194,7 +173,7 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 def _push(arguments: argparse.Namespace) -> int:
     from zoo.errors import BadInput
-    from zoo.hub.hub import plan_push, push
+    from zoo.hub.push import plan_push, push
     from zoo.hub.source import HUB_PREFIX, open_model, resolve
 
     if resolve(arguments.bundle).kind == "hub":
@@ -226,18 +205,18 @@ def _push(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from zoo.bundle.card import Check
     from zoo.errors import ChecksumMismatch, MissingFile
-    from zoo.hub.source import open_model, pin
+    from zoo.hub.source import find
 
-    source, card = pin(arguments.model)  # no bundle at all is bad input, not a failed check
+    found = find(arguments.model)  # no bundle at all is bad input, not a failed check
     skipped = ""
     try:
-        bundle = open_model(source, only=card.files)
+        bundle = found.open()
     except (ChecksumMismatch, MissingFile) as error:
         checks = [Check(name="checksums", held=False, detail=str(error))]
     else:
-        checks = [Check(name="checksums", held=True, detail=f"{len(card.files)} files are what the card says")]
+        checks = [Check(name="checksums", held=True, detail=f"{len(found.card.files)} files are what the card says")]
         lacking = ""
-        if not any(name.endswith(".safetensors") for name in card.files):
+        if not any(name.endswith(".safetensors") for name in found.card.files):
             lacking = "the bundle holds none (`pull --variant` leaves them)"
         elif importlib.util.find_spec("torch") is None:
             lacking = "torch is not installed; pip install 'manygates[train]'"
@@ -250,14 +229,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     held = all(check.held for check in checks)
     if arguments.json:
         rows = [{"name": check.name, "held": check.held, "detail": check.detail} for check in checks]
-        _print_json({"model": source, "held": held, "checks": rows, "skipped": skipped})
+        _print_json({"model": found.name, "held": held, "checks": rows, "skipped": skipped})
     else:
         for check in checks:
             print(f"{'ok  ' if check.held else 'FAIL'}  {check.name}: {check.detail}")
         if skipped:
             print(f"skip  {skipped}")
-        if source != arguments.model:
-            print(f"\nThis is {source}")
+        if found.name != arguments.model:
+            print(f"\nThis is {found.name}")
     return DONE if held else NOT_HELD
 
 
@@ -610,10 +589,10 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.zoo:
         if arguments.models:
             raise BadInput(f"--zoo draws every model, so leave {arguments.models[0]!r} out; or leave --zoo out")
-        from zoo.hub.catalog import cards
+        from zoo.hub.source import package_models
         from zoo.report.leaderboard import write_leaderboard
 
-        figures = write_leaderboard(cards(), arguments.out)
+        figures = write_leaderboard([model.card for model in package_models()], arguments.out)
         _say(f"the leaderboard is in {arguments.out}; figures: {', '.join(map(str, figures)) or 'none'}")
         return DONE
     if not arguments.models:
@@ -895,6 +874,7 @@ def _device(name: str) -> str:
 
 def _run_source(source: str, which: str) -> tuple[nn.Module, Architecture, Training, str, int, int]:
     """Load a training run: network, architecture, its training as the card tells it, name, ensemble size, seed."""
+    from training.known_recipes import overrides_of, published_scale
     from training.loop import epochs_done, load_run, log, provenance
     from training.recipes import resolved
     from zoo.bundle.card import Training
@@ -909,6 +889,8 @@ def _run_source(source: str, which: str) -> tuple[nn.Module, Architecture, Train
     origin = f", from {recipe.start_from}" if recipe.start_from else ""
     training = Training(
         recipe={**resolved(recipe), "method": recipe.method, "starts": starts},
+        overrides=overrides_of(resolved(recipe)),
+        published=published_scale(resolved(recipe)),
         seed=recipe.seed,
         commit=", ".join(dict.fromkeys(start["commit"] for start in starts)),
         versions=starts[-1]["versions"],
@@ -1105,18 +1087,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="BY",
         help="name (the default), method, clean, whitebox, transfer or autoattack; whitebox:8/255 names the radius",
     )
-    added.add_argument("--hub", action="store_true", help="what is published on the hub now, instead")
+    added.add_argument(
+        "--hub", action="store_true", help="what is published on the hub now, instead; `list` shows it too from then on"
+    )
     added.add_argument("--author", metavar="ORG", help="with --hub: whose models")
     json_flag(added)
-
-    added = command("catalog", _catalog_build, "Write what `list` reads: from the package's cards, or from the hub.")
-    actions = added.add_subparsers(dest="action", required=True, metavar="ACTION")
-    action = actions.add_parser("build", help="write zoo/catalog.json from the cards in zoo/bundles and zoo/cards")
-    action.add_argument("--out", type=Path, metavar="FILE", help="another file than the package's")
-    action.set_defaults(run=_catalog_build)
-    action = actions.add_parser("refresh", help="keep what the hub's cards say in the cache, where `list` finds it")
-    action.add_argument("--author", metavar="ORG", help="whose models")
-    action.set_defaults(run=_catalog_refresh)
 
     added = command("show", _show, "One model's card.")
     added.add_argument("model", metavar="MODEL")

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -35,19 +34,6 @@ def _missing_gpu() -> str | None:
     import torch
 
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
-
-
-@pytest.fixture(scope="session")
-def fake_hub() -> ModuleType:
-    """The module of a Hugging Face hub in memory: `FakeHub`, `Answer`, `serve`."""
-    place = Path(__file__).with_name("hub") / "fake_hub.py"
-    spec = importlib.util.spec_from_file_location("fake_hub", place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fake_hub"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 SKIPS: dict[str, Callable[[], str | None]] = {"data": _missing_data, "gpu": _missing_gpu}

@@ -554,16 +554,13 @@ def writing_commands(model: Path, picture: Path, run: Path, place: Path) -> dict
         "derive": ["derive", run, "--out", place, "--paths", "1"],
         "report": ["report", model, "--out", place],
         "report --zoo": ["report", "--zoo", "--out", place],
-        "catalog": ["catalog", "build", "--out", place],
         "train": ["train", "smoke", "--out", place, *(word for setting in SMALL for word in ("--set", setting))],
         "attack": ["attack", model, "--image", picture, "--steps", "1", "--out", place],
         "pull": ["pull", model, "--out", place],
     }
 
 
-@pytest.mark.parametrize(
-    "command", ["export", "derive", "report", "report --zoo", "catalog", "train", "attack", "pull"]
-)
+@pytest.mark.parametrize("command", ["export", "derive", "report", "report --zoo", "train", "attack", "pull"])
 @pytest.mark.parametrize("trouble", ["read-only", "full", "file in the way", "name too long"])
 def test_a_command_that_cannot_write_says_where_and_what_moves_it_and_leaves_nothing(
     command: str, trouble: str, model: Path, run: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

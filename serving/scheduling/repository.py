@@ -26,7 +26,7 @@ from serving.protocol.open_inference import VERSION
 from serving.scheduling.service import Model, Service
 from zoo.bundle.bundle import CARD_FILE
 from zoo.errors import BadInput, BundleError, ManygatesError
-from zoo.hub.source import LOCAL_PREFIX, open_model, pin, resolve
+from zoo.hub.source import LOCAL_PREFIX, find, resolve
 
 logger = logging.getLogger("manygates.serving")
 
@@ -418,7 +418,8 @@ def load(model: ModelSettings, settings: Settings, *, version: str = VERSION) ->
     source, found = _versioned(model.source)
     version = found or version
     fingerprint = _fingerprint(source)
-    source, card = pin(source)  # of the hub: card and graphs from one commit
+    place = find(source)  # of the hub: card and graphs from one commit
+    card = place.card
     chosen = choose_mode(card, model.mode or None)
     more = [choose_mode(card, mode) for mode in modes_of(card)] if model.allow_mode_choice else []
     if model.precision == "int8":
@@ -426,7 +427,7 @@ def load(model: ModelSettings, settings: Settings, *, version: str = VERSION) ->
     any_exit = settings.allow_exit_choice
     needed = graph_files(card, (chosen, *more), model.exit_choice, any_exit=any_exit, precision=model.precision)
     engine = Engine(
-        open_model(source, only=needed),
+        place.open(needed),
         chosen,
         more_modes=more,
         draws=model.draws,
