@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zoo.bundle.bundle import CARD_FILE, EARLY_EXIT_FILE, Bundle, check_target, int8_file, write_bundle
-from zoo.bundle.card import INT8, Card
+from zoo.bundle.card import Card
 from zoo.errors import BadInput, UnknownName
 from zoo.hub.source import Found, find
+from zoo.vocabulary import INT8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,7 @@ def part_of(card: Card, variants: Sequence[str], rounded: Sequence[str] = ()) ->
 
     int8 = card.int8
     if int8 is not None:
-        agreement = tuple(entry for entry in int8.agreement if entry.variant in rounded)
-        int8 = replace(int8, variants=tuple(rounded), agreement=agreement) if rounded else None
+        int8 = replace(int8, variants=tuple(rounded)) if rounded else None
     return replace(
         card,
         variants=tuple(variants),

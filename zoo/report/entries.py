@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zoo.bundle import findings
-from zoo.bundle.card import INT8, MEASURED_VARIANTS, VARIANTS, Card, Lint, Result
+from zoo.bundle.card import Card, Lint, Result
 from zoo.bundle.wording import SUSPECT, slug
 from zoo.report.document import Cell
 from zoo.report.drawings import Style
+from zoo.vocabulary import INT8, MEASURED_VARIANTS, VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from zoo.bundle import wording
-from zoo.bundle.card import VARIANTS, Card, Result
+from zoo.bundle.card import Card, Result
 from zoo.bundle.wording import MISSING, SUSPECT, eps_text
 from zoo.errors import BadInput
 from zoo.files import write_bytes_atomic, write_text_atomic
@@ -24,6 +24,7 @@ from zoo.report.entries import Entry, entries_of
 from zoo.report.figures import needs_extra, render
 from zoo.report.markdown import escaped, table_lines
 from zoo.report.standing import Columns, Standing
+from zoo.vocabulary import VARIANTS
 
 BEGIN, END = "<!-- leaderboard -->", "<!-- /leaderboard -->"
 FIGURES_DIR = "figures"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from zoo.bundle import wording
-from zoo.bundle.card import INT8, VARIANTS, Result
+from zoo.bundle.card import Result
 from zoo.bundle.headline import (
     AUTOATTACK,
     CLEAN,
@@ -27,6 +27,7 @@ from zoo.report.accuracies import accuracy_cell, meanings
 from zoo.report.document import Cell
 from zoo.report.drawings import Lines, Series, Style
 from zoo.report.entries import Entry
+from zoo.vocabulary import INT8, VARIANTS
 
 RANDOM, ELSEWHERE = "§", "¶"
 """Marks of a number: by random gates' own protocol, and on another set of transferred images than its column."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import manygates
+from manygates.cli import parser
 from zoo.bundle.card import Card
 from zoo.hub.commands import commands_of
 from zoo.hub.source import package_models
@@ -63,4 +63,4 @@ def test_the_command_line_takes_every_command_of_the_package() -> None:
     commands = [command for model in package_models() for command in model.commands]
     assert len(commands) > 20
     for command in commands:
-        manygates.parser().parse_args(shlex.split(command)[1:])
+        parser().parse_args(shlex.split(command)[1:])

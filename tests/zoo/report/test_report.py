@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import zoo.report
-from zoo.bundle.card import Architecture, Card, Check, Finding, Lint, Paths, Result, Table
+from zoo.bundle.card import Card, Check, Finding, Lint, NetworkSummary, Paths, Result, Table
 from zoo.errors import BadInput
 from zoo.report.content import report_of
 from zoo.report.document import Exhibit
@@ -323,7 +323,7 @@ def test_the_cost_of_a_variant_is_its_forward_passes_and_the_parameters() -> Non
 def test_an_ensemble_of_plain_networks_costs_as_many_passes_as_its_parameters_say(
     parameters: int, passes: int | None
 ) -> None:
-    plain_network = Architecture(
+    plain_network = NetworkSummary(
         name="resnet20",
         options={},
         gated_layers=(),
