@@ -25,7 +25,6 @@ from serving.operations.settings import ModelSettings, ModelTable, Settings
 from serving.protocol.open_inference import VERSION
 from serving.scheduling.service import Model, Service
 from zoo.bundle.bundle import CARD_FILE
-from zoo.bundle.card import Card
 from zoo.errors import BadInput, BundleError, ManygatesError
 from zoo.hub.source import LOCAL_PREFIX, open_model, pin, resolve
 

@@ -14,7 +14,7 @@ from serving.http.app import Application
 from serving.operations.settings import ModelSettings, Settings
 from serving.scheduling.repository import load
 from serving.scheduling.service import Model
-from serving.server import Server, bind, build, url_of
+from serving.server import Server, bind, build, compose, url_of
 from zoo.bundle.bundle import write_bundle
 from zoo.bundle.card import Architecture, Card, InputFormat, Paths, Training
 
@@ -176,6 +176,6 @@ def application_of(card: Card) -> Callable[..., Application]:
 
     def build_of(predictor: object, **settings: object) -> Application:
         chosen = Settings(**{"threads": 2, **settings})  # type: ignore[arg-type]
-        return Application([Model(card=card, mode="single", predictor=predictor)], chosen)  # type: ignore[arg-type]
+        return compose([Model(card=card, mode="single", predictor=predictor)], chosen)  # type: ignore[arg-type]
 
     return build_of

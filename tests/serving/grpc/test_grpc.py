@@ -27,6 +27,7 @@ from serving.operations.settings import Settings
 from serving.protocol import messages
 from serving.protocol.messages import SERVICE, Malformed, check_infer_request, message
 from serving.scheduling.service import Model
+from serving.server import build, compose
 from zoo.errors import BadInput
 
 HEALTH = "grpc.health.v1.Health"
@@ -358,7 +359,7 @@ def test_agreement_comes_to_those_who_ask(card, serve, images) -> None:
     model = Model(card=card, mode="ensemble", predictor=Voting(), voting=("ensemble",))  # type: ignore[arg-type]
     request = infer_request(images)
     output("agreement")(request)
-    with serve(Application([model], Settings(threads=1, grpc_port=0))) as client:
+    with serve(compose([model], Settings(threads=1, grpc_port=0))) as client:
         response = client.call("ModelInfer", request)
     found = tensors(response)
     assert found["agreement"].tolist() == [1.0, 0.25, 0.5]
@@ -786,8 +787,6 @@ def test_an_unknown_method_is_unimplemented(tiny_application, serve) -> None:
 
 
 def test_models_are_loaded_and_unloaded_where_clients_may(bundle_dir, serve, tmp_path, images) -> None:
-    from serving.server import build
-
     place = tmp_path / "repository" / "tiny"
     place.parent.mkdir()
     bundle_dir.rename(place)

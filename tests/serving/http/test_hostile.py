@@ -748,13 +748,13 @@ def test_a_tampered_bundle_is_never_served_and_the_one_before_goes_on(
     with attack(application, right) as target:
         for kind in TAMPERED:
             tampered(bundle_dir, kind)
-            eventually(lambda: application.index()[0]["reason"])
-            (entry,) = application.index()
+            eventually(lambda: application.administration.index()[0]["reason"])
+            (entry,) = application.administration.index()
             assert entry["state"] == "READY"
             assert str(tmp_path) not in entry["reason"]
             shutil.rmtree(bundle_dir)
             shutil.copytree(original, bundle_dir)
-            eventually(lambda: not application.index()[0]["reason"])
+            eventually(lambda: not application.administration.index()[0]["reason"])
         assert target.application.service.ready
         scales.append(2.0)
         generation = application.service.generation

@@ -37,6 +37,15 @@ class Fixed:
         return Prediction(np.repeat(row, len(images), axis=0), np.zeros((len(images), 3), np.float32))
 
 
+def document_of(application: Application) -> dict[str, Any]:
+    return openapi.document(application.service, application.starlette.routes)
+
+
+def choices(operation: dict[str, Any]) -> dict[str, Any]:
+    """Return the schemas of the parameters of an operation."""
+    return {parameter["name"]: parameter["schema"] for parameter in operation["parameters"]}
+
+
 def operations(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     return {
         (path, method): operation
@@ -113,11 +122,11 @@ def test_the_document_is_valid_openapi_and_served_as_json(applications, kind: st
         answer = await client.get("/openapi.json", headers={"x-api-key": KEY})
         assert answer.status_code == 200
         assert answer.headers["content-type"] == "application/json"
-        assert answer.json() == openapi.document(application.service)
+        assert answer.json() == document_of(application)
         assert "GET /openapi.json" in (await client.get("/", headers={"x-api-key": KEY})).json()["endpoints"]
 
     ask(application, body)
-    openapi_spec_validator.validate(openapi.document(application.service))
+    openapi_spec_validator.validate(document_of(application))
 
 
 @KINDS
@@ -130,7 +139,7 @@ def test_every_route_is_in_the_document_and_the_other_way_round(applications, ki
         for method in route.methods or ()
         if method != "HEAD"  # Starlette's own addition to GET
     }
-    found = operations(openapi.document(application.service))
+    found = operations(document_of(application))
     assert found.keys() == routes
     assert len(routes) == OPERATIONS
     names = [operation["operationId"] for operation in found.values()]
@@ -141,34 +150,39 @@ def test_every_error_of_the_documentation_is_in_the_document() -> None:
     page = (Path(__file__).parents[3] / "docs/serving.md").read_text()
     table = page.partition("### Errors")[2].partition("\n## ")[0]
     told = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")} - {"status"}
-    assert told - {"405"} == STATUSES == {str(status) for status in openapi._WHAT}
+    assert told - {"405"} == STATUSES == {str(status) for status in openapi.STATUSES}
 
 
 def test_names_shapes_and_choices_are_those_of_the_served_models(applications) -> None:
-    found = openapi.document(applications["several"].service)["components"]
-    assert found["parameters"]["Model"]["schema"]["enum"] == ["tiny", "large", "early"]
-    assert found["parameters"]["Version"]["schema"]["enum"] == ["1", "7"]
-    assert found["parameters"]["classify_mode"]["schema"]["enum"] == ["random", "single"]
-    assert found["parameters"]["classify_draws"]["schema"]["maximum"] == 100
-    assert found["parameters"]["classify_exit"]["schema"]["maximum"] == 3
-    request = found["schemas"]["InferRequest"]["properties"]
-    assert {"mode", "draws", "exit", "confidence"} < request["parameters"]["properties"].keys()
+    document = document_of(applications["several"])
+    schemas = document["components"]["schemas"]
+    path = choices(document["paths"]["/v2/models/{model}/versions/{version}/infer"]["post"])
+    assert path["model"]["enum"] == ["tiny", "large", "early"]
+    assert path["version"]["enum"] == ["1", "7"]
+    for found in (choices(document["paths"]["/classify"]["post"]), schemas["InferParameters"]["properties"]):
+        assert found["mode"]["enum"] == ["random", "single"]
+        assert found["draws"]["maximum"] == 100
+        assert found["exit"]["maximum"] == 3
+        assert "confidence" in found
     shapes = [
         tuple(entry["const"] for entry in tensor["properties"]["shape"]["prefixItems"][1:])
-        for tensor in request["inputs"]["items"]["oneOf"]
+        for tensor in schemas["InferRequest"]["properties"]["inputs"]["items"]["oneOf"]
     ]
     assert shapes == [(3, 4, 4)] * 2 + [(3, 40, 40)] * 2
-    wanted = request["outputs"]["items"]["properties"]["name"]["enum"]
-    assert wanted == ["probabilities", "logits", "exit", "agreement"]
+    assert {*schemas["WantedOutput"]["properties"]["name"]["enum"]} == {
+        "probabilities",
+        "logits",
+        "exit",
+        "agreement",
+    }
 
 
 def test_what_requests_may_not_choose_is_not_in_the_document(applications) -> None:
-    found = openapi.document(applications["plain"].service)["components"]
-    for name in ("mode", "draws", "exit", "confidence"):
-        assert f"classify_{name}" not in found["parameters"]
-        assert name not in found["schemas"]["InferRequest"]["properties"]["parameters"]["properties"]
-    wanted = found["schemas"]["InferRequest"]["properties"]["outputs"]["items"]["properties"]["name"]["enum"]
-    assert wanted == ["probabilities", "logits"]
+    document = document_of(applications["plain"])
+    schemas = document["components"]["schemas"]
+    for found in (choices(document["paths"]["/classify"]["post"]), schemas["InferParameters"]["properties"]):
+        assert not {"mode", "draws", "exit", "confidence"} & found.keys()
+    assert schemas["WantedOutput"]["properties"]["name"]["enum"] == ["probabilities", "logits"]
 
 
 def test_the_document_changes_with_what_is_served(applications) -> None:
@@ -177,7 +191,7 @@ def test_the_document_changes_with_what_is_served(applications) -> None:
     async def body(client: httpx.AsyncClient) -> None:
         async def names() -> list[str]:
             document = (await client.get("/openapi.json")).json()
-            return document["components"]["parameters"]["Model"]["schema"]["enum"]
+            return choices(document["paths"]["/v2/models/{model}"]["get"])["model"]["enum"]
 
         assert await names() == ["tiny", "large", "early"]
         application.service.drop("large")
@@ -191,7 +205,7 @@ def test_the_document_changes_with_what_is_served(applications) -> None:
     [("plain", None), ("keys", {"/v2/health/live", "/v2/health/ready"}), ("administrators", None)],
 )
 def test_the_document_says_where_a_key_is_needed(applications, kind: str, free: Any) -> None:
-    document = openapi.document(applications[kind].service)
+    document = document_of(applications[kind])
     needy = {path for (path, _), operation in operations(document).items() if "security" in operation}
     changes = {f"/v2/repository/models/{{model}}/{verb}" for verb in ("load", "unload")}
     everything = {*document["paths"]}
@@ -203,7 +217,7 @@ def test_the_document_says_where_a_key_is_needed(applications, kind: str, free: 
 
 def test_where_the_document_asks_for_no_key_none_is_needed_and_elsewhere_it_is(applications) -> None:
     application = applications["keys"]
-    found = operations(openapi.document(application.service))
+    found = operations(document_of(application))
 
     async def body(client: httpx.AsyncClient) -> None:
         for (path, method), operation in found.items():
@@ -215,7 +229,7 @@ def test_where_the_document_asks_for_no_key_none_is_needed_and_elsewhere_it_is(a
 
 def test_the_examples_are_answered_and_the_answers_are_as_the_document_says(applications) -> None:
     application = applications["any mode"]
-    document = openapi.document(application.service)
+    document = document_of(application)
     components = document["components"]
     in_json = components["examples"]["InferRequest"]["value"]
     fits(document, "InferRequest", in_json)
@@ -241,8 +255,8 @@ def test_the_examples_are_answered_and_the_answers_are_as_the_document_says(appl
         )
         for path, schema in (
             ("/", "Index"),
-            ("/v2", "Server"),
-            ("/v2/models/tiny", "Model"),
+            ("/v2", "ServerMetadata"),
+            ("/v2/models/tiny", "ModelMetadata"),
             ("/v2/models/tiny/versions/1/config", "ModelConfiguration"),
             ("/v2/models/tiny/stats", "Statistics"),
         ):
@@ -254,7 +268,7 @@ def test_the_examples_are_answered_and_the_answers_are_as_the_document_says(appl
 def test_a_model_of_large_images_has_no_example_of_thousands_of_numbers(card) -> None:
     large = replace(card, input=replace(card.input, height=400, width=400))
     application = Application([Model(card=large, mode="single", predictor=Fixed())], Settings(threads=1))
-    document = openapi.document(application.service)
+    document = document_of(application)
     openapi_spec_validator.validate(document)
     assert "examples" not in document["components"]
     assert len(json.dumps(document)) < 50_000
