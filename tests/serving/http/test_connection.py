@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ import trustme
 
 from serving import server as server_module
 from serving.engine.engine import Prediction
-from serving.http import connection
+from serving.http import bounded
 from serving.http.app import Application
 from serving.http.connection import Connection
+from serving.http.inference import Inference
 from serving.operations.settings import Settings
+from serving.protocol.open_inference import Codec
 from serving.scheduling.service import Model
 from serving.server import Server, allow_open_files, bind
 
@@ -282,7 +285,7 @@ def test_thousands_of_requests_sent_ahead_are_not_taken(serve) -> None:
 
 
 def test_connections_beyond_the_limit_get_503_and_far_beyond_it_nothing(serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "SPARE_CONNECTIONS", 2)
+    monkeypatch.setattr(bounded, "SPARE_CONNECTIONS", 2)
     with serve(max_connections=3, header_timeout=600.0) as connect:
         held = [connect() for _ in range(2)]
         for client in held:
@@ -414,24 +417,26 @@ def document(data: list[Any] | None = None, rows: int = 1, size: int | None = No
 def ways(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count what took the short way, whose heads were read for it, and what took the application's."""
     counted: Counter[str] = Counter()
-    enter, plain, infer = Connection._enter, Connection._plain_call, Application._infer
+    on_long_way: ContextVar[bool] = ContextVar("on_long_way", default=False)
+    hot, infer, decode = Application.hot, Inference.infer, Codec.decode
 
-    def counting_enter(self: Connection, *arguments: Any) -> None:
-        counted["short"] += 1
-        enter(self, *arguments)
+    def counting_hot(self: Application, *arguments: Any) -> Any:
+        served = hot(self, *arguments)
+        counted["read"] += served is not None
+        return served
 
-    def counting_plain(self: Connection) -> Any:
-        call = plain(self)
-        counted["read"] += call is not None
-        return call
-
-    async def counting_infer(self: Application, *arguments: Any) -> None:
+    async def counting_infer(self: Inference, *arguments: Any) -> None:
         counted["long"] += 1
+        on_long_way.set(True)
         await infer(self, *arguments)
 
-    monkeypatch.setattr(Connection, "_enter", counting_enter)
-    monkeypatch.setattr(Connection, "_plain_call", counting_plain)
-    monkeypatch.setattr(Application, "_infer", counting_infer)
+    def counting_decode(self: Codec, *arguments: Any) -> Any:
+        counted["short"] += not on_long_way.get()
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(Application, "hot", counting_hot)
+    monkeypatch.setattr(Inference, "infer", counting_infer)
+    monkeypatch.setattr(Codec, "decode", counting_decode)
     return counted
 
 
@@ -523,7 +528,7 @@ def test_what_is_not_plain_is_answered_as_well(serve, ways: Counter[str], change
         client.sendall(change(raw(0.5)))
         status, _, body = Reader(client).answer()
         assert (status, marks_of(body)) == (200, [0.5])
-    assert ways == {"long": 1, "read": 0}
+    assert +ways == {"long": 1}
 
 
 @pytest.mark.parametrize("kind", ["gzip", "deflate", "x"])
@@ -1101,7 +1106,7 @@ def tls(tmp_path: Path) -> tuple[dict[str, str], ssl.SSLContext]:
 def test_a_refusal_over_tls_leaves_no_traceback_and_waits_for_the_client_to_read_it(
     serve, tls, start: bytes, status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(connection, "_LINGER_SECONDS", 0.5)
+    monkeypatch.setattr(bounded, "LINGER_SECONDS", 0.5)
     settings, trusting = tls
     with serve(**settings) as connect:
         with trusting.wrap_socket(connect(), server_hostname="localhost") as client:
