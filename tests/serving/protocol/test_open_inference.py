@@ -405,7 +405,7 @@ def test_where_one_path_answers_there_is_no_agreement_to_ask_for(card) -> None:
         assert "agreement" not in codec.choices.outputs
         assert "unknown output 'agreement'" in refused(codec, request(tensor(), outputs=[{"name": "agreement"}]))
     one_draw = voting(card, plan=Plan("random", 1))
-    assert "agreement" not in one_draw.outputs
+    assert "agreement" not in one_draw.choices.outputs
     assert "agreement" in voting(card, plan=Plan("random", 2)).outputs
     chooses = voting(card, plan=Plan("single"), modes=("single", "random"), max_draws=8)
     assert "agreement" in chooses.outputs
