@@ -123,17 +123,17 @@ def card() -> Card:
     return tiny_card()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_card() -> Callable[..., Card]:
     return tiny_card
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_graph() -> Callable[..., bytes]:
     return tiny_graph
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def gate_biases() -> np.ndarray:
     return GATE_BIASES
 
@@ -143,20 +143,37 @@ def bundle_dir(tmp_path: Path) -> Path:
     return write_tiny_bundle(tmp_path / "tiny")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_bundle_dir() -> Callable[..., Path]:
     return write_tiny_bundle
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve_in_a_thread() -> Callable[[Application], object]:
     return server_in_a_thread
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def load_model() -> Callable[..., Model]:
     """Return a function that loads a bundle from a folder, as `load_from_folder` does."""
     return load_from_folder
+
+
+@pytest.fixture(scope="session")
+def shared_bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle, for tests that do not change it."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("shared") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def shared_application(shared_bundle_dir: Path) -> Callable[..., Application]:
+    """Return what `tiny_application` does, of a bundle that all tests share."""
+
+    def build_shared(mode: str | None = None, **settings: object) -> Application:
+        chosen = {"threads": 2, "models": (f"local-dir:{shared_bundle_dir}",), "mode": mode or "", **settings}
+        return build(Settings(**chosen))  # type: ignore[arg-type]
+
+    return build_shared
 
 
 @pytest.fixture

@@ -406,9 +406,9 @@ def test_where_one_path_answers_there_is_no_agreement_to_ask_for(card) -> None:
         assert "unknown output 'agreement'" in refused(codec, request(tensor(), outputs=[{"name": "agreement"}]))
     one_draw = voting(card, plan=Plan("random", 1))
     assert "agreement" not in one_draw.choices.outputs
-    assert "agreement" in voting(card, plan=Plan("random", 2)).outputs
+    assert "agreement" in voting(card, plan=Plan("random", 2)).choices.outputs
     chooses = voting(card, plan=Plan("single"), modes=("single", "random"), max_draws=8)
-    assert "agreement" in chooses.outputs
+    assert "agreement" in chooses.choices.outputs
     wanted = [{"name": "agreement"}]
     said = refused(chooses, request(tensor(), outputs=wanted))
     assert "the output 'agreement' needs several votes, but the request is answered in mode 'single' by one" in said
