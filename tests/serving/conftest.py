@@ -2,9 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +175,25 @@ def shared_application(shared_bundle_dir: Path) -> Callable[..., Application]:
         return build(Settings(**chosen))  # type: ignore[arg-type]
 
     return build_shared
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[Callable[..., tuple[Application, str]]]:
+    """Return a function that serves `make(*arguments, **settings)` until the module ends, once for the same arguments.
+
+    It returns the application and its URL.
+    """
+    with ExitStack() as stack:
+        running: dict[Hashable, tuple[Application, str]] = {}
+
+        def serve(make: Callable[..., Application], *arguments: Any, **settings: Any) -> tuple[Application, str]:
+            key = (make, arguments, tuple(sorted(settings.items())))
+            if key not in running:
+                application = make(*arguments, **settings)
+                running[key] = application, stack.enter_context(server_in_a_thread(application))
+            return running[key]
+
+        yield serve
 
 
 @pytest.fixture
