@@ -673,6 +673,7 @@ def test_a_call_without_a_message_is_refused_and_one_whose_message_does_not_come
             call(_never(), timeout=10)
 
 
+@pytest.mark.slow
 def test_messages_that_come_slowly_are_as_many_as_the_server_may_hold(tiny_application, serve, images) -> None:
     """How much of a message has come is not to be seen before all of it has."""
     limits = {"max_body_bytes": 2**20, "max_total_body_bytes": 2 * 2**20}

@@ -1095,6 +1095,7 @@ def test_garbage_behind_a_request_ends_the_connection_and_gives_its_place_back(s
         assert answer(first)[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signals", [1, 2], ids=["the time to drain is over", "a second signal came"])
 def test_whoever_still_waits_at_the_end_gets_503_on_either_way(
     signals: int, application_of, caplog: pytest.LogCaptureFixture

@@ -69,22 +69,18 @@ def ask(application: Application, body: Callable[[httpx.AsyncClient], Awaitable[
     asyncio.run(main())
 
 
-@pytest.fixture
-def keys(tmp_path: Path) -> dict[str, str]:
-    file = tmp_path / "keys"
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"alice:{KEY}\n")
     file.chmod(0o600)
-    return {"api_keys_file": str(file)}
+    return str(file)
 
 
-@pytest.fixture
-def administrators(keys) -> dict[str, str]:
-    return {"admin_keys_file": keys["api_keys_file"]}
-
-
-@pytest.fixture
-def applications(tiny_application, card, keys, administrators, tmp_path: Path) -> dict[str, Application]:
-    """Servers of every kind."""
+@pytest.fixture(scope="module")
+def several(make_card) -> Callable[[], Application]:
+    """Return a function to an application of several models, which a test may change."""
+    card = make_card()
     large = replace(card, name="large", input=replace(card.input, height=40, width=40))
     plain = replace(card.architecture, gated_layers=(), candidates=1, sharing=None)
     early = replace(
@@ -100,14 +96,22 @@ def applications(tiny_application, card, keys, administrators, tmp_path: Path) -
         Model(card=large, mode="ensemble", predictor=Fixed(), voting=("ensemble",), version="7"),
         Model(card=early, mode="single", predictor=Fixed(), limits=np.zeros(2, np.float32)),
     ]
-    (tmp_path / "empty").mkdir()
+    return lambda: Application(models, Settings(threads=1))
+
+
+@pytest.fixture(scope="module")
+def applications(
+    shared_application, several, keys_file: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Application]:
+    """Servers of every kind."""
+    empty = tmp_path_factory.mktemp("empty")
     return {
-        "plain": tiny_application("single"),
-        "any mode": tiny_application("random", allow_mode_choice=True, allow_repository_changes=True),
-        "several": Application(models, Settings(threads=1)),
-        "nothing yet": build(Settings(threads=1, model_repository=str(tmp_path / "empty"))),
-        "keys": tiny_application("single", **keys),
-        "administrators": tiny_application("single", **administrators),
+        "plain": shared_application("single"),
+        "any mode": shared_application("random", allow_mode_choice=True, allow_repository_changes=True),
+        "several": several(),
+        "nothing yet": build(Settings(threads=1, model_repository=str(empty))),
+        "keys": shared_application("single", api_keys_file=keys_file),
+        "administrators": shared_application("single", admin_keys_file=keys_file),
     }
 
 
@@ -185,8 +189,8 @@ def test_what_requests_may_not_choose_is_not_in_the_document(applications) -> No
     assert schemas["WantedOutput"]["properties"]["name"]["enum"] == ["probabilities", "logits"]
 
 
-def test_the_document_changes_with_what_is_served(applications) -> None:
-    application = applications["several"]
+def test_the_document_changes_with_what_is_served(several) -> None:
+    application = several()
 
     async def body(client: httpx.AsyncClient) -> None:
         async def names() -> list[str]:
@@ -274,20 +278,21 @@ def test_a_model_of_large_images_has_no_example_of_thousands_of_numbers(card) ->
     assert len(json.dumps(document)) < 50_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["open", "keys"])
 def test_schemathesis_finds_no_5xx_and_no_answer_that_the_document_does_not_allow(
-    tiny_application, keys, serve_in_a_thread, tmp_path: Path, way: str
+    shared_application, keys_file: str, serve_in_a_thread, tmp_path: Path, way: str
 ) -> None:
     settings: dict[str, Any] = {"allow_mode_choice": True, "max_queue": 64}
     more = []
     if way == "keys":
-        settings |= {**keys, "log_requests": True, "cors_origins": ("*",)}  # without the short way
+        settings |= {"api_keys_file": keys_file, "log_requests": True, "cors_origins": ("*",)}  # without the short way
         more = ["--header", f"X-API-Key: {KEY}"]
     # a request may ask for no more than a few microseconds
     (tmp_path / "schemathesis.toml").write_text(
         '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", "504"]\n'
     )
-    with serve_in_a_thread(tiny_application("random", **settings)) as url:
+    with serve_in_a_thread(shared_application("random", **settings)) as url:
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", *more),
