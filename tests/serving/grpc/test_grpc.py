@@ -65,6 +65,15 @@ class Client:
         )
         return check(health_pb2.HealthCheckRequest(service=name), timeout=10).status
 
+    def watch(self, name: str) -> Any:
+        """Return what the server says of a name, until it has ended."""
+        watch = self.channel.unary_stream(
+            f"/{HEALTH}/Watch",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        return watch(health_pb2.HealthCheckRequest(service=name), timeout=10)
+
 
 @contextmanager
 def refused(code: str, *texts: str) -> Iterator[None]:
@@ -511,12 +520,7 @@ def test_calls_without_an_end_hear_of_the_stop_and_do_not_hold_it_up(
     application = tiny_application("single", grpc_port=0, drain_timeout=20)
     with serve_in_a_thread(application):
         client = Client(application.grpc_port)
-        watch = client.channel.unary_stream(
-            f"/{HEALTH}/Watch",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        watched = watch(health_pb2.HealthCheckRequest(service="tiny"), timeout=10)
+        watched = client.watch("tiny")
         assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
         application.begin_drain()
         assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -533,6 +537,9 @@ def test_health_knows_the_server_the_service_and_the_models(client) -> None:
         assert client.health(name) == health_pb2.HealthCheckResponse.SERVING
     with refused("NOT_FOUND", "no service and no model has the name 'other'"):
         client.health("other")
+    watched = client.watch("other")  # which may come to be served
+    assert next(watched).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    watched.cancel()
 
 
 # --- streams
