@@ -6,7 +6,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine.engine import Prediction
+from serving.answers import Prediction
 from serving.errors import bad_request
 from serving.protocol.choices import Asked, Parameters, checked_parameters
 from serving.protocol.messages import message

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.engine.engine import modes_of
+from serving.engine.graphs import modes_of
 from serving.errors import Headers, RequestError
 from serving.http.bodies import Bodies
 from serving.http.connection import Connection

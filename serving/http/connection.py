@@ -19,7 +19,7 @@ from serving.http.bounded import BoundedConnection
 from serving.operations.log import clean_request_id
 from serving.protocol.admission import ByteBudget
 from serving.protocol.open_inference import HEADER_LENGTH, InferRequest, http_response, json_headers
-from serving.scheduling.scheduler import Outcome, Ticket
+from serving.scheduling.queue import Outcome, Ticket
 from serving.scheduling.service import Served, Service
 
 _MAX_REMEMBERED_HEAD: Final = 4096
@@ -99,7 +99,7 @@ class _HotCycle:
         if self.disconnected and not self.response_complete:
             self.response_complete = True
             if self.ticket is not None:
-                self.call.served.queue.leave(self.ticket)
+                self.connection.application.service.scheduler.leave(self.ticket)
             self.connection.release(self)
 
     def done(self, outcome: Outcome) -> None:

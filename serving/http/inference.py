@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from serving.engine.engine import Prediction
+from serving.answers import Prediction
 from serving.errors import Headers, RequestError, busy
 from serving.http.bodies import Bodies, ClientGone, header_length
 from serving.protocol.choices import Asked

@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serving.engine.engine import Prediction
+from serving.answers import Prediction
 from serving.engine.exits import read_confidence, read_exit
 from serving.errors import RequestError, bad_request, busy
 from serving.http.bodies import Bodies, ClientGone

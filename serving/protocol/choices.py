@@ -7,13 +7,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine.engine import Mode, Plan
+from serving.answers import Plan
 from serving.engine.exits import ExitChoice, num_exits, read_confidence
 from serving.errors import bad_request
 from serving.protocol.shown import shown
 from serving.protocol.tensors import AGREEMENT, EXIT, OUTPUTS
 from zoo.bundle.card import Card
 from zoo.errors import BadInput
+from zoo.vocabulary import Mode
 
 MAX_TIMEOUT: Final = 86_400_000_000
 """Microseconds: a day."""

@@ -21,12 +21,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine.engine import Mode, Plan, Prediction
+from serving.answers import Plan, Prediction
 from serving.errors import Headers, bad_request
 from serving.protocol.choices import NOTHING_ASKED, Asked, Choices, Parameters, checked_parameters
 from serving.protocol.shown import shown
 from serving.protocol.tensors import INPUT, OUTPUTS, Tensors, bytes_of, datatype_of, output_of, pixels_of_json
 from zoo.bundle.card import Card
+from zoo.vocabulary import Mode
 
 HEADER_LENGTH: Final = b"inference-header-content-length"
 VERSION: Final = "1"

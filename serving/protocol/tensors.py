@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine.engine import Prediction
+from serving.answers import Prediction
 from serving.errors import RequestError, bad_request
 from serving.protocol.shown import shown
 from zoo.bundle.card import Card

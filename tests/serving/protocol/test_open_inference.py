@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.engine.engine import Plan, Prediction
+from serving.answers import Plan, Prediction
 from serving.errors import RequestError
 from serving.protocol.choices import NOTHING_ASKED, Asked
 from serving.protocol.open_inference import HEADER_LENGTH, Codec, InferRequest, http_response
