@@ -704,10 +704,14 @@ def test_a_known_head_is_read_anew_after_its_model_was_loaded_again(card, serve,
 
     application = Application([Model(card=card, mode="single", predictor=Echo())], Settings(threads=1))
 
-    def change(action: Callable[[], None]) -> None:
-        done = threading.Event()
-        application.service.scheduler.loop.call_soon_threadsafe(lambda: (action(), done.set()))
-        assert done.wait(10)
+    pending: list[Callable[[], None]] = []
+
+    async def changing(scope: Any, receive: Any, send: Any) -> None:
+        while pending:
+            pending.pop()()
+        await application.starlette(scope, receive, send)
+
+    application.rest = changing
 
     with serve(application) as connect:
         client = connect()
@@ -717,6 +721,12 @@ def test_a_known_head_is_read_anew_after_its_model_was_loaded_again(card, serve,
             client.sendall(raw(0.5))
             status, _, body = reader.answer()
             return marks_of(body) if status == 200 else status
+
+        def change(action: Callable[[], None]) -> None:
+            pending.append(action)
+            other = connect()
+            other.sendall(LIVE + b"\r\n")
+            assert answer(other)[0] == 200
 
         assert [ask(), ask()] == [[0.5], [0.5]]
         change(lambda: application.service.put(Model(card=card, mode="single", predictor=Half())))
