@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manygates.output import DONE, INTERRUPTED, WRONG, say
+from zoo.vocabulary import VERSION
 
 _PACKAGES = ("zoo", "training", "serving")
 _OF_TRAINING = ("torch", "onnx", "safetensors", "pyarrow", "tqdm")

@@ -13,6 +13,8 @@ from torch import nn
 
 from zoo.errors import BadInput, UnknownName
 from zoo.networks.bottleneck_resnet import CifarResNet50
+from zoo.networks.image_format import CIFAR_FORMAT as CIFAR_FORMAT
+from zoo.networks.image_format import MNIST_FORMAT as MNIST_FORMAT
 from zoo.networks.image_format import ImageFormat as ImageFormat
 from zoo.networks.lenet import LeNet
 from zoo.networks.msdnet import MSDNet
@@ -22,9 +24,6 @@ from zoo.networks.small_cnn import SmallCNN
 from zoo.networks.two_layer import TwoLayerCNN
 from zoo.networks.vgg import VGG16
 from zoo.networks.wide_resnet import WideResNet
-
-CIFAR_FORMAT = ImageFormat()
-MNIST_FORMAT = ImageFormat(channels=1, height=28, width=28, mean=(0.1307,), std=(0.3081,))
 
 
 def _resnet(depth: int) -> Callable[..., nn.Module]:

@@ -1,4 +1,6 @@
-"""What the images are that a network is made for."""
+"""What the images of a network look like."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -20,3 +22,7 @@ class ImageFormat:
             raise BadInput(f"need one mean and std per channel ({self.channels}), got mean={self.mean} std={self.std}")
         if min(self.std) <= 0:
             raise BadInput(f"std must be positive, got {self.std}")
+
+
+CIFAR_FORMAT = ImageFormat()
+MNIST_FORMAT = ImageFormat(channels=1, height=28, width=28, mean=(0.1307,), std=(0.3081,))
