@@ -25,7 +25,6 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     """
     from manygates.arguments import Parser
     from manygates.commands import attack, evaluate, export, models, report, serve, train
-    from zoo.vocabulary import VERSION
 
     root = Parser(
         prog="manygates",
