@@ -33,7 +33,6 @@ STANDING: set[tuple[str, str]] = {
     ("serving.grpc.server", "serving.http.app"),
     ("serving.http.app", "serving.grpc.server"),
     ("training.objectives.base", "training.objectives"),
-    ("zoo.hub.source", "zoo.hub.catalog"),
     ("zoo.networks.lenet", "zoo.networks"),
     ("zoo.networks.msdnet", "zoo.networks"),
     ("zoo.networks.small_cnn", "zoo.networks"),
