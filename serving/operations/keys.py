@@ -68,7 +68,7 @@ class Keys:
 
     @property
     def generation(self) -> int:
-        """Grows when the keys change; asking looks for a change, at most every second. What was cached is then void."""
+        """Grows when the keys change, after which nothing cached holds; asking looks for that, at most every second."""
         if time.monotonic() >= self._look_at:
             self._look()
         return self._generation
@@ -137,7 +137,7 @@ class Keys:
 
 
 def _version(file: Path) -> tuple[int, int, int]:
-    """Return what changes when a file does; also where a link is turned to another one."""
+    """Return what changes when the file does, or when a link points to another one."""
     try:
         found = file.stat()
     except OSError:

@@ -11,10 +11,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from serving.http.app import Application
+from serving.listener import bind, url_of
 from serving.operations.settings import ModelSettings, Settings
 from serving.scheduling.repository import load
 from serving.scheduling.service import Model
-from serving.server import Server, bind, build, url_of
+from serving.server import Server, build
 from zoo.bundle.bundle import write_bundle
 from zoo.bundle.card import Card, InputFormat, NetworkSummary, Paths, Training
 
