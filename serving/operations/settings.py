@@ -19,11 +19,10 @@ from serving.operations.fields import check, is_plain, setting, unknown
 from serving.operations.sources import CONFIG_VARIABLE, of_environment, of_file, of_flags
 from zoo.errors import BadInput
 from zoo.input_format import MAX_PIXELS
-from zoo.vocabulary import Device, Precision
+from zoo.vocabulary import NAME, Device, Precision
 
 _DAY = 86_400
 _MOST_PIXELS = 89_478_485  # Pillow warns of a decompression bomb beyond
-_MODEL_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})?")
 _ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9._~\[\]:-]+")
 
 
@@ -79,7 +78,7 @@ class ModelSettings(_Answering):
     name: str = setting(
         "",
         "what clients call it; empty is the name in its card",
-        allowed=_MODEL_NAME.fullmatch,
+        allowed=lambda name: not name or NAME.fullmatch(name),
         expected="up to 128 letters, digits, dots, underscores and hyphens, the first a letter or digit",
     )
     weight: float = setting(
