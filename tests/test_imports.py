@@ -29,7 +29,6 @@ HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "gradio", "pyarrow", "st
 
 STANDING: set[tuple[str, str]] = {
     ("manygates.cli", "manygates"),
-    ("serving.demo.page", "serving.server"),
     ("serving.grpc.server", "serving.http.app"),
     ("serving.http.app", "serving.grpc.server"),
     ("training.objectives.base", "training.objectives"),
