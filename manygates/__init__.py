@@ -245,7 +245,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         if lacking:
             skipped = f"the graphs are not compared with the weights: {lacking}"
         else:
-            from zoo.export.write import verify_graphs
+            from zoo.export.verify import verify_graphs
 
             checks += verify_graphs(bundle)
     held = all(check.held for check in checks)
