@@ -18,7 +18,8 @@ node behind the first exit stands in the branch of an `If` that runs only where 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -89,42 +90,86 @@ def early_exit_graph(network: nn.Module) -> bytes:
     return _early_exit_graph(network, stencil)
 
 
+@dataclass(frozen=True)
+class GatedStencil:
+    """A random gated network exported once: the graph of any of its paths is put together without torch's exporter."""
+
+    rgn: RandomGatedNetwork
+    stencil: Stencil
+    candidates: list[dict[str, np.ndarray]]
+    """The tensors of the stencil that have a gate, for each candidate."""
+
+    @classmethod
+    def of(cls, rgn: RandomGatedNetwork) -> GatedStencil:
+        """Export a random gated network in evaluation mode.
+
+        Raises:
+            BadInput: it does not say the shape of its images, or cannot be exported.
+        """
+        network = derive(rgn, [0] * rgn.num_gates)
+        own = dict(graphs.tensors(network))
+        choices = [rgn.select([candidate] * rgn.num_gates) for candidate in range(rgn.candidates)]
+        gates = {part: gate for gate, layer in enumerate(rgn.layers) for part in rgn.parts(layer).values()}
+        first = {id(own[name]): name for name in choices[0]}
+        # a module may have two names, and the exporter takes either
+        chosen = {name: first[id(tensor)] for name, tensor in own.items() if id(tensor) in first}
+        gate_of = {
+            name: gate for name, gated in chosen.items() for part, gate in gates.items() if gated.startswith(f"{part}.")
+        }
+        stencil = stencil_of(network, _image_shape(rgn.template), gate_of)
+        swapped = ({**own, **{name: choice[gated] for name, gated in chosen.items()}} for choice in choices)
+        return cls(rgn, stencil, [stencil.gated(tensors) for tensors in swapped])
+
+    def single(self, path: Sequence[int]) -> bytes:
+        """Return the graph of one path.
+
+        Raises:
+            BadPath: the path does not fit the network.
+            BadInput: the graph answers otherwise than the network does.
+        """
+        path = self.rgn.check(path)
+        return _checked_path(path_graph(self.stencil, [self._weights(path)]), derive(self.rgn, path), self.stencil)
+
+    def ensemble(self, chosen: Sequence[Sequence[int]]) -> bytes:
+        """Return the graph that averages the probabilities of several paths; see `members_graph` for its outputs.
+
+        Raises:
+            BadPath, BadInput: see `single`.
+        """
+        keyed = [self.rgn.check(path) for path in chosen]
+        graph = path_graph(self.stencil, [self._weights(path) for path in keyed], keyed, counted=True)
+        return _checked_path(graph, Ensemble(derive(self.rgn, path) for path in keyed).eval(), self.stencil)
+
+    def gated(self) -> bytes:
+        """Return the graph whose gates are an input.
+
+        Raises:
+            BadInput: the network has a single candidate per layer, or the graph answers otherwise than it does.
+        """
+        return _checked_gated(gated_graph(self.stencil, self.candidates, self.rgn.num_gates), self.rgn, self.stencil)
+
+    def _weights(self, path: Path) -> dict[str, np.ndarray]:
+        return {name: self.candidates[path[gate]][name] for name, gate in self.stencil.gate_of.items()}
+
+
 def rgn_graphs(
     rgn: RandomGatedNetwork, single: Path | None, ensemble: Sequence[Path], *, gated: bool
 ) -> dict[str, bytes]:
-    """Return the ONNX files of the wanted variants of a random gated network, by variant name.
+    """Return the ONNX files of the wanted variants of a random gated network, by variant name; see `GatedStencil`.
 
     Raises:
         BadPath: a path does not fit the network.
         BadInput: the network has a single candidate per layer and a gated graph is wanted, it does not say the shape
             of its images, it cannot be exported, or a graph answers otherwise than the network does.
     """
-    network = derive(rgn, [0] * rgn.num_gates)
-    own = dict(graphs.tensors(network))
-    choices = [rgn.select([candidate] * rgn.num_gates) for candidate in range(rgn.candidates)]
-    gates = {part: gate for gate, layer in enumerate(rgn.layers) for part in rgn.parts(layer).values()}
-    first = {id(own[name]): name for name in choices[0]}
-    # a module may have two names, and the exporter takes either
-    chosen = {name: first[id(tensor)] for name, tensor in own.items() if id(tensor) in first}
-    gate_of = {
-        name: gate for name, gated in chosen.items() for part, gate in gates.items() if gated.startswith(f"{part}.")
-    }
-    stencil = stencil_of(network, _image_shape(rgn.template), gate_of)
-    candidates = [
-        stencil.gated({**own, **{name: choice[gated] for name, gated in chosen.items()}}) for choice in choices
-    ]
-    made = {}
-    if single is not None:
-        path = rgn.check(single)
-        graph = path_graph(stencil, [_weights_of(candidates, stencil.gate_of, path)])
-        made["single"] = _checked_path(graph, derive(rgn, path), stencil)
+    for path in [*ensemble, *([] if single is None else [single])]:
+        rgn.check(path)  # before the export, which takes seconds
+    exported = GatedStencil.of(rgn)
+    made = {} if single is None else {"single": exported.single(single)}
     if ensemble:
-        keyed = [rgn.check(path) for path in ensemble]
-        weights = [_weights_of(candidates, stencil.gate_of, path) for path in keyed]
-        graph = path_graph(stencil, weights, keyed, counted=True)
-        made["ensemble"] = _checked_path(graph, Ensemble(derive(rgn, path) for path in keyed).eval(), stencil)
+        made["ensemble"] = exported.ensemble(ensemble)
     if gated:
-        made["gated"] = _checked_gated(gated_graph(stencil, candidates, rgn.num_gates), rgn, stencil)
+        made["gated"] = exported.gated()
     return made
 
 
@@ -270,10 +315,6 @@ def _image_shape(network: nn.Module) -> tuple[int, ...]:
             "(channel, height, width) before exporting it"
         )
     return shape
-
-
-def _weights_of(candidates: Sequence[Weights], gate_of: Mapping[str, int], path: Path) -> dict[str, np.ndarray]:
-    return {name: candidates[path[gate]][name] for name, gate in gate_of.items()}
 
 
 def as_numpy(images: Tensor) -> np.ndarray:
