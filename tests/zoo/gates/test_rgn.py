@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from unsettled import unsettle
 
 from zoo import paths
 from zoo.data.vision import torchvision
@@ -23,17 +24,6 @@ SHARINGS = get_args(Sharing)
 
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def unsettle(network: nn.Module) -> nn.Module:
-    """Give every BatchNorm statistics and an affine map of its own, as training would."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-            nn.init.normal_(module.running_mean, 0, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.2)
-    return network
 
 
 def small_rgn(**options: object) -> RandomGatedNetwork:
