@@ -284,9 +284,8 @@ def _check(
     self_check.check_same(
         network,
         lambda batch: expected(batch.to(first.device, first.dtype)),
-        found,
+        {f"the graph {what}": found},
         images,
-        f"the graph {what}",
         "torch's exporter changed it, or its operations mean something else in ONNX",
     )
 
