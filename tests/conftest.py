@@ -54,14 +54,10 @@ SKIPS: dict[str, Callable[[], str | None]] = {"data": _missing_data, "gpu": _mis
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="run the tests marked exhaustive as well")
+    parser.addoption("--exhaustive", action="store_true", help="check every case of what a default run checks on a few")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--exhaustive"):
-        for item in items:
-            if item.get_closest_marker("exhaustive"):
-                item.add_marker(pytest.mark.skip(reason="a further case; run it with --exhaustive"))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for marker, missing in SKIPS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and (reason := missing()):

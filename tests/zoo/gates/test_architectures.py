@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from dataclasses import dataclass
 
 import architectures
 import numpy as np
@@ -37,43 +38,52 @@ def built(case: Case) -> nn.Module:
     return unsettle(network).eval()
 
 
-def gated(case: Case) -> RandomGatedNetwork:
-    """The architecture with gates, once it warned of what the table says."""
+@dataclass(frozen=True)
+class Gated:
+    """An architecture with gates and a path of it."""
+
+    case: Case
+    rgn: RandomGatedNetwork
+    path: paths.Path
+    said: list[str]  # warnings of `randomly_gate`
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def gated(request: pytest.FixtureRequest) -> Gated:
+    case: Case = request.param
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rgn = randomly_gate(built(case)).eval()
     said = [str(warning.message) for warning in caught if warning.category is GatingWarning]
+    return Gated(case, rgn, paths.sample(rgn.num_gates, rgn.candidates, random.Random(0)), said)
+
+
+@pytest.mark.slow
+def test_a_public_architecture_has_its_gates_and_says_what_has_none(gated: Gated) -> None:
+    case, said = gated.case, gated.said
+    assert (len(gated.rgn.convolutions), gated.rgn.num_gates) == (case.convolutions, case.gates)
     assert len(said) == (case.ungated > 0) + (case.gates == 1)
     assert not case.ungated or f" {case.ungated} convolutions " in said[0]
-    return rgn
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @torch.no_grad()
-def test_a_public_architecture_has_its_gates_and_a_derived_path_equals_it_bit_for_bit(case: Case) -> None:
-    rgn = gated(case)
-    assert (len(rgn.convolutions), rgn.num_gates) == (case.convolutions, case.gates)
-    path = paths.sample(rgn.num_gates, rgn.candidates, random.Random(0))
-    images = self_check.images((2, 3, case.size, case.size))
-    expected = rgn(images, path)
-    assert torch.equal(derive(rgn, path)(images), expected)
-    assert not torch.allclose(rgn(images, [0] * rgn.num_gates), expected)
+def test_a_derived_path_of_a_public_architecture_equals_it_bit_for_bit(gated: Gated) -> None:
+    images = self_check.images((2, 3, gated.case.size, gated.case.size))
+    expected = gated.rgn(images, gated.path)
+    assert torch.equal(derive(gated.rgn, gated.path)(images), expected)
+    assert not torch.allclose(gated.rgn(images, [0] * gated.rgn.num_gates), expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=case.name, marks=[] if case.exported else pytest.mark.exhaustive) for case in CASES],
-)
 @torch.no_grad()
-def test_the_graphs_of_a_public_architecture_answer_as_torch(case: Case) -> None:
-    rgn = gated(case)
-    path = paths.sample(rgn.num_gates, rgn.candidates, random.Random(0))
-    images = self_check.images((5, 3, case.size, case.size))
-    expected = rgn(images, path)
-    exported = onnx_graphs.rgn_graphs(rgn, path, [], gated=True)
-    for variant, feeds in (("single", {}), ("gated", {"gates": np.array(path, np.int64)})):
+def test_the_graphs_of_a_public_architecture_answer_as_torch(gated: Gated, pytestconfig: pytest.Config) -> None:
+    if not (gated.case.exported or pytestconfig.getoption("--exhaustive")):
+        pytest.skip("of this family another architecture is exported; --exhaustive exports all")
+    images = self_check.images((5, 3, gated.case.size, gated.case.size))
+    expected = gated.rgn(images, gated.path)
+    exported = onnx_graphs.rgn_graphs(gated.rgn, gated.path, [], gated=True)
+    for variant, feeds in (("single", {}), ("gated", {"gates": np.array(gated.path, np.int64)})):
         opened = session(exported[variant])
         for batch in (1, 2, 5):
             (logits,) = opened.run(["logits"], {"images": images[:batch].numpy(), **feeds})
