@@ -12,7 +12,6 @@ no ranges inside and stays in float32 there.
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
@@ -26,9 +25,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from zoo.errors import BadInput
 from zoo.export.nodes import branches, reads, renamed
 from zoo.export.stencil import GATES, IMAGES, IR_VERSION, OPSET
-from zoo.runtime import runtime
+from zoo.runtime import quantization
 
-_library: Any = importlib.import_module(f"{runtime.__name__}.quantization")  # a package of its own, and a large one
+_library: Any = quantization()
 
 METHOD = "min-max, uint8 activations, int8 weights per channel; first convolution and last linear layer in float32"
 BATCH, GATED_BATCH = 32, 8

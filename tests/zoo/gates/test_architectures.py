@@ -46,6 +46,7 @@ class Gated:
     rgn: RandomGatedNetwork
     path: paths.Path
     said: list[str]  # warnings of `randomly_gate`
+    parameters: int  # of the architecture itself
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -53,9 +54,15 @@ def gated(request: pytest.FixtureRequest) -> Gated:
     case: Case = request.param
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rgn = randomly_gate(built(case)).eval()
+        network = built(case)
+        rgn = randomly_gate(network).eval()
     said = [str(warning.message) for warning in caught if warning.category is GatingWarning]
-    return Gated(case, rgn, paths.sample(rgn.num_gates, rgn.candidates, random.Random(0)), said)
+    path = paths.sample(rgn.num_gates, rgn.candidates, random.Random(0))
+    return Gated(case, rgn, path, said, count(network))
+
+
+def count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 @pytest.mark.slow
@@ -71,7 +78,9 @@ def test_a_public_architecture_has_its_gates_and_says_what_has_none(gated: Gated
 def test_a_derived_path_of_a_public_architecture_equals_it_bit_for_bit(gated: Gated) -> None:
     images = self_check.images((2, 3, gated.case.size, gated.case.size))
     expected = gated.rgn(images, gated.path)
-    assert torch.equal(derive(gated.rgn, gated.path)(images), expected)
+    derived = derive(gated.rgn, gated.path)
+    assert torch.equal(derived(images), expected)
+    assert (type(derived), count(derived)) == (type(gated.rgn.template), gated.parameters)
     assert not torch.allclose(gated.rgn(images, [0] * gated.rgn.num_gates), expected)
 
 
