@@ -9,18 +9,19 @@ from pathlib import Path
 
 from torch import nn
 
-import zoo.bundle.card
 from zoo import paths
 from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle, int8_file, write_bundle
-from zoo.bundle.card import INT8, Calibration, Card, Exit, InputFormat, Int8, Lint, Paths, Result, Training
+from zoo.bundle.card import Calibration, Card, Exit, Int8, Lint, NetworkSummary, Paths, Result, Training
 from zoo.data import datasets
 from zoo.errors import BadInput, BundleError
 from zoo.export import onnx_graphs, quantize
 from zoo.export.verify import count_parameters, exits_of, verify_graphs
 from zoo.gates.derive import derive
 from zoo.gates.rgn import RandomGatedNetwork
+from zoo.input_format import InputFormat
 from zoo.networks import num_exits
 from zoo.runtime import runtime
+from zoo.vocabulary import INT8
 from zoo.weights.checkpoint import Architecture, save_network
 from zoo.weights.models import PLAIN_WEIGHTS, RGN_WEIGHTS, save_members
 
@@ -63,7 +64,7 @@ def export_rgn(
     card = _card(
         description,
         architecture,
-        zoo.bundle.card.Architecture(
+        NetworkSummary(
             name=architecture.network,
             options=architecture.options,
             gated_layers=tuple(layer.conv for layer in rgn.layers),
@@ -108,7 +109,7 @@ def export_members(
     card = _card(
         description,
         architecture,
-        zoo.bundle.card.Architecture(
+        NetworkSummary(
             name=architecture.network,
             options=architecture.options,
             gated_layers=(),
@@ -155,10 +156,8 @@ def add_int8(folder: Path, *, images: int = CALIBRATION_IMAGES, seed: int = 0, e
     known = bundle.card if earlier is None else earlier
     int8 = Int8(variants=card.variants, calibration=calibration)
     if known.int8 is not None and known.int8.calibration == calibration:
-        kept = [entry for entry in known.int8.agreement if entry.variant in card.variants]
         results = [entry for entry in known.results if _measured_on(entry.variant, card.variants)]
         found = [entry for entry in known.lint if _measured_on(entry.variant, card.variants)]
-        int8 = replace(int8, agreement=tuple(kept))
         card = replace(card, int8=int8, results=(*card.results, *results), lint=(*card.lint, *found))
     return _write_checked(folder, replace(card, int8=int8), files)
 
@@ -181,7 +180,7 @@ def without_int8(card: Card) -> Card:
 def _card(
     description: Description,
     architecture: Architecture,
-    network: zoo.bundle.card.Architecture,
+    network: NetworkSummary,
     chosen: Paths,
     variants: tuple[str, ...],
     exits: tuple[Exit, ...] = (),
