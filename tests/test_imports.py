@@ -29,11 +29,9 @@ HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "gradio", "pyarrow", "st
 
 STANDING: set[tuple[str, str]] = {
     ("manygates.cli", "manygates"),
-    ("serving.demo.page", "serving.server"),
     ("serving.grpc.server", "serving.http.app"),
     ("serving.http.app", "serving.grpc.server"),
     ("training.objectives.base", "training.objectives"),
-    ("zoo.hub.source", "zoo.hub.catalog"),
     ("zoo.networks.lenet", "zoo.networks"),
     ("zoo.networks.msdnet", "zoo.networks"),
     ("zoo.networks.small_cnn", "zoo.networks"),
