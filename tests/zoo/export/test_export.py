@@ -272,7 +272,8 @@ def test_graphs_whose_weights_were_changed_do_not_verify(gated: Gated, tmp_path:
         place = tmp_path / "weights"
         place.write_bytes(files[RGN_WEIGHTS])
         tensors, header = checkpoint.load(place)
-        tensors["classifier.weight"] *= 1.1
+        for name in ("classifier.weight", "classifier.bias"):
+            tensors[name] *= 1.1
         checkpoint.save(place, tensors, header)
         files[RGN_WEIGHTS] = place.read_bytes()
 
