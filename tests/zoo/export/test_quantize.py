@@ -733,8 +733,8 @@ def run(*arguments: object) -> int:
 def test_the_command_adds_int8_graphs_to_a_bundle_and_exports_with_them(
     tiny_dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    architecture = Architecture(network="lenet", dataset=tiny_dataset)
-    export_members(tmp_path / "bundle", [built("lenet", width=None)], architecture, DESCRIPTION)
+    architecture = Architecture(network="resnet8", options={"width": 4}, dataset=tiny_dataset)
+    export_members(tmp_path / "bundle", [built()], architecture, DESCRIPTION)
     bundle = add_int8(tmp_path / "bundle", images=CALIBRATION)
     (result,) = evaluate(bundle, Request(protocol="clean", precision="int8"))
     record_results(bundle.folder, [result])
