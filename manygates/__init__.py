@@ -960,8 +960,8 @@ def _device(name: str) -> str:
 
 def _run_source(source: str, which: str) -> tuple[nn.Module, Architecture, Training, str, int, int]:
     """Load a training run: network, architecture, its training as the card tells it, name, ensemble size, seed."""
-    from training.loop import epochs_done, load_run, log, provenance
     from training.recipes import resolved
+    from training.run import epochs_done, load_run, log, provenance
     from zoo.bundle.card import Training
 
     run_dir = Path(source)

@@ -532,7 +532,7 @@ def test_a_plain_network_has_no_path_to_derive(plain: Path, tmp_path: Path) -> N
 def test_a_place_that_is_taken_is_refused_before_any_work(
     command: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.loop.load_run", None)  # not reached
+    monkeypatch.setattr("training.run.load_run", None)  # not reached
     (tmp_path / "thesis.tex").touch()
     assert "is not empty and holds no bundle, so its content would be lost" in refused(command, run, "--out", tmp_path)
     assert "is a file, expected a directory or nothing" in refused(command, run, "--out", tmp_path / "thesis.tex")

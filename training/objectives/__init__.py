@@ -20,21 +20,24 @@ from training.objectives.trs import Trs
 
 # Read by recipes, JSON and the command line; Python code passes the object.
 OBJECTIVES: dict[str, type[Objective]] = {
-    "standard": Standard,
-    "pgd_at": PgdAt,
-    "fast_at": FastAt,
-    "free_at": FreeAt,
-    "trades": Trades,
-    "awp": Awp,
-    "ews": Ews,
-    "ensemble_in_one": EnsembleInOne,
-    "adp": Adp,
-    "gal": Gal,
-    "dverge": Dverge,
-    "trs": Trs,
-    "dropen": Dropen,
-    "multi_exit": MultiExit,
-    "neo_kd": NeoKd,
+    kind.method: kind
+    for kind in (
+        Standard,
+        PgdAt,
+        FastAt,
+        FreeAt,
+        Trades,
+        Awp,
+        Ews,
+        EnsembleInOne,
+        Adp,
+        Gal,
+        Dverge,
+        Trs,
+        Dropen,
+        MultiExit,
+        NeoKd,
+    )
 }
 
 __all__ = [

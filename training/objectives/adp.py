@@ -27,6 +27,7 @@ from zoo.gates.derive import mean_probability
 class Adp(MembersObjective):
     """Cross-entropy of each member, the ensemble's entropy and the volume of the members' wrong answers."""
 
+    method: ClassVar[str] = "adp"
     published: ClassVar[str] = "Pang et al., ICML 2019"
 
     alpha: float = 2.0

@@ -35,6 +35,7 @@ class Awp(Wrapper):
     subnets see the moved weights, and have no say in where these go.
     """
 
+    method: ClassVar[str] = "awp"
     published: ClassVar[str] = "Wu et al., NeurIPS 2020"
 
     inner: NetworkObjective = field(default_factory=PgdAt)

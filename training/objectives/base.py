@@ -110,6 +110,8 @@ class Step:
 class Objective(ABC):
     """Adds the gradients of one step to the parameters' `.grad` and reports what it measured."""
 
+    method: ClassVar[str]
+    """What recipes and the command line call it: its key in `OBJECTIVES`."""
     streams: ClassVar[int] = 1
     """Independent shuffles of the training set that a step needs."""
     published: ClassVar[str] = ""
@@ -129,10 +131,8 @@ class Objective(ABC):
 
     @property
     def name(self) -> str:
-        """The method's name in tables and cards: its key in `OBJECTIVES`, with those of the wrappers around it."""
-        from training.objectives import OBJECTIVES
-
-        return next(name for name, kind in OBJECTIVES.items() if type(self) is kind)
+        """The method's name in tables and cards; a wrapper puts its own behind that of what is within."""
+        return self.method
 
     @property
     def views(self) -> int:

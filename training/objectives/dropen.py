@@ -37,6 +37,7 @@ class Dropen(Objective):
     The networks of an ensemble are trained side by side, each by itself; of a random gated network one path is drawn.
     """
 
+    method: ClassVar[str] = "dropen"
     published: ClassVar[str] = "Dropen (released code)"
     needs: ClassVar[Needs] = "dropout"
 

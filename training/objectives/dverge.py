@@ -30,6 +30,7 @@ class Dverge(DistilledObjective):
     Of a random gated network `paths` random paths stand for the members.
     """
 
+    method: ClassVar[str] = "dverge"
     published: ClassVar[str] = "Yang et al., NeurIPS 2020"
     needs: ClassVar[Needs] = "several members"
 

@@ -43,6 +43,7 @@ Reduction = Literal["batchmean", "mean"]
 class Ews(Wrapper):
     """The loss within, and the divergence of a weak subnet from the whole network."""
 
+    method: ClassVar[str] = "ews"
     published: ClassVar[str] = "Guo et al., ECCV 2022"
     needs: ClassVar[Needs] = "residual blocks"
 

@@ -20,6 +20,7 @@ from zoo.errors import BadInput
 class FastAt(PgdAt):
     """Mean cross-entropy on examples of one gradient step."""
 
+    method: ClassVar[str] = "fast_at"
     published: ClassVar[str] = "Wong et al., ICLR 2020"
 
     attack: Attack = field(default_factory=lambda: Attack(steps=1, step_size=10 / 255))

@@ -27,6 +27,7 @@ from zoo.errors import BadInput
 class Gal(MembersObjective):
     """Cross-entropy of each member, and how much their image gradients are aligned."""
 
+    method: ClassVar[str] = "gal"
     published: ClassVar[str] = "Kariyappa and Qureshi, 2019"
 
     weight: float = 0.5

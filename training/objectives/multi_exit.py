@@ -29,6 +29,7 @@ Distillation = Literal["none", "self", "ard"]
 class MultiExit(ExitsObjective):
     """Cross-entropy summed over exits, on clean images and with an `attack` on adversarial ones as well."""
 
+    method: ClassVar[str] = "multi_exit"
     published: ClassVar[str] = "Hu et al., ICLR 2020"
 
     distillation: Distillation = "none"

@@ -31,6 +31,7 @@ from zoo.networks import num_exits
 class NeoKd(ExitsObjective):
     """Adversarial training of all exits with neighbour (NKD) and exit-wise orthogonal knowledge distillation (EOKD)."""
 
+    method: ClassVar[str] = "neo_kd"
     published: ClassVar[str] = "Ham et al., NeurIPS 2023"
 
     attack: Attack = EVAL_ATTACK

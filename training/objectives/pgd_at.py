@@ -28,6 +28,7 @@ Attacked = Literal["ensemble", "member"]
 class PgdAt(NetworkObjective):
     """Mean cross-entropy on PGD examples against the network itself."""
 
+    method: ClassVar[str] = "pgd_at"
     published: ClassVar[str] = "Madry et al., ICLR 2018"
 
     attack: Attack = field(default_factory=Attack)

@@ -24,6 +24,7 @@ from zoo.errors import BadInput
 class Standard(NetworkObjective):
     """Mean cross-entropy, and the Jensen-Shannon divergence between views of an image if `consistency` is not 0."""
 
+    method: ClassVar[str] = "standard"
     published: ClassVar[str] = "(empirical risk minimisation)"
 
     consistency: float = 0.0

@@ -32,6 +32,7 @@ from zoo.errors import BadInput
 class Trades(NetworkObjective):
     """Cross-entropy on clean images, and the divergence of the answers to images that were moved to make it large."""
 
+    method: ClassVar[str] = "trades"
     published: ClassVar[str] = "Zhang et al., ICML 2019"
 
     attack: Attack = field(

@@ -29,6 +29,7 @@ BATCH_SIZE = 128
 class Trs(MembersObjective):
     """Cross-entropy of each member, the absolute cosines of their image gradients, and how long these are."""
 
+    method: ClassVar[str] = "trs"
     published: ClassVar[str] = "Yang et al., NeurIPS 2021"
 
     lambda_a: float = 40.0

@@ -36,7 +36,7 @@ class Wrapper(NetworkObjective):
     @property
     def name(self) -> str:
         """The name of what is within, then its own: "trades+awp"."""
-        return f"{self.inner.name}+{super().name}"
+        return f"{self.inner.name}+{self.method}"
 
     @property
     def views(self) -> int:

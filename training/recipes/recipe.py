@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from training.augmentation import AUGMENTATIONS
+from training.augmentation import check_augmentation
 from training.objectives import EnsembleInOne, Objective
-from zoo.errors import BadInput, UnknownName, check_count
+from zoo.errors import BadInput, check_count
 from zoo.gates.rgn import Sharing
+from zoo.weights.checkpoint import Architecture
 
 Schedule = Literal["step", "cosine", "cyclic"]
 Optimizer = Literal["sgd", "adam"]
@@ -131,16 +132,8 @@ class Recipe:
                 f"got members={self.members} and candidates={self.candidates}: an ensemble has several plain members, "
                 "a random gated network several candidates per layer; set one of them to 1"
             )
-        if self.augmentation not in AUGMENTATIONS:
-            raise UnknownName(self.augmentation, AUGMENTATIONS, kind="augmentation")
-        if not 1 <= self.augmix_severity <= 10:
-            raise BadInput(f"need 1 <= augmix_severity <= 10, got {self.augmix_severity}")
         for phase in self.phases:
-            if phase.objective.views > 1 and self.augmentation != "augmix":
-                raise BadInput(
-                    f"{phase.objective.name} compares {phase.objective.views} augmentations of an image (consistency), "
-                    f"which augmentation={self.augmentation!r} does not make; set augmentation=augmix"
-                )
+            check_augmentation(self.augmentation, views=phase.objective.views, severity=self.augmix_severity)
         if not 0 <= self.validation_eps <= 1 or self.validation_attacked < 1:
             raise BadInput(
                 f"need 0 <= validation_eps <= 1 and validation_attacked >= 1, got {self.validation_eps} and "
@@ -162,6 +155,18 @@ class Recipe:
     def method(self) -> str:
         """The method's name: that of the last phase's objective."""
         return self.phases[-1].objective.name
+
+    @property
+    def architecture(self) -> Architecture:
+        """What is trained."""
+        return Architecture(
+            network=self.network,
+            options=self.network_options,
+            dataset=self.dataset,
+            candidates=self.candidates,
+            sharing=self.sharing if self.candidates > 1 else None,
+            members=self.members,
+        )
 
     @property
     def epochs(self) -> int:
