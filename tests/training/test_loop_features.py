@@ -328,7 +328,7 @@ def test_an_objective_is_chosen_by_its_name_or_described_in_full(make: MakeRecip
     for text, message in {
         "magic": "unknown method 'magic'",
         '{"eps": 1}': "is no objective, expected a method",
-        '{"method": "trades", "gamma": 1}': "trades has no field 'gamma'",
+        '{"method": "trades", "gamma": 1}': "field of Trades 'gamma'",
         '{"method": "awp", "inner": {"method": "adp"}}': "adp does not fit here",
     }.items():
         with pytest.raises((BadInput, UnknownName), match=message):
