@@ -11,8 +11,8 @@ one (`tests/training/test_augmentation.py` does, for the same draws); what is ch
 they change a pixel by as much on average, within a tenth. `quiet` says whether other processes used less than a quarter
 of a core; `processor_ratio` suffers less from them.
 
-A step of the recipe that uses the views (a ResNet-20 in bfloat16: cross-entropy, with three views AugMix's consistency
-too) takes its turn as well. `training_ratio` is the processor time of augmentation and step together, relative to ours:
+A training step that uses the views takes its turn as well: a ResNet-20 in float32, with AugMix's consistency where
+there are three views. In bfloat16, where the processor has it, a step is cheaper and augmentation weighs more. `training_ratio` is the processor time of augmentation and step together, relative to ours:
 1.1 means that a run takes a tenth longer.
 
 Progress goes to standard error; the last line on standard output is JSON.
@@ -88,7 +88,7 @@ def training_step(views: int) -> Callable[[list[Tensor]], None]:
         images, *others = (datasets.as_float(view.contiguous(memory_format=torch.channels_last)) for view in pixels)
         batch = Batch(images, torch.arange(len(images)) % 10, tuple(others))
         optimizer.zero_grad(set_to_none=True)
-        objective.accumulate(network, [batch], Step(seed=0, number=0, precision=torch.bfloat16))
+        objective.accumulate(network, [batch], Step(seed=0, number=0))
         optimizer.step()
 
     return run
