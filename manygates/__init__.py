@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from serving.operations.settings import Settings
-    from zoo.bundle.card import Card, Detection, Finding, Result, Table, Training
+    from zoo.bundle.card import Card, Finding, Result, Table, Training
     from zoo.gates.rgn import RandomGatedNetwork
     from zoo.weights.checkpoint import Architecture
 
@@ -57,9 +57,8 @@ PROTOCOLS = (
 PRECISIONS = ("fp32", "int8")
 JUDGING_DRAWS = 20
 COUNTS = {
-    **dict.fromkeys(("calibration_images", "images", "attacked", "queries", "draws", "steps", "restarts", "paths"), 1),
+    **dict.fromkeys(("calibration_images", "images", "queries", "draws", "steps", "restarts", "paths"), 1),
     "finetune": 0,
-    "calibrate images": 2,  # half of them set the threshold, the others measure it
     "evaluate paths": 2,  # a matrix compares them
 }
 """Options that count something, of every command or of one -> the least they may be."""
@@ -432,7 +431,6 @@ def _export(arguments: argparse.Namespace) -> int:
         training=training,
         results=() if card is None else without_int8(card).results,  # the same weights and paths, so the same numbers
         lint=() if card is None else without_int8(card).lint,
-        suspicion=() if card is None else card.suspicion,
     )
     if isinstance(network, RandomGatedNetwork):
         bundle = export_rgn(arguments.out, network, architecture, description, single=chosen[0], ensemble=chosen[1:])
@@ -603,67 +601,6 @@ def _print_finding(finding: Finding) -> None:
     print(f"  {verdict:<8}{finding.code:<4}{finding.name}: {finding.figure}", flush=True)
     if finding.verdict == "alarm":
         print(f"{'':<14}{finding.meaning}", flush=True)
-
-
-def _calibrate(arguments: argparse.Namespace) -> int:
-    from zoo.bundle.bundle import record_suspicion
-    from zoo.evaluation import parse_eps
-    from zoo.hub.source import open_model
-    from zoo.suspicion import calibrate
-    from zoo.weights.models import weights_file
-
-    _check_recordable(arguments)
-    card = open_model(arguments.model, only=()).card
-    bundle = open_model(arguments.model, only=(weights_file(card),))
-    parts = ["manygates", "calibrate", _repeatable_name(arguments, card.name), "--variant", arguments.variant]
-    parts += ["--draws", str(arguments.draws)] if arguments.draws is not None else []
-    parts += ["--false-positive-rate", str(arguments.false_positive_rate), "--eps", *arguments.eps]
-    for option in ("images", "attacked"):
-        parts += [f"--{option}", str(getattr(arguments, option))] if getattr(arguments, option) is not None else []
-    parts += ["--surrogates", *arguments.surrogates] if arguments.surrogates else []
-    parts += ["--device", arguments.device] if arguments.device != "cpu" else []
-    found = calibrate(
-        bundle,
-        arguments.variant,
-        draws=arguments.draws,
-        rate=arguments.false_positive_rate,
-        eps=[parse_eps(text) for text in arguments.eps],
-        images=arguments.images,
-        attacked=arguments.attacked,
-        surrogates=arguments.surrogates,
-        seed=arguments.seed,
-        device=_device(arguments.device),
-        command=shlex.join([*parts, "--seed", str(arguments.seed)]),
-        watch=lambda detection: (
-            _say(_detected(detection)) if arguments.json else print(_detected(detection), flush=True)
-        ),
-    )
-    if arguments.json:
-        import dataclasses
-
-        _print_json(json.loads(json.dumps(dataclasses.asdict(found))))
-    else:
-        low, high = found.interval
-        print(
-            f"agreement < {found.threshold:g} is suspicious: {found.measured_false_positive_rate:.2%} "
-            f"[{low:.2%}, {high:.2%}] of {found.images} clean images (stated: at most {found.false_positive_rate:.2%} "
-            f"of the {found.calibration_images} that set it)\n{found.source}\n{found.note}"
-        )
-    if not found.threshold:
-        _say(
-            "even the lowest threshold flags more clean images than stated, so nothing is flagged; allow a higher rate"
-        )
-    if arguments.record:
-        record_suspicion(bundle.folder, found)
-        _say(f"recorded in {bundle.folder / 'card.json'}")
-    return DONE
-
-
-def _detected(found: Detection) -> str:
-    return (
-        f"{found.attack}, eps {found.eps_fraction}: {found.successful} of {found.images} images broken, "
-        f"{found.rate:.1%} of these flagged; broken and not flagged {found.evaded:.1%}"
-    )
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -1296,28 +1233,6 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--seed", type=int, default=0, metavar="S")
     added.add_argument("--device", default="cpu", metavar="DEVICE")
     added.add_argument("--record", action="store_true", help="write the findings into the card of a local bundle")
-    json_flag(added)
-
-    added = command(
-        "calibrate", _calibrate, "Below which agreement of paths an answer is suspicious; what that catches."
-    )
-    added.add_argument("model", metavar="MODEL")
-    added.add_argument("--variant", choices=("ensemble", "gated"), required=True)
-    added.add_argument(
-        "--draws", type=int, metavar="K", help="paths that vote on an image of random gates; 8 by default"
-    )
-    added.add_argument(
-        "--false-positive-rate", type=float, default=0.05, metavar="P", help="share of clean images that may be flagged"
-    )
-    added.add_argument("--eps", nargs="+", default=["0.01", "0.03"], metavar="EPS", help="radii of the attacks")
-    added.add_argument("--images", type=int, metavar="N", help="clean images; all that training spared by default")
-    added.add_argument("--attacked", type=int, metavar="N", help="how many are attacked; 300 by default")
-    added.add_argument(
-        "--surrogates", nargs="+", default=[], metavar="MODEL", help="models on which transfer attacks are made"
-    )
-    added.add_argument("--seed", type=int, default=0, metavar="S")
-    added.add_argument("--device", default="cpu", metavar="DEVICE")
-    added.add_argument("--record", action="store_true", help="write the threshold into the card of a local bundle")
     json_flag(added)
 
     added = command("report", _report, "Draw what the cards of models say, side by side: HTML, Markdown and figures.")

@@ -43,7 +43,7 @@ SMALL = [
     "phases.1.objective.distillation_steps=2",
 ]  # fmt: skip
 GATES = 7
-TWO_OR_MORE = (("calibrate", "--images"), ("evaluate", "--paths"))
+TWO_OR_MORE = (("evaluate", "--paths"),)
 
 
 @dataclass(frozen=True)
@@ -632,7 +632,7 @@ def test_a_user_without_a_home_is_told_to_name_a_cache(model: Path, monkeypatch:
     assert done("show", model, "--json").json["name"]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "lint", "calibrate"])
+@pytest.mark.parametrize("command", ["evaluate", "lint"])
 def test_a_card_that_cannot_be_changed_is_told_before_the_work(
     command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -643,7 +643,7 @@ def test_a_card_that_cannot_be_changed_is_told_before_the_work(
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     monkeypatch.setattr(datasets, "load", None)  # not reached
-    more = {"evaluate": ["--protocol", "clean"], "lint": [], "calibrate": ["--variant", "ensemble"]}[command]
+    more = {"evaluate": ["--protocol", "clean"], "lint": []}[command]
     line = refused(command, own, *more, "--record")
     assert str(own) in line
     assert "pull MODEL --out DIR" in line
@@ -689,9 +689,6 @@ def test_a_width_that_no_network_has_is_refused(width: object, tmp_path: Path) -
         ("--queries", ("evaluate", "MODEL", "--protocol", "queries")),
         ("--images", ("lint", "MODEL")),
         ("--queries", ("lint", "MODEL")),
-        ("--images", ("calibrate", "MODEL", "--variant", "ensemble")),
-        ("--attacked", ("calibrate", "MODEL", "--variant", "ensemble")),
-        ("--draws", ("calibrate", "MODEL", "--variant", "gated")),
         ("--queries", ("attack", "MODEL", "--image", "x.png", "--out", "OUT")),
         ("--draws", ("attack", "MODEL", "--image", "x.png", "--out", "OUT")),
         ("--steps", ("attack", "MODEL", "--image", "x.png", "--out", "OUT")),
@@ -718,7 +715,6 @@ def test_what_is_no_count_is_refused_with_the_least_that_is_taken(
         ("--seed", ("derive", "MODEL", "--out", "OUT")),
         ("--seed", ("evaluate", "MODEL", "--protocol", "clean")),
         ("--seed", ("lint", "MODEL")),
-        ("--seed", ("calibrate", "MODEL", "--variant", "ensemble")),
         ("--seed", ("attack", "MODEL", "--image", "x.png", "--out", "OUT")),
     ],
 )
@@ -745,8 +741,6 @@ def test_the_largest_seed_is_taken(model: Path, picture: Path, tmp_path: Path) -
         ("evaluate", "MODEL", "--protocol", "whitebox", "--eps"),
         ("evaluate", "MODEL", "--protocol", "whitebox", "--eps", "0.01"),
         ("lint", "MODEL", "--eps"),
-        ("calibrate", "MODEL", "--variant", "ensemble", "--eps"),
-        ("calibrate", "MODEL", "--variant", "ensemble", "--false-positive-rate"),
     ],
 )
 @pytest.mark.parametrize("number", ["-1/255", "-1e-3"])
@@ -834,9 +828,7 @@ def test_an_evaluation_that_makes_no_sense_is_refused(words: tuple[str, ...], me
     assert message in refused("evaluate", model, "--protocol", *words)
 
 
-@pytest.mark.parametrize(
-    "words", [("evaluate", "--protocol", "clean"), ("lint",), ("calibrate", "--variant", "ensemble")]
-)
+@pytest.mark.parametrize("words", [("evaluate", "--protocol", "clean"), ("lint",)])
 def test_a_device_is_refused_without_the_list_of_those_that_torch_knows(words: tuple[str, ...], model: Path) -> None:
     line = refused(words[0], model, *words[1:], "--device", "nonsense")
     assert "write cpu, or cuda where a GPU is, cuda:0 for the first of several" in line

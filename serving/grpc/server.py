@@ -48,7 +48,7 @@ _QUIET_SECONDS: Final = 0.02  # without a request, before gRPC stops
 _PROMPT_SECONDS: Final = 0.25  # in which a message has to come that counts as what it turns out to be
 _QUIET_LOOKS: Final = 25
 _MAX_WATCHERS: Final = 64  # of health, which needs no key and never ends
-_DATATYPES: Final = {np.dtype(np.float32): "FP32", np.dtype(np.int64): "INT64", np.dtype(np.bool_): "BOOL"}
+_DATATYPES: Final = {np.dtype(np.float32): "FP32", np.dtype(np.int64): "INT64"}
 _CONTENTS: Final = {"FP32": "fp32_contents", "UINT8": "uint_contents"}
 _UNSUPPORTED: Final = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size", "classification")
 _HEADERS: Final = frozenset(("authorization", "x-api-key", "x-request-id", "traceparent", "tracestate"))
@@ -471,8 +471,6 @@ class _Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         call.rows, call.mode = len(images), (asked.plan or served.model.plan).mode
         answer = await self._service.predict(served, images, asked)
         response = message("ModelInferResponse")(model_name=served.name, model_version=served.version, id=request.id)
-        if flagged := served.codec.suspicious(answer):
-            response.parameters["suspicious_images"].int64_param = flagged
         for name in outputs:
             values = served.codec.values(answer, name)
             response.outputs.add(name=name, datatype=_DATATYPES[values.dtype], shape=values.shape)

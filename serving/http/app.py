@@ -375,8 +375,6 @@ class Application:
         told: dict[str, Any] = {} if answer.exits is None else {"exit": int(answer.exits[0])}
         if answer.agreement is not None:
             told["agreement"] = round(float(answer.agreement[0]), 4)
-            if served.codec.suspicion is not None:
-                told["suspicious"] = bool(served.codec.suspicious(answer))
         return JSONResponse(
             {
                 "model": served.name,

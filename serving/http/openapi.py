@@ -7,7 +7,7 @@ version goes with which model, is in words only.
 
 from typing import Any, Final
 
-from serving.protocol.open_inference import AGREEMENT, EXIT, INPUT, OUTPUTS, SUSPICIOUS
+from serving.protocol.open_inference import AGREEMENT, EXIT, INPUT, OUTPUTS
 from serving.scheduling.service import MAX_DRAWS, Served, Service
 
 Json = dict[str, Any]
@@ -475,7 +475,7 @@ def _schemas_of_inference(served: list[Served], max_images: int) -> Json:
     shapes = sorted({_image_shape(each) for each in served}) or [(3, 32, 32)]
     outputs = [
         *OUTPUTS,
-        *(name for name in (EXIT, AGREEMENT, SUSPICIOUS) if any(name in each.codec.outputs for each in served)),
+        *(name for name in (EXIT, AGREEMENT) if any(name in each.codec.outputs for each in served)),
     ]
     parameters: Json = {
         "timeout": {
@@ -540,12 +540,12 @@ def _answers(served: list[Served], outputs: list[str]) -> Json:
     share: Json = {"type": "number", "minimum": 0, "maximum": 1}
     output = {
         "name": {"type": "string", "enum": outputs},
-        "datatype": {"type": "string", "enum": ["FP32", "INT64", "BOOL"]},
+        "datatype": {"type": "string", "enum": ["FP32", "INT64"]},
         "shape": _array({"type": "integer", "minimum": 1}),
     }
-    values = {"type": "array", "items": {"type": ["number", "boolean"]}, "description": "Flat, row by row."}
+    values = {"type": "array", "items": {"type": "number"}, "description": "Flat, row by row."}
     size = _object({"binary_data_size": {"type": "integer", "minimum": 1}})
-    heading: Json = {"id": text, "parameters": _object({}, {"suspicious_images": {"type": "integer", "minimum": 1}})}
+    heading: Json = {"id": text}
     named: Json = {"model_name": text, "model_version": text}
     modes = sorted({mode for each in served for mode in {each.model.mode, *each.model.modes}})
     return {
@@ -570,7 +570,6 @@ def _answers(served: list[Served], outputs: list[str]) -> Json:
             {
                 "exit": {"type": "integer", "minimum": 1},
                 "agreement": {**share, "description": "The share of draws or members that vote for the label."},
-                "suspicious": {"type": "boolean", "description": "Whether that is below the operator's threshold."},
             },
         ),
     }

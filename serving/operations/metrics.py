@@ -55,7 +55,6 @@ class ModelMetrics:
         plan: Plan,
         shared_gates: bool = False,
         num_exits: int = 1,
-        suspicion: float | None = None,
         waiting: Callable[[], int],
         ready: Callable[[], bool],
         info: dict[str, str] | None = None,
@@ -68,7 +67,6 @@ class ModelMetrics:
             plan: how requests are answered that choose nothing.
             shared_gates: whether all images of a batch take the same path.
             num_exits: how many exits it has; 1 is not counted by exit.
-            suspicion: the agreement below which an image is suspicious.
             waiting: tells how many images wait.
             ready: tells whether it takes requests.
             info: what else is told of it, such as the provider that computes.
@@ -78,14 +76,13 @@ class ModelMetrics:
         self.plan = plan
         self.shared_gates = shared_gates
         self.num_exits = num_exits
-        self.suspicion = suspicion
         self.waiting = waiting
         self.ready = ready
         self.info = info or {}
         self.requests: Counter[tuple[str, str]] = Counter()
         """By endpoint and mode."""
         self.totals: Counter[str] = Counter()
-        """`failures` of requests, `draws` of paths, and `suspicious` images."""
+        """`failures` of requests and `draws` of paths."""
         self.images: Counter[str] = Counter()
         """By mode."""
         self.exits: Counter[int] = Counter()
@@ -116,8 +113,6 @@ class ModelMetrics:
         self.images[mode] += rows
         if mode == "random":
             self.totals["draws"] += plan.draws * (1 if self.shared_gates else rows)
-        if self.suspicion is not None and answer.agreement is not None:
-            self.totals["suspicious"] += int((answer.agreement < self.suspicion).sum())
         if answer.exits is not None:
             self.exits.update(answer.exits.tolist())
 
@@ -222,12 +217,6 @@ class Metrics(Collector):
                 for model in self._models
                 if "random" in (model.plan.mode, *model.images)
             ),
-        )
-        yield self._counter(
-            "suspicious_images",
-            "Images whose votes agreed less than the operator's threshold.",
-            (),
-            ((model.labels, model.totals["suspicious"]) for model in self._models if model.suspicion is not None),
         )
         yield self._counter(
             "exit_answers",

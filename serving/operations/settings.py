@@ -87,7 +87,6 @@ class ModelTable:
     gate_scope: str | None = None
     precision: str | None = None
     allow_mode_choice: bool | None = None
-    suspicion: str | None = None
     exit: int | None = None
     confidence: tuple[float, ...] | None = None
 
@@ -107,7 +106,6 @@ class ModelSettings:
     gate_scope: GateScope = "image"
     precision: Precision = "fp32"
     allow_mode_choice: bool = False
-    suspicion: str = "off"
     exit: int = 0
     confidence: tuple[float, ...] = ()
 
@@ -127,22 +125,12 @@ class ModelSettings:
             raise BadInput(f"exit {self.exit} and confidence {self.confidence} were both given; leave one out")
 
     @property
-    def suspicion_threshold(self) -> float | None:
-        """The agreement below which an answer is suspicious; None for `off` and for `card`, where the card says it."""
-        return None if self.suspicion in ("off", "card") else float(self.suspicion)
-
-    @property
     def exit_choice(self) -> "ExitChoice":
         """Which exit of a multi-exit model answers."""
         from serving.engine.exits import ExitChoice  # not above: settings are read where numpy is not needed
 
         confidence = self.confidence[0] if len(self.confidence) == 1 else self.confidence or None
         return ExitChoice(exit=self.exit or None, confidence=confidence)
-
-    @property
-    def can_agree(self) -> bool:
-        """Whether an answer may come from several draws or members, so that they can agree or not."""
-        return self.mode == "ensemble" or (self.draws > 1 and self.may_be_random) or self.allow_mode_choice
 
     @property
     def may_be_random(self) -> bool:
@@ -177,11 +165,6 @@ class Settings:
         (),
         "or the first exit whose largest probability reaches this; one number, or one per exit but the last",
         each=float,
-    )
-    suspicion: str = _setting(
-        "off",
-        "flag answers whose agreement is below a threshold: `off`, `card` for the calibrated one, or a number up to 1",
-        metavar="off|card|A",
     )
     allow_mode_choice: bool = _setting(False, "let a request choose its mode; the graphs of all modes are loaded then")
     allow_exit_choice: bool = _setting(
@@ -431,14 +414,10 @@ class Settings:
         for table, model in by_table:
             if (table.draws or 1) > 1 and not model.may_be_random:
                 raise BadInput(f"[[model]] {table.source!r}: {_needs_random(model)}")
-            if table.suspicion not in (None, "off") and not model.can_agree:
-                raise BadInput(f"[[model]] {table.source!r}: {_needs_agreement(model)}")
         # models that are found later, in the repository or because none was named, are served as all are
         others = () if served and not self.model_repository else (self.settings_of(ModelTable(source="any")),)
         if self.draws > 1 and not any(model.may_be_random for model in (*served, *others)):
             raise BadInput(_needs_random(self))
-        if self.suspicion != "off" and not any(model.can_agree for model in (*served, *others)):
-            raise BadInput(_needs_agreement(self))
 
 
 def setting_fields() -> list["dataclasses.Field[Any]"]:
@@ -524,7 +503,6 @@ _MODEL_KEYS = (
     "gate_scope",
     "precision",
     "allow_mode_choice",
-    "suspicion",
     "exit",
     "confidence",
 )
@@ -558,13 +536,6 @@ def _check_value(name: str, value: Any, origin: str = "") -> None:
         for number in value:
             if not (0 < number <= 1 or (len(value) > 1 and number == math.inf)):
                 raise BadInput(f"confidence is {number}, expected a number above 0 and up to 1, like 0.9{origin}")
-    if name == "suspicion" and value not in ("off", "card"):
-        try:
-            threshold = float(value)
-        except ValueError:
-            threshold = math.nan
-        if not 0 < threshold <= 1:
-            raise BadInput(f"suspicion is {value!r}, expected off, card, or a number above 0 and up to 1{origin}")
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
             raise BadInput(f"{name} is {text!r}, expected text without control characters{origin}")
@@ -580,13 +551,6 @@ def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
 
 def _needs_random(settings: ModelSettings | Settings) -> str:
     return f"draws is {settings.draws}, but no mode is random; say mode random, allow_mode_choice, or leave draws out"
-
-
-def _needs_agreement(settings: ModelSettings | Settings) -> str:
-    return (
-        f"suspicion is {settings.suspicion}, but one path has nothing to agree with; say mode ensemble, or mode random "
-        "with draws above 1"
-    )
 
 
 def _of_flags(flags: Mapping[str, Any], fields: _Fields) -> _Values:
@@ -708,8 +672,6 @@ def _of_toml(where: str, value: Any, field: "dataclasses.Field[Any]") -> Any:
             return tuple(each(entry) for entry in value)
         raise BadInput(f"{where} is {value!r}, expected a list of {'numbers' if each is float else 'texts'}")
     if isinstance(default, str):
-        if field.name == "suspicion" and number:
-            return str(value)
         if isinstance(value, str):
             return value
         raise BadInput(f"{where} is {value!r}, expected text in quotes")

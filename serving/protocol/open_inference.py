@@ -4,10 +4,10 @@ A request is JSON, or JSON followed by raw little-endian tensors (the binary ten
 tensor (`Inference-Header-Content-Length: 0`). Everything is checked here, before a request may join a batch: a request
 that gets through cannot fail in the model.
 
-Further outputs come only to requests that name them: `exit` of a multi-exit model; `agreement`, the share of draws or
-members that vote for the winner; and `suspicious`, whether that is below the operator's threshold. The parameters of a
-request may set `timeout` (microseconds) and `priority` (2 yields to others) and, where the operator allows it, choose
-by `exit` or `confidence` which exit answers, and by `mode` and `draws` how.
+Further outputs come only to requests that name them: `exit` of a multi-exit model; and `agreement`, the share of draws
+or members that vote for the winner. The parameters of a request may set `timeout` (microseconds) and `priority` (2
+yields to others) and, where the operator allows it, choose by `exit` or `confidence` which exit answers, and by `mode`
+and `draws` how.
 
 https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
@@ -36,9 +36,8 @@ INPUT: Final = "images"
 OUTPUTS: Final = ("probabilities", "logits")
 EXIT: Final = "exit"
 AGREEMENT: Final = "agreement"
-SUSPICIOUS: Final = "suspicious"
 
-_WIRE: Final = {"probabilities": "<f4", "logits": "<f4", EXIT: "<i8", AGREEMENT: "<f4", SUSPICIOUS: "?"}
+_WIRE: Final = {"probabilities": "<f4", "logits": "<f4", EXIT: "<i8", AGREEMENT: "<f4"}
 _BOTH: Final = tuple((name, True) for name in OUTPUTS)
 _MAX_TIMEOUT: Final = 86_400_000_000
 _DATATYPE: Final = f"the input {INPUT!r} has datatype {{found}}, expected FP32 (pixels in [0, 1]) or UINT8 (0 to 255)"
@@ -117,7 +116,6 @@ class Codec:
         modes: Sequence[Mode] = (),
         voting: Sequence[Mode] = (),
         max_draws: int = 1,
-        suspicion: float | None = None,
         may_choose_exit: bool = False,
         details: Mapping[str, Any] | None = None,
     ) -> None:
@@ -131,7 +129,6 @@ class Codec:
             modes: what a request may choose instead; empty where it may not choose.
             voting: the modes that can tell their agreement; `random` does with more than one draw only.
             max_draws: how many draws a request may choose.
-            suspicion: the agreement below which an answer is flagged; None flags nothing.
             may_choose_exit: whether a request may say which exit of a multi-exit model is to answer.
             details: what the metadata tells beside the protocol's own fields.
         """
@@ -147,14 +144,12 @@ class Codec:
         self._modes = tuple(modes)
         self._voting = tuple(voting)
         self._max_draws = max_draws
-        self.suspicion = suspicion
         self._details = dict(details or {})
         votes = self._votes(self._plan) or any(mode in self._modes for mode in self._voting)
         self._known_outputs = (
             *OUTPUTS,
             *([EXIT] if self._num_exits > 1 else []),
             *([AGREEMENT] if votes else []),
-            *([SUSPICIOUS] if votes and suspicion is not None else []),
         )
         self._forms: dict[bytes | int, _Form] = {}
         """By the JSON of a binary request, or by the number of images of a raw one."""
@@ -203,7 +198,7 @@ class Codec:
         if not isinstance(name, str) or name not in self._known_outputs:
             raise bad_request(f"unknown output {_short(name)}; {self._name} has {', '.join(self._known_outputs)}")
         plan = asked.plan or self._plan
-        if name in (AGREEMENT, SUSPICIOUS) and not self._votes(plan):
+        if name == AGREEMENT and not self._votes(plan):
             raise bad_request(
                 f"the output {name!r} needs several votes, but the request is answered in mode {plan.mode!r} by one; "
                 "leave it out"
@@ -212,13 +207,7 @@ class Codec:
 
     def values(self, answer: Prediction, name: str) -> NDArray[Any]:
         """Return an output of an answer: (image, class) or (image,), in its own type."""
-        return _of(answer, name, self.suspicion)
-
-    def suspicious(self, answer: Prediction) -> int:
-        """Return how many images of an answer are to be flagged."""
-        if self.suspicion is None or answer.agreement is None:
-            return 0
-        return int((answer.agreement < self.suspicion).sum())
+        return _of(answer, name)
 
     def rows(self, shape: Any) -> int:
         """Return how many images a declared shape means.
@@ -332,8 +321,7 @@ class Codec:
     def encode(self, request: InferRequest, answer: Prediction) -> tuple[Headers, bytes]:
         """Return the HTTP headers and the body of the answer to `request`."""
         form = request.form
-        flagged = self.suspicious(answer)
-        if form.binary_head is not None and not flagged:
+        if form.binary_head is not None:
             tensors = [self._bytes_of(answer, name) for name, _ in form.outputs]
             return form.binary_headers, b"".join((form.binary_head, *tensors))
         outputs = []
@@ -346,15 +334,14 @@ class Codec:
             else:
                 output["data"] = values.ravel().tolist()
             outputs.append(output)
-        told = {"parameters": {"suspicious_images": flagged}} if flagged else {}
-        head = _to_json({**form.heading, **told, "outputs": outputs})
+        head = _to_json({**form.heading, "outputs": outputs})
         body = b"".join((head, *tensors))
         return (_binary_headers(len(head), len(body)) if tensors else json_headers(len(body))), body
 
     def respond(self, request: InferRequest, answer: Prediction) -> bytes:
         """Return the answer as a whole HTTP/1.1 response."""
         form = request.form
-        if form.http_head is not None and not self.suspicious(answer):
+        if form.http_head is not None:
             if form.outputs is _BOTH:
                 return b"".join((form.http_head, answer.probabilities.tobytes(), answer.logits.tobytes()))
             return b"".join((form.http_head, *(self._bytes_of(answer, name) for name, _ in form.outputs)))
@@ -521,7 +508,7 @@ class Codec:
 
     def _shape_of_row(self, name: str) -> tuple[int, ...]:
         """Return the shape of an output for one image."""
-        return () if name in (EXIT, AGREEMENT, SUSPICIOUS) else (self._classes,)
+        return () if name in (EXIT, AGREEMENT) else (self._classes,)
 
     def _pixels(self, body: bytes, offset: int, form: _Form) -> NDArray[Any]:
         return self._view(body, offset, form.datatype, form.rows)
@@ -674,7 +661,7 @@ def _priority(value: Any) -> int:
     return value
 
 
-def _of(answer: Prediction, name: str, suspicion: float | None) -> NDArray[Any]:
+def _of(answer: Prediction, name: str) -> NDArray[Any]:
     if name == "probabilities":
         return answer.probabilities
     if name == "logits":
@@ -683,14 +670,11 @@ def _of(answer: Prediction, name: str, suspicion: float | None) -> NDArray[Any]:
         assert answer.exits is not None  # only multi-exit models have this output
         return answer.exits
     assert answer.agreement is not None  # the request was checked to be answered by several votes
-    if name == AGREEMENT:
-        return answer.agreement
-    assert suspicion is not None  # nothing else offers this output
-    return answer.agreement < suspicion
+    return answer.agreement
 
 
 def _datatype(name: str) -> str:
-    return {EXIT: "INT64", SUSPICIOUS: "BOOL"}.get(name, "FP32")
+    return "INT64" if name == EXIT else "FP32"
 
 
 def _size_of(name: str, shape: tuple[int, ...]) -> int:

@@ -25,7 +25,6 @@ from serving.operations.settings import ModelSettings, ModelTable, Settings
 from serving.protocol.open_inference import VERSION
 from serving.scheduling.service import Model, Service
 from zoo.bundle.bundle import CARD_FILE
-from zoo.bundle.card import Card
 from zoo.errors import BadInput, BundleError, ManygatesError
 from zoo.hub.source import LOCAL_PREFIX, open_model, pin, resolve
 
@@ -458,42 +457,12 @@ def load(model: ModelSettings, settings: Settings, *, version: str = VERSION) ->
             limits=engine.limits if any_exit else None,
             modes=engine.modes if model.allow_mode_choice else (),
             voting=engine.agreement_modes,
-            suspicion=_suspicion(card, engine, model),
             gate_scope=model.gate_scope,
             version=version,
             weight=model.weight,
             details=tuple(details.items()),
         ),
         fingerprint,
-    )
-
-
-def _suspicion(card: Card, engine: Engine, model: ModelSettings) -> float | None:
-    """Return the agreement below which an answer is flagged.
-
-    Raises:
-        BadInput: if nothing votes, or the card has no threshold for this mode and number of draws.
-    """
-    if model.suspicion == "off":
-        return None
-    voting = [mode for mode in engine.agreement_modes if mode != "random" or model.draws > 1]
-    if engine.mode not in voting and not (model.allow_mode_choice and voting):
-        raise BadInput(
-            f"{card.name} is served in mode {engine.mode} by one vote, which agrees with itself; for suspicion choose "
-            "the mode ensemble, or random with several draws"
-        )
-    if model.suspicion != "card":
-        return model.suspicion_threshold
-    variant = {"ensemble": "ensemble", "random": "gated"}.get(engine.mode, "")
-    for calibration in card.suspicion:
-        if calibration.variant in (variant, engine.mode) and (
-            engine.mode != "random" or calibration.draws == model.draws
-        ):
-            return calibration.threshold
-    raise BadInput(
-        f"the card of {card.name} has no suspicion threshold for mode {engine.mode}"
-        + (f" with {model.draws} draws" if engine.mode == "random" else "")
-        + "; calibrate it with `manygates calibrate`, or give a number"
     )
 
 

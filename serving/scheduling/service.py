@@ -59,8 +59,6 @@ class Model:
     """What requests may choose; empty where they may not."""
     voting: tuple[Mode, ...] = ()
     """The modes that can tell their agreement."""
-    suspicion: float | None = None
-    """The agreement below which an answer is flagged."""
     gate_scope: GateScope = "image"
     version: str = VERSION
     weight: float = 1.0
@@ -88,7 +86,6 @@ class Served:
             plan=model.plan,
             shared_gates=model.gate_scope == "batch",
             num_exits=num_exits(model.card),
-            suspicion=model.suspicion,
             waiting=lambda: self.queue.waiting,
             ready=lambda: self.ready,
             info={"modes": " ".join(model.modes), **dict(model.details)},
@@ -111,7 +108,6 @@ class Served:
             modes=model.modes,
             voting=model.voting,
             max_draws=max(MAX_DRAWS, model.draws),
-            suspicion=model.suspicion,
             may_choose_exit=model.limits is not None,
             details={"mode": model.mode, **dict(model.details)},
         )

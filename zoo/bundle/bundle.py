@@ -6,17 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from zoo.bundle.card import (
-    INT8,
-    MEASURED_VARIANTS,
-    Agreement,
-    Card,
-    FileEntry,
-    Lint,
-    Result,
-    Suspicion,
-    check_file_name,
-)
+from zoo.bundle.card import INT8, MEASURED_VARIANTS, Agreement, Card, FileEntry, Lint, Result, check_file_name
 from zoo.bundle.readme import model_card
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
 from zoo.files import replace_directory, sha256_of
@@ -283,19 +273,6 @@ def record_lint(folder: Path, lint: Lint) -> Bundle:
     kept = [other for other in bundle.card.lint if other.variant != lint.variant]
     ordered = sorted([*kept, lint], key=lambda entry: MEASURED_VARIANTS.index(entry.variant))
     card = replace(bundle.card, lint=tuple(ordered))
-    return write_bundle(folder, card, {name: bundle.read(name) for name in card.files})
-
-
-def record_suspicion(folder: Path, suspicion: Suspicion) -> Bundle:
-    """Put a calibrated threshold into a bundle's card, in the place of one on the same terms.
-
-    Raises:
-        BundleError: as `Bundle.open`.
-    """
-    bundle = Bundle.open(folder)
-    kept = [other for other in bundle.card.suspicion if other.terms != suspicion.terms]
-    ordered = sorted([*kept, suspicion], key=lambda entry: (entry.variant, entry.draws, entry.false_positive_rate))
-    card = replace(bundle.card, suspicion=tuple(ordered))
     return write_bundle(folder, card, {name: bundle.read(name) for name in card.files})
 
 

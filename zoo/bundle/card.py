@@ -17,12 +17,10 @@ from typing import Any
 import zoo.paths
 from zoo.errors import BadPath, BundleError
 
-SCHEMA = 5
+SCHEMA = 6
 NORMS = ("linf", "l2")
 VERDICTS = ("ok", "alarm", "skipped")
 VARIANTS = ("single", "ensemble", "gated")
-VOTING = ("ensemble", "random")
-"""What has several opinions of an image: the members of `ensemble`, or draws of random gates (the variant gated)."""
 INT8 = "-int8"
 """What the variant of a result or a lint ends in if it was measured on the int8 graph: "single-int8"."""
 MEASURED_VARIANTS = (*VARIANTS, *(f"{variant}{INT8}" for variant in VARIANTS))
@@ -337,104 +335,6 @@ class Lint:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Detection:
-    """How many adversarial images of one attack a calibration flags."""
-
-    attack: str
-    adaptive: bool
-    """Whether the attack works for agreement as well as for a wrong answer; the others know nothing of the detector."""
-    eps: float
-    """Radius of the l_inf ball in pixel units."""
-    eps_fraction: str
-    steps: int
-    """Gradient steps, or queries of an attack without gradients."""
-    images: int
-    """Attacked images, all of them answered correctly before."""
-    successful: int
-    """Of these, how many are answered wrongly after the attack."""
-    rate: float
-    """The share of the successful ones that is flagged; 0 if there is none."""
-    interval: tuple[float, float]
-    """95 % interval of `rate`."""
-    rate_of_all: float
-    """The share of all attacked images that is flagged."""
-    note: str
-
-    def __post_init__(self) -> None:
-        key = "suspicion.detection"
-        _expect(self.attack != "", f"{key}.attack", self.attack, "a name")
-        _expect(self.eps >= 0, f"{key}.eps", self.eps, "0 or more")
-        _expect_count(f"{key}.steps", self.steps)
-        _expect_fraction(f"{key}.eps_fraction", self.eps_fraction, self.eps)
-        _expect_count(f"{key}.images", self.images, lowest=1)
-        _expect(0 <= self.successful <= self.images, f"{key}.successful", self.successful, f"0 to {self.images}")
-        _expect_share(f"{key}.rate", self.rate)
-        _expect_share(f"{key}.rate_of_all", self.rate_of_all)
-        _expect_interval(f"{key}.interval", self.interval, "rate", self.rate)
-
-    @property
-    def evaded(self) -> float:
-        """The share of attacked images that is answered wrongly and not flagged: what the attacker is left with."""
-        return self.successful * (1 - self.rate) / self.images
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Suspicion:
-    """A threshold of agreement below which an answer is suspicious, and what it is worth."""
-
-    variant: str
-    """"ensemble", or "random": the mean of `draws` paths of the variant gated, drawn afresh for each image."""
-    draws: int
-    """Of random gates; 0 for an ensemble, whose members are in `paths.ensemble`."""
-    threshold: float
-    """agreement < threshold is suspicious; between two values that agreement can take, or 0, which flags nothing."""
-    false_positive_rate: float
-    """The stated one: on the images of the calibration at most so many are flagged."""
-    calibration_images: int
-    measured_false_positive_rate: float
-    """On other clean images than those of the calibration."""
-    interval: tuple[float, float]
-    """95 % interval of `measured_false_positive_rate`."""
-    images: int
-    """Clean images on which it was measured."""
-    seed: int
-    source: str
-    """Which images these are, exactly."""
-    note: str
-    detection: tuple[Detection, ...]
-    date: str
-    command: str
-
-    def __post_init__(self) -> None:
-        _expect(self.variant in VOTING, "suspicion.variant", self.variant, f"one of {', '.join(VOTING)}")
-        random = self.variant == "random"
-        _expect(
-            2 <= self.draws <= MAX_COUNT if random else self.draws == 0,
-            "suspicion.draws",
-            self.draws,
-            "2 or more of random gates, 0 for an ensemble",
-        )
-        _expect_share("suspicion.threshold", self.threshold)
-        rate = self.false_positive_rate
-        _expect(0 < rate < 1, "suspicion.false_positive_rate", rate, "a share between 0 and 1, not per cent")
-        _expect_share("suspicion.measured_false_positive_rate", self.measured_false_positive_rate)
-        _expect_interval(
-            "suspicion.interval",
-            self.interval,
-            "measured_false_positive_rate",
-            self.measured_false_positive_rate,
-        )
-        for key in ("calibration_images", "images"):
-            _expect_count(f"suspicion.{key}", getattr(self, key), lowest=1)
-        _expect_date("suspicion.date", self.date)
-
-    @property
-    def terms(self) -> tuple[object, ...]:
-        """What tells calibrations of one model apart."""
-        return self.variant, self.draws, self.false_positive_rate
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class FileEntry:
     """What a file must be: its digest and its size in bytes."""
 
@@ -471,8 +371,6 @@ class Card:
     results: tuple[Result, ...]
     lint: tuple[Lint, ...] = ()
     """At most one per variant; a variant that is not here was not linted."""
-    suspicion: tuple[Suspicion, ...] = ()
-    """Calibrated thresholds of agreement; at most one per variant, number of draws and stated rate."""
     files: Mapping[str, FileEntry]
 
     def __post_init__(self) -> None:
@@ -494,7 +392,6 @@ class Card:
             _expect(variant in VARIANTS, "variants", variant, f"one of {', '.join(VARIANTS)}")
         _expect_unique("variants", self.variants)
         _expect_unique("lint", tuple(lint.variant for lint in self.lint))
-        _expect_unique("suspicion", tuple(map(str, (found.terms for found in self.suspicion))))
         self._check_paths()
         self._check_exits()
         self._check_int8()
@@ -551,57 +448,23 @@ class Card:
 
         Raises:
             BundleError: if it is not JSON, a key is missing, unknown or twice there, a value has the wrong type or
-                makes no sense, or the schema is newer than this version reads.
+                makes no sense, or the schema is another than `SCHEMA`.
         """
         try:
             document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_int=_integer)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"card.json is not JSON ({error}); fetch or export the bundle again") from error
-        if isinstance(document, dict):
-            schema = document.get("schema")
-            if isinstance(schema, int) and schema > SCHEMA:
-                raise BundleError(
-                    f"card.json has schema {schema}, this version reads up to {SCHEMA}; upgrade with "
-                    "`pip install --upgrade manygates`"
-                )
-            while type(document.get("schema")) is int and document["schema"] in _UPGRADES:
-                document = _UPGRADES[document["schema"]](document)
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if isinstance(schema, int) and schema != SCHEMA:  # before the keys, which differ
+            newer = "upgrade with `pip install --upgrade manygates`"
+            advice = newer if schema > SCHEMA else "export the bundle again"
+            raise BundleError(f"card.json has schema {schema}, this version reads {SCHEMA}; {advice}")
         card: Card = _decode(cls, document, "")
         return card
 
     def to_json(self) -> str:
         """Return the card as indented JSON that ends in a newline; the same card gives the same text."""
         return json.dumps(_encode(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _from_first(document: dict[str, Any]) -> dict[str, Any]:
-    """Turn a card of schema 1 into one of schema 2, which added norms, draws, tables and the linter's findings."""
-    results = document.get("results")
-    if isinstance(results, list):
-        added: dict[str, Any] = {"norm": "linf", "draws": 0, "tables": []}
-        results = [{**added, **entry} if isinstance(entry, dict) else entry for entry in results]
-    return {**document, "schema": 2, "results": results, "lint": []}
-
-
-def _from_second(document: dict[str, Any]) -> dict[str, Any]:
-    """Turn a card of schema 2 into one of schema 3, which added exits."""
-    return {**document, "schema": 3, "exits": []}
-
-
-def _from_third(document: dict[str, Any]) -> dict[str, Any]:
-    """Turn a card of schema 3 into one of schema 4, which added suspicion and int8 graphs."""
-    return {**document, "schema": 4, "int8": None, "suspicion": []}
-
-
-def _from_fourth(document: dict[str, Any]) -> dict[str, Any]:
-    """Turn a card of schema 4 into one of schema 5, which added the logs of the training."""
-    training = document.get("training")
-    if isinstance(training, dict):
-        training = {**training, "logs": []}
-    return {**document, "schema": 5, "training": training}
-
-
-_UPGRADES = {1: _from_first, 2: _from_second, 3: _from_third, 4: _from_fourth}
 
 
 def check_file_name(name: str) -> None:

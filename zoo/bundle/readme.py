@@ -30,7 +30,6 @@ def model_card(card: Card, source: str | None = None) -> str:
         _facts(card),
         "## Measured results\n\n" + "\n\n".join(filter(None, (_lint(card), _results(card)))),
         *([] if card.int8 is None else [_int8(card, card.int8)]),
-        *([_suspicion(card)] if card.suspicion else []),
         _usage(card, source or card.name),
         _training(card),
         _limits(card),
@@ -214,47 +213,6 @@ def _int8(card: Card, int8: Int8) -> str:
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     commands = dict.fromkeys(" ".join(entry.command.split()) for entry in int8.agreement)
     return "\n\n".join([*parts, "\n".join(lines), *(f"    {command}" for command in commands)])
-
-
-def _suspicion(card: Card) -> str:
-    """Say below which agreement an answer is suspicious, what that costs, and what it catches."""
-    parts = [
-        "## Suspicion",
-        "Agreement is the share of paths or members that vote for the answer; below the threshold an answer is "
-        "suspicious. `broken` is the share of attacked images that get a wrong answer, `flagged` the share of these "
-        "that is suspicious, `left` the share of attacked images that is broken and not flagged, which the attacker "
-        "keeps. The adaptive attack knows the detector, as anybody may who attacks on purpose.",
-    ]
-    for found in card.suspicion:
-        voters = f"`random`, {found.draws} draws" if found.variant == "random" else "`ensemble`"
-        low, high = found.interval
-        parts.append(
-            f"**{voters}: agreement < {found.threshold:.4g} is suspicious**"
-            + ("." if found.threshold else ", so nothing is: any other threshold flags more than stated.")
-            + f" It flags {found.measured_false_positive_rate:.2%} ({low:.2%} to {high:.2%}) of {found.images} clean "
-            f"images; stated were at most {found.false_positive_rate:.2%}, on {found.calibration_images} others."
-        )
-        lines = [
-            "| attack | eps | steps | images | broken | flagged (95 % interval) | left |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for each in found.detection:
-            low, high = each.interval
-            flagged = f"{each.rate:.1%} ({low:.1%} to {high:.1%})" if each.successful else "-"
-            cells = (
-                each.attack,
-                each.eps_fraction,
-                str(each.steps),
-                str(each.images),
-                f"{each.successful / each.images:.1%}",
-                flagged,
-                f"{each.evaded:.1%}",
-            )
-            lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-        parts += ["\n".join(lines)] if found.detection else []
-        parts.append(f"{found.source[:1].upper()}{found.source[1:]}. {found.note[:1].upper()}{found.note[1:]}.")
-        parts.append(f"    {' '.join(found.command.split())}")
-    return "\n\n".join(parts)
 
 
 def _failed(result: Result) -> list[Check]:

@@ -17,20 +17,7 @@ from torch import Tensor, nn
 import zoo.bundle.card
 from zoo import paths
 from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle, int8_file, write_bundle
-from zoo.bundle.card import (
-    INT8,
-    Calibration,
-    Card,
-    Check,
-    Exit,
-    InputFormat,
-    Int8,
-    Lint,
-    Paths,
-    Result,
-    Suspicion,
-    Training,
-)
+from zoo.bundle.card import INT8, Calibration, Card, Check, Exit, InputFormat, Int8, Lint, Paths, Result, Training
 from zoo.data import datasets
 from zoo.errors import BadInput, BundleError, DataMissing
 from zoo.export import onnx_graphs, quantize
@@ -80,8 +67,6 @@ class Description:
     """What was measured on these very weights and paths before."""
     lint: tuple[Lint, ...] = ()
     """What the linter found on them."""
-    suspicion: tuple[Suspicion, ...] = ()
-    """Thresholds of agreement that were calibrated on them."""
 
 
 def export_rgn(
@@ -317,7 +302,6 @@ def _card(
         training=description.training,
         results=description.results,
         lint=description.lint,
-        suspicion=description.suspicion,
         files={},
     )
 

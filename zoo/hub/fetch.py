@@ -64,7 +64,6 @@ def part_of(card: Card, variants: Sequence[str], rounded: Sequence[str] = ()) ->
         plain = measured.removesuffix(INT8)
         return plain in variants and (plain in rounded or not measured.endswith(INT8))
 
-    voting = {"ensemble": "ensemble", "random": "gated"}
     int8 = card.int8
     if int8 is not None:
         agreement = tuple(entry for entry in int8.agreement if entry.variant in rounded)
@@ -75,7 +74,6 @@ def part_of(card: Card, variants: Sequence[str], rounded: Sequence[str] = ()) ->
         int8=int8,
         results=tuple(result for result in card.results if kept(result.variant)),
         lint=tuple(lint for lint in card.lint if kept(lint.variant)),
-        suspicion=tuple(found for found in card.suspicion if voting[found.variant] in variants),
     )
 
 

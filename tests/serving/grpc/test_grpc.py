@@ -349,21 +349,19 @@ def test_parameters_choose_where_the_operator_allows_it(tiny_application, serve,
     assert 'manygates_requests_total{endpoint="grpc",mode="ensemble",model="tiny",version="1"} 1.0' in metrics
 
 
-def test_agreement_and_suspicion_come_to_those_who_ask(card, serve, images) -> None:
+def test_agreement_comes_to_those_who_ask(card, serve, images) -> None:
     class Voting:
         def predict(self, images: np.ndarray, *_: object) -> Prediction:
             flat = np.zeros((len(images), 3), dtype=np.float32)
             return Prediction(flat, flat, agreement=np.array([1.0, 0.25, 0.5], dtype=np.float32)[: len(images)])
 
-    model = Model(card=card, mode="ensemble", predictor=Voting(), voting=("ensemble",), suspicion=0.5)  # type: ignore[arg-type]
+    model = Model(card=card, mode="ensemble", predictor=Voting(), voting=("ensemble",))  # type: ignore[arg-type]
     request = infer_request(images)
-    output("agreement", "suspicious")(request)
+    output("agreement")(request)
     with serve(Application([model], Settings(threads=1, grpc_port=0))) as client:
         response = client.call("ModelInfer", request)
     found = tensors(response)
     assert found["agreement"].tolist() == [1.0, 0.25, 0.5]
-    assert found["suspicious"].tolist() == [False, True, False]
-    assert response.parameters["suspicious_images"].int64_param == 1
 
 
 # --- time

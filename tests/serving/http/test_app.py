@@ -726,10 +726,9 @@ def test_concurrent_http_requests_each_get_their_own_answer(tiny_application) ->
 def test_classify_tells_how_far_the_votes_agree_and_lets_the_url_choose_where_that_is_allowed(tiny_application) -> None:
     async def body(client: httpx.AsyncClient) -> None:
         voted = (await client.post("/classify", content=png())).json()
-        assert list(voted) == ["model", "mode", "agreement", "suspicious", "label", "probabilities"]
+        assert list(voted) == ["model", "mode", "agreement", "label", "probabilities"]
         assert voted["mode"] == "random"
         assert voted["agreement"] * 8 == int(voted["agreement"] * 8), "a share of eight draws"
-        assert voted["suspicious"] == (voted["agreement"] < 1)
         alone = (await client.post("/classify?mode=single", content=png())).json()
         assert list(alone) == ["model", "mode", "label", "probabilities"]
         assert alone["mode"] == "single"
@@ -744,11 +743,11 @@ def test_classify_tells_how_far_the_votes_agree_and_lets_the_url_choose_where_th
         ):
             refused = await client.post(f"/classify?{query}", content=png())
             assert (refused.status_code, said in refused.json()["error"]) == (400, True), refused.text
-        document = infer_document(outputs=[{"name": "agreement"}, {"name": "suspicious"}])
-        agreement, suspicious = (await client.post("/v2/models/tiny/infer", json=document)).json()["outputs"]
-        assert suspicious["data"] == [agreement["data"][0] < 1]
+        document = infer_document(outputs=[{"name": "agreement"}])
+        (agreement,) = (await client.post("/v2/models/tiny/infer", json=document)).json()["outputs"]
+        assert agreement["data"][0] * 8 == int(agreement["data"][0] * 8), "a share of eight draws"
 
-    ask(tiny_application("random", draws=8, allow_mode_choice=True, suspicion="1"), body)
+    ask(tiny_application("random", draws=8, allow_mode_choice=True), body)
 
 
 @pytest.mark.parametrize("query", ["mode=single", "draws=2"])

@@ -35,7 +35,7 @@ BOUNDED = settings(
 )
 WORDS = (
     "id", "inputs", "outputs", "parameters", "name", "shape", "datatype", "data", "binary_data_size", "binary_data",
-    "binary_data_output", "images", "probabilities", "logits", "exit", "agreement", "suspicious", "mode", "draws",
+    "binary_data_output", "images", "probabilities", "logits", "exit", "agreement", "mode", "draws",
     "confidence", "timeout", "priority", "FP32", "UINT8", "BYTES", "single", "random", "ensemble", "0.9,inf", "inf",
     "shared_memory_region", "classification", "\ud800", "\x00",
 )  # fmt: skip
@@ -60,7 +60,6 @@ def codecs(card: Card) -> list[Codec]:
             modes=("single", "ensemble", "random"),
             voting=("ensemble", "random"),
             max_draws=64,
-            suspicion=0.5,
         ),
         Codec(early, max_rows=MAX_ROWS, may_choose_exit=True),
     ]

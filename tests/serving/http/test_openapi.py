@@ -88,7 +88,7 @@ def applications(tiny_application, card, keys, administrators, tmp_path: Path) -
     )
     models = [
         Model(card=card, mode="single", predictor=Fixed(), modes=("single", "random"), draws=100),
-        Model(card=large, mode="ensemble", predictor=Fixed(), voting=("ensemble",), suspicion=0.5, version="7"),
+        Model(card=large, mode="ensemble", predictor=Fixed(), voting=("ensemble",), version="7"),
         Model(card=early, mode="single", predictor=Fixed(), limits=np.zeros(2, np.float32)),
     ]
     (tmp_path / "empty").mkdir()
@@ -159,7 +159,7 @@ def test_names_shapes_and_choices_are_those_of_the_served_models(applications) -
     ]
     assert shapes == [(3, 4, 4)] * 2 + [(3, 40, 40)] * 2
     wanted = request["outputs"]["items"]["properties"]["name"]["enum"]
-    assert wanted == ["probabilities", "logits", "exit", "agreement", "suspicious"]
+    assert wanted == ["probabilities", "logits", "exit", "agreement"]
 
 
 def test_what_requests_may_not_choose_is_not_in_the_document(applications) -> None:

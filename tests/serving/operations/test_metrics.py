@@ -125,27 +125,15 @@ def test_draws_are_counted_per_image_or_per_batch(shared: bool, draws: int) -> N
     assert value(read(metrics.text()), "manygates_path_draws_total", model="tiny", version="1") == draws
 
 
-def test_suspicious_images_are_those_whose_votes_agree_less_than_the_threshold() -> None:
-    metrics, model = Metrics(), metrics_of(suspicion=0.75)
-    metrics.add(model)
-    metrics.add(metrics_of("careless"))
-    model.batch_finished(prediction(4, agreement=np.array([0.5, 0.75, 1.0, 0.7], np.float32)), 0.1, None)
-    model.batch_finished(prediction(4), 0.1, None)
-    samples = read(metrics.text())
-    assert value(samples, "manygates_suspicious_images_total", model="tiny", version="1") == 2
-    assert value(samples, "manygates_suspicious_images_total", model="careless", version="1") is None
-
-
 def test_a_model_that_takes_anothers_place_goes_on_with_its_counts_and_so_does_what_the_other_still_answers() -> None:
     metrics = Metrics()
-    fields = {"plan": Plan("random", 2), "num_exits": 2, "suspicion": 0.5}
+    fields = {"plan": Plan("random", 2), "num_exits": 2}
     old, other, new = metrics_of(**fields), metrics_of(version="2", **fields), metrics_of(**fields)
 
     def answer(model: ModelMetrics) -> None:
         model.answered("infer", None, 0.1)
         model.request_started(0.1)
-        agreement, exits = np.array([0.25], np.float32), np.array([1])
-        model.batch_finished(prediction(1, agreement=agreement, exits=exits), 0.1, None)
+        model.batch_finished(prediction(1, exits=np.array([1])), 0.1, None)
 
     def counted() -> Samples:
         samples = read(metrics.text())
@@ -158,7 +146,7 @@ def test_a_model_that_takes_anothers_place_goes_on_with_its_counts_and_so_does_w
     answer(old)
     metrics.failed("tiny", "bad_request")
     once = counted()
-    assert len(once) == 10
+    assert len(once) == 9
     assert set(once.values()) == {0, 1, 2}
     metrics.add(new)
     assert counted() == once

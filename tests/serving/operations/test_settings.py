@@ -35,7 +35,6 @@ OTHER: dict[str, Any] = {
     "gate_scope": "batch",
     "precision": "int8",
     "confidence": (0.9, inf),
-    "suspicion": "0.6",
     "allow_mode_choice": True,
     "allow_exit_choice": True,
     "demo": True,
@@ -123,7 +122,7 @@ def test_every_setting_can_be_set_by_its_flag() -> None:
 
 def test_what_is_printed_gives_the_same_settings_again(tmp_path: Path) -> None:
     tables = (
-        ModelTable(source="a", name="a-4", mode="random", draws=4, weight=2.5, precision="fp32", suspicion="card"),
+        ModelTable(source="a", name="a-4", mode="random", draws=4, weight=2.5, precision="fp32"),
         ModelTable(source="a", name="a-1", mode="single", exit=1, allow_mode_choice=False),
         ModelTable(source="other", confidence=(0.5, inf), gate_scope="image"),
     )
@@ -225,20 +224,17 @@ def test_a_model_is_served_as_all_are_but_for_what_its_table_says(tmp_path: Path
         mode = "random"
         draws = 3
         precision = "int8"
-        suspicion = 0.5
         [[model]]
         source = "b"
         name = "bee"
         mode = "ensemble"
         weight = 2
         precision = "fp32"
-        suspicion = "card"
         """,
     )
-    shared = ModelSettings(source="a", mode="random", draws=3, precision="int8", suspicion="0.5")
-    own = ModelSettings(source="b", name="bee", mode="ensemble", draws=3, weight=2.0, suspicion="card")
+    shared = ModelSettings(source="a", mode="random", draws=3, precision="int8")
+    own = ModelSettings(source="b", name="bee", mode="ensemble", draws=3, weight=2.0)
     assert command(file=file).model_settings == (shared, own)
-    assert (shared.suspicion_threshold, own.suspicion_threshold) == (0.5, None)
 
 
 def test_one_bundle_can_be_served_twice_under_two_names(tmp_path: Path) -> None:
@@ -271,10 +267,6 @@ def test_the_exit_of_a_model_takes_the_place_of_the_confidence_of_all() -> None:
         ),
         ("[[model]]\nsource = 'a'\nmode = 'all'", "'a': mode is 'all', expected single, ensemble or random"),
         ("[[model]]\nsource = 'a'\ndraws = 2", "'a': draws is 2, but no mode is random"),
-        (
-            "[[model]]\nsource = 'a'\nsuspicion = 'card'",
-            "'a': suspicion is card, but one path has nothing to agree with",
-        ),
         ("[[model]]\nsource = 'a'\nweight = 0", "the weight of a is 0.0, expected above 0"),
         ("[[model]]\nsource = 'a'\nweight = 'much'", "weight is 'much', expected a number like 2.0"),
         ("[[model]]\nsource = 'a'\nname = '../b'", "the name of a is '../b', expected up to 128 letters"),
@@ -325,12 +317,6 @@ def test_a_table_that_makes_no_sense_is_refused(tmp_path: Path, text: str, said:
         ({"PRECISION": "int4"}, "precision is 'int4', expected fp32 or int8"),
         ({"DRAWS": "2"}, "draws is 2, but no mode is random"),
         ({"DRAWS": "2", "MODE": "ensemble"}, "draws is 2, but no mode is random"),
-        ({"SUSPICION": "card"}, "suspicion is card, but one path has nothing to agree with"),
-        ({"SUSPICION": "0.5", "MODE": "random"}, "one path has nothing to agree with"),
-        ({"SUSPICION": "very"}, "suspicion is 'very', expected off, card, or a number above 0 and up to 1"),
-        ({"SUSPICION": "0"}, "suspicion is '0', expected off, card"),
-        ({"SUSPICION": "nan"}, "suspicion is 'nan', expected off, card"),
-        ({"SUSPICION": "1.01"}, "suspicion is '1.01', expected off, card"),
         ({"CONFIDENCE": "high"}, 'is \'high\', expected numbers like "0.9" or "0.9,0.8"'),
         ({"CONFIDENCE": "1.5"}, "confidence is 1.5, expected a number above 0 and up to 1"),
         ({"CONFIDENCE": "inf"}, "confidence is inf, expected a number above 0 and up to 1"),

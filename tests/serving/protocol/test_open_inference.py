@@ -338,7 +338,7 @@ def test_random_bytes_are_always_refused_as_the_clients_mistake(codec: Codec) ->
     assert all(400 <= status < 500 for status in statuses)
 
 
-# --- votes: agreement and suspicion ---
+# --- votes: agreement ---
 
 
 def voting(card, **changes: Any) -> Codec:
@@ -358,7 +358,7 @@ def outputs_of(codec: Codec, decoded: InferRequest, answered: Prediction) -> dic
     length = int(given.get(HEADER_LENGTH, len(body)))
     head, rest = json.loads(body[:length]), body[length:]
     found: dict[str, Any] = {"parameters": head.get("parameters", {})}
-    kinds = {"FP32": "<f4", "INT64": "<i8", "BOOL": "?"}
+    kinds = {"FP32": "<f4", "INT64": "<i8"}
     for output in head["outputs"]:
         if "data" in output:
             found[output["name"]] = output["data"]
@@ -372,25 +372,22 @@ def outputs_of(codec: Codec, decoded: InferRequest, answered: Prediction) -> dic
 
 
 @pytest.mark.parametrize("in_binary", [False, True])
-def test_agreement_and_suspicion_are_told_to_requests_that_ask_for_them(card, in_binary: bool) -> None:
-    codec = voting(card, suspicion=0.75)
-    assert codec.outputs == ("probabilities", "logits", "agreement", "suspicious")
+def test_agreement_is_told_to_requests_that_ask_for_it(card, in_binary: bool) -> None:
+    codec = voting(card)
+    assert codec.outputs == ("probabilities", "logits", "agreement")
     kinds = {output["name"]: (output["datatype"], output["shape"]) for output in codec.metadata()["outputs"]}
     assert kinds["agreement"] == ("FP32", [-1])
-    assert kinds["suspicious"] == ("BOOL", [-1])
-    wanted = [{"name": name} for name in ("suspicious", "logits", "agreement")]
+    wanted = [{"name": name} for name in ("logits", "agreement")]
     body = request(
         tensor(shape=[3, 3, 4, 4], data=[0.5] * 48 * 3), outputs=wanted, parameters={"binary_data_output": in_binary}
     )
     found = outputs_of(codec, codec.decode(body, None), voted(0.5, 0.75, 1.0))
-    assert found["suspicious"] == [True, False, False]
     assert found["agreement"] == [0.5, 0.75, 1.0]
-    assert found["parameters"] == {"suspicious_images": 1}
 
 
 @pytest.mark.parametrize("in_binary", [False, True])
-def test_an_answer_is_flagged_unasked_only_if_it_is_suspicious(card, in_binary: bool) -> None:
-    codec = voting(card, suspicion=0.75)
+def test_agreement_is_not_told_to_requests_that_do_not_ask_for_it(card, in_binary: bool) -> None:
+    codec = voting(card)
     for form in (
         (np.zeros(96, "<f4").tobytes(), b"0")
         if in_binary
@@ -398,33 +395,28 @@ def test_an_answer_is_flagged_unasked_only_if_it_is_suspicious(card, in_binary: 
         binary(bytes(384), rows=2, parameters={"binary_data_output": in_binary}),
     ):
         decoded = codec.decode(*form)
-        for agreement, flagged in (((0.8, 1.0), 0), ((0.75, 0.74), 1), ((0.1, 0.2), 2), ((1.0, 1.0), 0)):
-            found = outputs_of(codec, decoded, voted(*agreement))
-            assert found.keys() == {"parameters", "probabilities", "logits"}
-            assert found["parameters"] == ({"suspicious_images": flagged} if flagged else {})
-    careless = voting(card)
-    assert outputs_of(careless, careless.decode(*form), voted(0.0, 0.0))["parameters"] == {}
-    assert "suspicious" not in careless.outputs
+        found = outputs_of(codec, decoded, voted(0.1, 1.0))
+        assert found.keys() == {"parameters", "probabilities", "logits"}
+        assert found["parameters"] == {}
 
 
 def test_where_one_path_answers_there_is_no_agreement_to_ask_for(card) -> None:
-    for codec in (Codec(card, max_rows=4), voting(card, plan=Plan("single"), suspicion=0.5), voting(card, voting=())):
+    for codec in (Codec(card, max_rows=4), voting(card, plan=Plan("single")), voting(card, voting=())):
         assert "agreement" not in codec.outputs
         assert "unknown output 'agreement'" in refused(codec, request(tensor(), outputs=[{"name": "agreement"}]))
     one_draw = voting(card, plan=Plan("random", 1))
     assert "agreement" not in one_draw.outputs
     assert "agreement" in voting(card, plan=Plan("random", 2)).outputs
-    chooses = voting(card, plan=Plan("single"), modes=("single", "random"), max_draws=8, suspicion=0.5)
+    chooses = voting(card, plan=Plan("single"), modes=("single", "random"), max_draws=8)
     assert "agreement" in chooses.outputs
-    for name in ("agreement", "suspicious"):
-        wanted = [{"name": name}]
-        said = refused(chooses, request(tensor(), outputs=wanted))
-        assert f"the output {name!r} needs several votes, but the request is answered in mode 'single' by one" in said
-        parameters = {"mode": "random"}
-        assert "in mode 'random' by one" in refused(chooses, request(tensor(), outputs=wanted, parameters=parameters))
-        decoded = chooses.decode(request(tensor(), outputs=wanted, parameters={"mode": "random", "draws": 4}), None)
-        assert decoded.form.asked.plan == Plan("random", 4)
-        assert outputs_of(chooses, decoded, voted(0.25))[name] == ([0.25] if name == "agreement" else [True])
+    wanted = [{"name": "agreement"}]
+    said = refused(chooses, request(tensor(), outputs=wanted))
+    assert "the output 'agreement' needs several votes, but the request is answered in mode 'single' by one" in said
+    one_path = request(tensor(), outputs=wanted, parameters={"mode": "random"})
+    assert "in mode 'random' by one" in refused(chooses, one_path)
+    decoded = chooses.decode(request(tensor(), outputs=wanted, parameters={"mode": "random", "draws": 4}), None)
+    assert decoded.form.asked.plan == Plan("random", 4)
+    assert outputs_of(chooses, decoded, voted(0.25))["agreement"] == [0.25]
 
 
 # --- what a request may choose ---

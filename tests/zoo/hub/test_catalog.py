@@ -54,7 +54,7 @@ def attacked(accuracy: float, eps: str = "1/100", **changes: Any) -> Result:
 
 
 def card(name: str, *results: Result, **changes: Any) -> Card:
-    fields = {"int8": None, "lint": (), "suspicion": (), "results": results or (CLEAN, attacked(0.4)), **changes}
+    fields = {"int8": None, "lint": (), "results": results or (CLEAN, attacked(0.4)), **changes}
     return replace(GOLDEN, name=name, **fields)
 
 

@@ -63,7 +63,6 @@ def card(name: str, *results: Result, **changes: Any) -> Card:
         "variants": ("single",),
         "int8": None,
         "lint": (),
-        "suspicion": (),
         "results": results or (measured(0.8), measured(0.5, "1/100"), measured(0.2, "3/100")),
         **changes,
     }
