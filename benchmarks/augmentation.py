@@ -12,8 +12,9 @@ they change a pixel by as much on average, within a tenth. `quiet` says whether 
 of a core; `processor_ratio` suffers less from them.
 
 A training step that uses the views takes its turn as well: a ResNet-20 in float32, with AugMix's consistency where
-there are three views. In bfloat16, where the processor has it, a step is cheaper and augmentation weighs more. `training_ratio` is the processor time of augmentation and step together, relative to ours:
-1.1 means that a run takes a tenth longer.
+there are three views. In bfloat16, where the processor has it, a step is cheaper and augmentation weighs more.
+`training_ratio` is the processor time of augmentation and step together, relative to ours: 1.1 means that a run takes
+a tenth longer.
 
 Progress goes to standard error; the last line on standard output is JSON.
 """

@@ -1,7 +1,7 @@
 """What a training step minimises. One objective is one frozen dataclass in one file and one line here."""
 
 from training.objectives.adp import Adp
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.awp import Awp
 from training.objectives.base import Batch, Memory, Objective, Step
 from training.objectives.dropen import Dropen
@@ -43,7 +43,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
 __all__ = [
     "OBJECTIVES",
     "Adp",
-    "Attack",
     "Awp",
     "Batch",
     "Dropen",
@@ -61,5 +60,6 @@ __all__ = [
     "Standard",
     "Step",
     "Trades",
+    "TrainingAttack",
     "Trs",
 ]

@@ -16,7 +16,7 @@ from zoo.errors import BadInput
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack:
+class TrainingAttack:
     """PGD in an l_inf ball around each image; radii and steps in pixel units ([0, 1])."""
 
     eps: float = 8 / 255

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.base import Batch, Objective, Step
 from training.objectives.network import Network, check_one_exit, networks_of
 from training.randomness import gate_generator
@@ -67,7 +67,7 @@ class DistilledObjective(Objective):
     """Compare features behind the activation (released Ensemble-in-One) instead of before it (DVERGE)."""
     layer_drawn: LayerDrawn = "batch"
     """How long a layer is kept: for one batch (Ensemble-in-One) or for an epoch (DVERGE)."""
-    adversarial: Attack | None = None
+    adversarial: TrainingAttack | None = None
     """Each network also learns PGD examples against itself; no attack if None."""
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.base import Batch, Needs, Objective, Step
 from training.objectives.network import Network
 from zoo.attacks import as_it_is, average_exits, max_average_exits, single_exit
@@ -30,7 +30,7 @@ Attacked = Literal["max-average", "average", "single"]
 """What the attack maximises: per image the worst of the attacks on single exits, judged by the loss summed over all
 exits; the mean loss of all exits; the loss of one exit."""
 
-EVAL_ATTACK = Attack(batch_norm="eval")
+EVAL_ATTACK = TrainingAttack(batch_norm="eval")
 """PGD-10 at 8/255 with running statistics: for colour images. For digits: eps=0.3, steps=40, step_size=0.01."""
 
 
@@ -40,7 +40,7 @@ class ExitsObjective(Objective):
 
     needs: ClassVar[Needs] = "several exits"
 
-    attack: Attack | None = None
+    attack: TrainingAttack | None = None
     """How adversarial examples are made; without an attack the exits learn the clean images alone."""
     attacked: Attacked = "max-average"
     attacked_exit: int | None = None
@@ -112,7 +112,7 @@ class ExitsObjective(Objective):
             step: where the run is.
         """
 
-    def examples(self, network: Network, batch: Batch, attack: Attack) -> Tensor:
+    def examples(self, network: Network, batch: Batch, attack: TrainingAttack) -> Tensor:
         """Return adversarial examples (shape of the images), made while BatchNorm does what `attack` says."""
         images, labels, budget = batch.images, batch.labels, attack.budget()
         answers = as_it_is(network.exits)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.base import Batch, Step
 from training.objectives.exits import EVAL_ATTACK, ExitsObjective, check_temperature, check_weight
 from training.objectives.network import statistics
@@ -34,7 +34,7 @@ class NeoKd(ExitsObjective):
     method: ClassVar[str] = "neo_kd"
     published: ClassVar[str] = "Ham et al., NeurIPS 2023"
 
-    attack: Attack = EVAL_ATTACK
+    attack: TrainingAttack = EVAL_ATTACK
     alpha: float = 3.0
     """Weight of the neighbours (NKD)."""
     beta: float = 1.0

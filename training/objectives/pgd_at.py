@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.base import Batch
 from training.objectives.network import Network
 from training.objectives.single import Loss, NetworkObjective, View
@@ -31,7 +31,7 @@ class PgdAt(NetworkObjective):
     method: ClassVar[str] = "pgd_at"
     published: ClassVar[str] = "Madry et al., ICLR 2018"
 
-    attack: Attack = field(default_factory=Attack)
+    attack: TrainingAttack = field(default_factory=TrainingAttack)
     attacked: Attacked = "ensemble"
     """Of an ensemble: attack what its members answer together, or each member by itself."""
 

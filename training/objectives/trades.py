@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.base import Batch
 from training.objectives.network import Network, together
 from training.objectives.pgd_at import Attacked
@@ -35,8 +35,10 @@ class Trades(NetworkObjective):
     method: ClassVar[str] = "trades"
     published: ClassVar[str] = "Zhang et al., ICML 2019"
 
-    attack: Attack = field(
-        default_factory=lambda: Attack(eps=0.031, steps=10, step_size=0.007, random_start=False, batch_norm="eval")
+    attack: TrainingAttack = field(
+        default_factory=lambda: TrainingAttack(
+            eps=0.031, steps=10, step_size=0.007, random_start=False, batch_norm="eval"
+        )
     )
     """What maximises the divergence; it starts from Gaussian noise unless `random_start` says uniformly in the ball."""
     start_noise: float = 0.001

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from training.objectives import (
     OBJECTIVES,
-    Attack,
     Awp,
     Batch,
     Ews,
@@ -23,6 +22,7 @@ from training.objectives import (
     Standard,
     Step,
     Trades,
+    TrainingAttack,
 )
 from training.objectives.controller import Controller
 from training.objectives.ews import answers
@@ -36,8 +36,8 @@ from zoo.networks import ImageFormat, build
 from zoo.networks.wide_resnet import WideResNet
 
 SMALL = ImageFormat(height=16, width=16)
-ATTACK = Attack(eps=0.03, steps=2, step_size=0.02, batch_norm="eval")
-TRADES = Trades(attack=Attack(eps=0.03, steps=2, step_size=0.02, random_start=False, batch_norm="eval"))
+ATTACK = TrainingAttack(eps=0.03, steps=2, step_size=0.02, batch_norm="eval")
+TRADES = Trades(attack=TrainingAttack(eps=0.03, steps=2, step_size=0.02, random_start=False, batch_norm="eval"))
 
 
 def make(seed: int = 0, **options: Any) -> nn.Module:
