@@ -29,7 +29,7 @@ from training.objectives.controller import Controller, LogProb
 from training.objectives.network import Network
 from training.objectives.single import Loss, NetworkObjective, View, kl_divergence
 from training.objectives.standard import Standard
-from training.objectives.subnets import Choice, Paths, Space, applied, lowest_norm_choice, random_choice, space_of
+from training.objectives.subnets import Choice, Rounding, Space, applied, lowest_norm_choice, random_choice, space_of
 from training.objectives.wrapper import Wrapper
 from zoo.errors import BadInput
 from zoo.gates.derive import Ensemble
@@ -52,7 +52,7 @@ class Ews(Wrapper):
     """How subnets are found: by the controller; uniformly at random; as those of the lowest L1 norms."""
     keep: float = 0.7
     """Share of the channels, and of the paths, that a subnet keeps: the paper's rho; 0.9 for adversarial training."""
-    paths: Paths = "ceil"
+    paths: Rounding = "ceil"
     """How many of a block's two paths that is: rounded up, which keeps both for every share above 1/2 (the released
     code), or to the nearest, which keeps one below 3/4 (the paper's figure 2)."""
     weight: float = 1.0
@@ -81,7 +81,7 @@ class Ews(Wrapper):
                     "ews cannot go around awp, whose perturbation is the whole network's; put awp around ews"
                 )
             within = within.inner
-        for name, kind in (("search", Search), ("kl_reduction", Reduction), ("paths", Paths), ("log_prob", LogProb)):
+        for name, kind in (("search", Search), ("kl_reduction", Reduction), ("paths", Rounding), ("log_prob", LogProb)):
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")

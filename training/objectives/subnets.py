@@ -23,7 +23,7 @@ from zoo.networks.bottleneck_resnet import Bottleneck
 from zoo.networks.resnet import BasicBlock
 from zoo.networks.wide_resnet import WideBlock
 
-Paths = Literal["ceil", "round"]
+Rounding = Literal["ceil", "round"]
 
 PATHS = 2
 """Of a block: the residual branch (0) and the skip (1)."""
@@ -82,7 +82,7 @@ def residual_blocks(network: nn.Module) -> tuple[Block, ...]:
     return tuple(found)
 
 
-def num_kept(count: int, keep: float, rounding: Paths = "ceil") -> int:
+def num_kept(count: int, keep: float, rounding: Rounding = "ceil") -> int:
     """Return how many of `count` paths or channels a share of `keep` is, at least 1."""
     # 0.55 * 100 is 55.00000000000001, which should be 55
     share = math.ceil(keep * count - 1e-9) if rounding == "ceil" else round(keep * count)
@@ -98,7 +98,7 @@ class Space:
     channels: tuple[tuple[int, ...], ...]
 
 
-def space_of(network: nn.Module, keep: float, paths: Paths = "ceil") -> Space:
+def space_of(network: nn.Module, keep: float, paths: Rounding = "ceil") -> Space:
     """Return the subnets of a network that keep a share of its paths and of its channels.
 
     Args:
@@ -112,8 +112,8 @@ def space_of(network: nn.Module, keep: float, paths: Paths = "ceil") -> Space:
     """
     if not 0 < keep <= 1:
         raise BadInput(f"need 0 < keep <= 1, got {keep}; it is the share of channels that a subnet keeps")
-    if paths not in get_args(Paths):
-        raise BadInput(f"paths must be one of {', '.join(get_args(Paths))}, got {paths!r}")
+    if paths not in get_args(Rounding):
+        raise BadInput(f"paths must be one of {', '.join(get_args(Rounding))}, got {paths!r}")
     blocks = residual_blocks(network)
     if not blocks:
         known = ", ".join(kind.__name__ for kind in BLOCKS)

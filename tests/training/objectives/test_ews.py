@@ -348,9 +348,8 @@ def test_a_memory_that_was_not_asked_yet_still_holds_the_controller() -> None:
     assert again.state().keys() == memory.state().keys()
 
 
-@pytest.mark.parametrize(
-    ("paths", "steps", "bound"), [("round", 150, 0.6), pytest.param("ceil", 400, 0.8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("paths", "steps", "bound"), [("round", 150, 0.6), ("ceil", 400, 0.8)])
 def test_the_controller_proposes_weaker_subnets_than_chance_of_a_network_that_stays_as_it_is(
     paths: Any, steps: int, bound: float
 ) -> None:

@@ -270,6 +270,7 @@ def make(tiny_dataset: str) -> Callable[..., Recipe]:
             "batch_size": 12,
             "train_images": 24,
             "held_out": 0,
+            "precision": "fp32",
             **MEETS[meets or objective.needs],
             **changes,
         }
