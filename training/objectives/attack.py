@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
 
+from training.objectives.checks import check_choice
 from training.objectives.network import Network, Statistics, together
 from zoo.attacks import LinfBudget, as_it_is, pgd
 from zoo.errors import BadInput
@@ -32,8 +32,7 @@ class TrainingAttack:
         self.budget()  # checks the numbers
         if self.steps < 1:
             raise BadInput(f"need at least 1 attack step, got {self.steps}; train with standard for none")
-        if self.batch_norm not in get_args(Statistics):
-            raise BadInput(f"batch_norm must be one of {', '.join(get_args(Statistics))}, got {self.batch_norm!r}")
+        check_choice("batch_norm", self.batch_norm, Statistics)
 
     def budget(self) -> LinfBudget:
         """Return the budget of the attack."""

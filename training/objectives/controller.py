@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.objectives.checks import check_choice
 from training.objectives.subnets import PATHS, Choice, Space, kept_of
-from zoo.errors import BadInput, CheckpointError
+from zoo.errors import CheckpointError
 
 LogProb = Literal["plackett_luce", "sum"]
 
@@ -100,8 +101,7 @@ class Controller(nn.Module):
         clip: float = 3.0,
         log_prob: LogProb = "plackett_luce",
     ) -> None:
-        if log_prob not in get_args(LogProb):
-            raise BadInput(f"log_prob must be one of {', '.join(get_args(LogProb))}, got {log_prob!r}")
+        check_choice("log_prob", log_prob, LogProb)
         super().__init__()
         self.space = space
         self.entropy_weight, self.clip, self.log_prob = entropy_weight, clip, log_prob

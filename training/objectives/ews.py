@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from training.objectives.awp import Awp
 from training.objectives.base import Batch, Needs
+from training.objectives.checks import check_choice, check_weights
 from training.objectives.controller import Controller, LogProb
 from training.objectives.network import Network
 from training.objectives.single import Loss, NetworkObjective, View, kl_divergence
@@ -82,16 +83,12 @@ class Ews(Wrapper):
                 )
             within = within.inner
         for name, kind in (("search", Search), ("kl_reduction", Reduction), ("paths", Rounding), ("log_prob", LogProb)):
-            value = getattr(self, name)
-            if value not in get_args(kind):
-                raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+            check_choice(name, getattr(self, name), kind)
         if not 0 < self.keep <= 1:
             raise BadInput(f"need 0 < keep <= 1, got {self.keep}; it is the share that a subnet keeps")
         if self.controller_every < 1:
             raise BadInput(f"need controller_every >= 1, got {self.controller_every}")
-        for name in ("weight", "entropy_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise BadInput(f"need {name} >= 0, got {getattr(self, name)}")
+        check_weights(weight=self.weight, entropy_weight=self.entropy_weight)
         for name in ("controller_learning_rate", "controller_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise BadInput(f"need {name} > 0, got {getattr(self, name)}")

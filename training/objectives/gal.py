@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.objectives.base import Batch, Step
-from training.objectives.input_gradients import SECOND_ORDER, check_weights, cosines, input_gradients
+from training.objectives.checks import check_weights
+from training.objectives.input_gradients import SECOND_ORDER, cosines, input_gradients
 from training.objectives.members import MembersObjective, accuracy
 from zoo.errors import BadInput
 

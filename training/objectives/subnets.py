@@ -13,11 +13,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from training.objectives.checks import check_choice
 from zoo.errors import BadInput
 from zoo.networks.bottleneck_resnet import Bottleneck
 from zoo.networks.resnet import BasicBlock
@@ -112,8 +113,7 @@ def space_of(network: nn.Module, keep: float, paths: Rounding = "ceil") -> Space
     """
     if not 0 < keep <= 1:
         raise BadInput(f"need 0 < keep <= 1, got {keep}; it is the share of channels that a subnet keeps")
-    if paths not in get_args(Rounding):
-        raise BadInput(f"paths must be one of {', '.join(get_args(Rounding))}, got {paths!r}")
+    check_choice("paths", paths, Rounding)
     blocks = residual_blocks(network)
     if not blocks:
         known = ", ".join(kind.__name__ for kind in BLOCKS)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from training.objectives.attack import TrainingAttack
 from training.objectives.base import Batch
+from training.objectives.checks import check_choice
 from training.objectives.network import Network, together
 from training.objectives.pgd_at import Attacked
 from training.objectives.single import Loss, NetworkObjective, View, kl_divergence
@@ -56,8 +57,7 @@ class Trades(NetworkObjective):
                 f"need start_noise > 0, got {self.start_noise}; at the image itself the divergence has no gradient"
             )
         super().__post_init__()
-        if self.attacked not in get_args(Attacked):
-            raise BadInput(f"attacked must be one of {', '.join(get_args(Attacked))}, got {self.attacked!r}")
+        check_choice("attacked", self.attacked, Attacked)
 
     @property
     def passes(self) -> int:

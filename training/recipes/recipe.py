@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from training.augmentation import check_augmentation
 from training.objectives import EnsembleInOne, Objective
+from training.objectives.checks import check_choice
 from zoo.errors import BadInput, check_count
 from zoo.gates.rgn import Sharing
 from zoo.weights.checkpoint import Architecture
@@ -51,8 +52,7 @@ class Phase:
         for milestone in self.milestones:
             check_count("a milestone", milestone, 0)
         for name, kind in (("schedule", Schedule), ("optimizer", Optimizer)):
-            if getattr(self, name) not in get_args(kind):
-                raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), kind)
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise BadInput(f"need clip > 0, got {self.clip}; leave it out (none) to clip nothing")
 
@@ -148,8 +148,7 @@ class Recipe:
         if (self.patience is not None or self.collapse is not None) and not self.held_out:
             raise BadInput("stopping early needs held-out images to judge by; set held_out=1000")
         for name, kind in (("precision", Precision), ("sharing", Sharing), ("selection", Selection)):
-            if getattr(self, name) not in get_args(kind):
-                raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), kind)
 
     @property
     def method(self) -> str:
