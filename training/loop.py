@@ -207,7 +207,7 @@ class _Loop:
         )
 
     def try_step(self) -> None:
-        """Run each phase's objective once, keeping nothing: what cannot work should fail before a folder is made."""
+        """Run each phase's objective once and discard the result: what cannot work fails before a folder is made."""
         kept = copy.deepcopy(self.model.state_dict())
         self.model.train()
         for phase in self.recipe.phases:

@@ -58,7 +58,7 @@ class TrainingAttack:
         labels: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """Return adversarial examples against `model`, a function of `networks`; theirs is the BatchNorm to be set."""
+        """Return adversarial examples against `model`, a function of `networks`, whose BatchNorm is set meanwhile."""
         with ExitStack() as modes:
             for network in networks:
                 modes.enter_context(network.statistics(self.batch_norm))

@@ -44,7 +44,7 @@ Part = TypeVar("Part", bound=Stateful)
 
 
 class Memory:
-    """What an objective keeps from step to step. The loop stores it with every checkpoint, and empties it per phase."""
+    """What an objective keeps from step to step. The loop saves it in every checkpoint and starts each phase with none."""
 
     def __init__(self, state: Mapping[str, Tensor] | None = None) -> None:
         self.tensors: dict[str, Tensor] = dict(state or {})
@@ -154,7 +154,7 @@ class Objective(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not say what a step costs")
 
     def check(self, model: nn.Module) -> None:  # noqa: B027 - most methods train whatever they are given
-        """Say in one sentence if `model` cannot be trained so; called before the first step.
+        """Check that `model` can be trained with this objective; called before the first step.
 
         Raises:
             BadInput: it lacks what the method needs.

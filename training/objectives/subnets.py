@@ -131,7 +131,7 @@ def kept_of(block: Block, paths: Sequence[int], channels: Sequence[Sequence[int]
     Args:
         block: which one.
         paths: of its paths, 0 for the residual branch and 1 for the skip, in any order.
-        channels: per convolution the indices of the kept channels, in any order; of no account without the branch.
+        channels: per convolution the indices of the kept channels, in any order; ignored without the branch.
     """
     branch = 0 in paths
     everything = [range(count) for count in block.channels]

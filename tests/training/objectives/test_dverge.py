@@ -436,7 +436,7 @@ def test_what_it_can_train_passes_the_check(model: nn.Module) -> None:
         ({"coefficient": float("inf")}, "need a finite coefficient >= 0, got inf"),
         ({"coefficient": 0.0}, "nothing to learn"),
         ({"eps": 18}, "need 0 <= eps <= 1, got 18"),
-        ({"layer_drawn": "run"}, "must be 'batch' or 'epoch', got 'run'"),
+        ({"layer_drawn": "run"}, "layer_drawn must be one of batch, epoch, got 'run'"),
     ],
 )
 def test_hyper_parameters_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

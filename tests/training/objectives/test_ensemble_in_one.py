@@ -371,9 +371,9 @@ def test_the_two_readings_differ_exactly_where_the_sources_do() -> None:
         ({"distillation_steps": 0}, "at least 1 path and 1 step, got 3 and 0"),
         ({"eps": 18}, "need 0 <= eps <= 1, got 18; .*write 0.07, not 18"),
         ({"step_size": 7}, "need 0 < step_size <= 1, got 7"),
-        ({"momentum": -1.0}, "need momentum >= 0, got -1"),
-        ({"layer_drawn": "step"}, "must be 'batch' or 'epoch', got 'step'"),
-        ({"batch_norm": "frozen"}, "must be 'eval' or 'train', got 'frozen'"),
+        ({"momentum": -1.0}, "momentum >= 0, got -1"),
+        ({"layer_drawn": "step"}, "layer_drawn must be one of batch, epoch, got 'step'"),
+        ({"batch_norm": "frozen"}, "batch_norm must be one of eval, train, got 'frozen'"),
     ],
 )
 def test_hyper_parameters_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
