@@ -2,8 +2,8 @@
 
 One cell walks over the blocks. At each decision (which path, which input channels of a convolution) a head of that
 decision's own turns the hidden state into scores, k of n are drawn without replacement with probabilities in proportion
-to exp(score), and the mean of their embeddings is the cell's next input. Where everything is kept (k = n), the cell takes no step.
-The policy gradient is REINFORCE with a moving baseline; the reward is minus the subnet's accuracy.
+to exp(score), and the mean of their embeddings is the cell's next input. Where everything is kept (k = n), the cell
+takes no step. The policy gradient is REINFORCE with a moving baseline; the reward is minus the subnet's accuracy.
 
 The controller is small and sequential and lives on the CPU whatever the network runs on.
 """
