@@ -15,7 +15,9 @@ from zoo.weights.models import PLAIN_WEIGHTS, load_members
 
 
 def images_of(recipe: Recipe) -> tuple[datasets.Images, datasets.Images]:
-    """Return the images that a recipe trains on and those that it holds out; the latter do not depend on its seed.
+    """Return the images that a recipe trains on and those that it holds out.
+
+    Where a recipe takes all training images, those held out do not depend on its seed.
 
     Raises:
         BadInput: There is less than one batch to train on.

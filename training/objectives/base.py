@@ -44,7 +44,7 @@ Part = TypeVar("Part", bound=Stateful)
 
 
 class Memory:
-    """What an objective keeps from step to step. The loop saves it in every checkpoint and empties it for each phase."""
+    """What an objective keeps from step to step. Every checkpoint holds it, and each phase starts with none."""
 
     def __init__(self, state: Mapping[str, Tensor] | None = None) -> None:
         self.tensors: dict[str, Tensor] = dict(state or {})
