@@ -21,7 +21,7 @@ TORCH = $(shell grep -oE 'torch(vision)?==[0-9.]+' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test check format bench clean
+.PHONY: help serve demo test quick check format bench clean
 
 help: ## say what each target does
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sort | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -34,6 +34,9 @@ demo: $(VENV)/installed-demo ## serve the bundled models with the interactive de
 
 test: check ## everything that must hold: format, lint, types, import contracts, tests
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+quick: $(VENV)/installed-dev ## the tests without a process, server, training run or browser, in under two minutes
+	$(BIN)/python -m pytest --quick -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/installed-dev ## format, lint, types and import contracts, without the tests
 	$(BIN)/ruff format --check .

@@ -2,6 +2,6 @@
 
 import sys
 
-from manygates import main
+from manygates.cli import main
 
 sys.exit(main())

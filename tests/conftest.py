@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
 import pytest
 
+TESTS = Path(__file__).parent
 DATA_VARIABLE = "MANYGATES_DATA"
 REPOSITORIES = ("uoft-cs/cifar10", "ylecun/mnist")
 
@@ -37,28 +40,78 @@ def _missing_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-@pytest.fixture(scope="session")
-def fake_hub() -> ModuleType:
-    """The module of a Hugging Face hub in memory: `FakeHub`, `Answer`, `serve`."""
-    place = Path(__file__).with_name("hub") / "fake_hub.py"
-    spec = importlib.util.spec_from_file_location("fake_hub", place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fake_hub"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 SKIPS: dict[str, Callable[[], str | None]] = {"data": _missing_data, "gpu": _missing_gpu}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for marker, missing in SKIPS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and (reason := missing()):
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if config.getoption("quick"):
+        left_out = [item for item in items if not is_quick(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+# --- the quick set (`make quick`): no process, server, training run or browser ---
+
+NOT_QUICK = ("slow", "browser", "gpu", "integration")
+STARTING_MODULES = {
+    "manygates.cli", "multiprocessing", "playwright.sync_api", "serving.server", "subprocess", "training.finetune",
+    "training.loop", "uvicorn",
+}  # fmt: skip
+STARTING_NAMES = {"Popen", "bind", "create_subprocess_exec"}
+STARTING_EVENTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "socket.bind", "subprocess.Popen"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only tests without a process, server, training run, browser")
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Whether a test is not slow, and starts nothing, as far as its code, its fixtures and their helpers tell."""
+    assert isinstance(item, pytest.Function)
+    if any(item.get_closest_marker(marker) for marker in NOT_QUICK):
+        return False
+    fixtures = [definition.func for found in item._fixtureinfo.name2fixturedefs.values() for definition in found]
+    return not any(starts_something(function, set()) for function in (item.function, *fixtures))
+
+
+def starts_something(thing: Any, seen: set[int]) -> bool:
+    """Whether a function of the tests, or a class, names something that starts processes, servers or training runs."""
+    if id(thing) in seen:
+        return False
+    seen.add(id(thing))
+    if isinstance(thing, type):
+        return any(starts_something(member, seen) for member in vars(thing).values())
+    function = inspect.unwrap(thing) if callable(thing) else thing
+    if not isinstance(function, FunctionType) or not function.__code__.co_filename.startswith(str(TESTS)):
+        return False
+    names = names_in(function.__code__)
+    if names & STARTING_NAMES:
+        return True
+    used = [function.__globals__[name] for name in names if name in function.__globals__]
+    origins = {value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "") for value in used}
+    return bool(origins & STARTING_MODULES) or any(starts_something(value, seen) for value in used)
+
+
+def names_in(code: CodeType) -> set[str]:
+    """Return the names that a function uses, those of functions inside it too."""
+    return {*code.co_names}.union(*(names_in(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a test of the quick set fail that starts something after all."""
+    if not config.getoption("quick"):
+        return
+
+    def refuse(event: str, arguments: tuple[object, ...]) -> None:
+        if event in STARTING_EVENTS and os.environ.get("PYTEST_CURRENT_TEST"):
+            raise AssertionError(f"a quick test starts something ({event}): mark it with pytest.mark.integration")
+
+    sys.addaudithook(refuse)
 
 
 @pytest.fixture(autouse=True)

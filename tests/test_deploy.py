@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-import manygates
+import manygates.cli
 from serving.health_check import address, reason_against
 from serving.operations.settings import Settings, setting_fields
 
@@ -72,13 +72,13 @@ def test_every_setting_in_a_description_is_one_of_the_servers(place: str) -> Non
 def test_every_command_in_a_description_is_one_that_the_command_line_takes(place: str) -> None:
     program, *arguments = commands()[place]
     assert program == "manygates"
-    parsed = manygates.parser().parse_args(arguments)
+    parsed = manygates.cli.parser().parse_args(arguments)
     assert parsed.host == "0.0.0.0"
 
 
 def test_what_docs_tell_to_set_is_a_setting_or_documented_as_one_of_others() -> None:
     text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
-    known = {f"MANYGATES_SERVE_{field.name.upper()}" for field in setting_fields()} | {"MANYGATES_SERVE_CONFIG"}
+    known = {f"MANYGATES_SERVE_{name.upper()}" for name in setting_fields()} | {"MANYGATES_SERVE_CONFIG"}
     named = set(re.findall(r"MANYGATES_SERVE_[A-Z_]+[A-Z]", text))
     assert named
     assert named <= known

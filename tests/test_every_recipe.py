@@ -39,7 +39,8 @@ from pyarrow import parquet
 from torch import Tensor, nn
 
 import manygates
-from serving.engine.engine import VARIANT_OF_MODE, Engine, modes_of
+from serving.engine.engine import Engine
+from serving.engine.graphs import modes_of
 from serving.http.app import Application
 from serving.operations.settings import Settings
 from serving.scheduling.service import Model
@@ -49,6 +50,7 @@ from zoo.bundle.bundle import Bundle
 from zoo.data import datasets
 from zoo.gates.derive import derive
 from zoo.hub.source import list_bundled
+from zoo.vocabulary import VARIANT_OF_MODE
 from zoo.weights.models import PLAIN_WEIGHTS, load_members, load_rgn, load_variant
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]

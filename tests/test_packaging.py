@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-import manygates
+import manygates.cli
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("zoo", "training", "serving")
@@ -111,7 +111,7 @@ def test_no_pickle_is_shipped(wheel: zipfile.ZipFile) -> None:
 
 def test_the_command_is_installed_as_manygates(wheel: zipfile.ZipFile) -> None:
     (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
-    assert "manygates = manygates:main" in wheel.read(name).decode().splitlines()
+    assert "manygates = manygates.cli:main" in wheel.read(name).decode().splitlines()
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_the_image_runs_a_command_that_the_command_line_takes() -> None:
     (command,) = re.findall(r"^CMD (.*)$", dockerfile, re.MULTILINE)
     program, *arguments = ast.literal_eval(command)
     assert program == "manygates"
-    assert manygates.parser().parse_args(arguments).host == "0.0.0.0"
+    assert manygates.cli.parser().parse_args(arguments).host == "0.0.0.0"
     (user,) = re.findall(r"^USER (\d+)", dockerfile, re.MULTILINE)
     assert int(user) != 0
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-import manygates
+import manygates.cli
 from zoo.hub.source import list_bundled
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ def test_a_command_in_the_documentation_is_one_that_the_command_line_takes(comma
     complaint = io.StringIO()
     with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(io.StringIO()):
         try:
-            manygates.parser().parse_args(command[1:])
+            manygates.cli.parser().parse_args(command[1:])
         except SystemExit as stopped:
             assert not stopped.code, complaint.getvalue()  # noqa: PT017 -- --help and --version exit with 0
 

@@ -10,15 +10,15 @@ must not be guessed.
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from zoo.errors import BadPath
 
 Path = tuple[int, ...]
 
-ENUMERATION_LIMIT = 1 << 16
+_MAX_PREFIXES = 1 << 16
+"""So many are drawn from without repetition; of more, repeated ones are drawn again."""
 
 
 def check(path: Sequence[int], num_gates: int, candidates: int) -> Path:
@@ -84,25 +84,12 @@ def sample_distinct(
             "prefixes exist; ask for fewer paths"
         )
     prefixes: dict[Path, None] = {}
-    if num_prefixes <= ENUMERATION_LIMIT:
+    if num_prefixes <= _MAX_PREFIXES:
         for index in rng.sample(range(num_prefixes), num_paths):
             prefixes[_digits(index, candidates, within)] = None
     while len(prefixes) < num_paths:
         prefixes[sample(within, candidates, rng)] = None
     return [prefix + sample(num_gates - within, candidates, rng) for prefix in prefixes]
-
-
-def enumerate_paths(num_gates: int, candidates: int) -> Iterator[Path]:
-    """Yield every path in lexicographic order.
-
-    Raises:
-        BadPath: more than 65,536 paths; sample instead.
-    """
-    if candidates**num_gates > ENUMERATION_LIMIT:
-        raise BadPath(
-            f"{candidates}^{num_gates} paths are too many to enumerate (limit {ENUMERATION_LIMIT}); sample them instead"
-        )
-    yield from itertools.product(range(candidates), repeat=num_gates)
 
 
 def _digits(number: int, base: int, length: int) -> Path:

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from zoo.bundle.card import MAX_PIXELS as MAX_PIXELS
-from zoo.bundle.card import InputFormat
 from zoo.errors import BadImage, BadInput, MissingFile, UnsupportedImage
 from zoo.files import write_bytes_atomic
+from zoo.input_format import MAX_PIXELS as MAX_PIXELS
+from zoo.input_format import InputFormat
 
 MAX_FILE_BYTES: Final = 64 * 2**20
 MAX_SCANS: Final = 64

@@ -36,7 +36,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 from torch import Tensor, nn
 
-from serving.server import bind, url_of
+from serving.listener import bind, url_of
 from zoo import paths
 from zoo.attacks import LinfBudget, as_it_is, fgsm, pgd, to_grid
 from zoo.bundle.bundle import Bundle
@@ -45,7 +45,7 @@ from zoo.data import datasets
 from zoo.errors import BadImage, BadInput, ManygatesError, MissingFile, UnknownName
 from zoo.gates.derive import Ensemble, folded_copy, mean_probability
 from zoo.gates.rgn import RandomGatedNetwork
-from zoo.hub.source import list_bundled, open_model, pin
+from zoo.hub.source import find, list_bundled
 from zoo.pictures import DAMAGE, FORMATS, MAX_PIXELS, decode_image, encode_png
 from zoo.weights.models import load_rgn, member_networks, weights_file
 
@@ -230,14 +230,15 @@ class Shelf:
         self._bundles: dict[str, Bundle] = {}
         self._loaded: dict[tuple[str, str], Contestant] = {}
         for model in models or [card.name for card in list_bundled()]:
-            source, card = pin(model)
+            found = find(model)
+            card = found.card
             if card.name in self._bundles:
                 raise BadInput(f"{card.name!r} is to be shown twice; name each model once")
             if weights_file(card) not in card.files:
                 raise MissingFile(
                     f"{card.name!r} holds no {weights_file(card)}, but an attack needs gradients; export it anew"
                 )
-            self._bundles[card.name] = open_model(source, only=(weights_file(card),))
+            self._bundles[card.name] = found.open([weights_file(card)])
         if not self._bundles:
             raise BadInput("no model to attack: none comes with this installation; name one, like local-dir:FOLDER")
 

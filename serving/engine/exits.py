@@ -29,7 +29,7 @@ class ExitChoice:
     confidence: float | Sequence[float] | None = None
     """The largest probability from which on an exit answers, in (0, 1]: one for all, or one per exit but the last.
 
-    Among several, inf is an exit that never answers: calibration gives that to an exit with no share of the images.
+    Among several, inf is an exit that never answers, as the protocol `exits` gives to one with no share of the images.
     """
 
     def __post_init__(self) -> None:

@@ -29,8 +29,9 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.engine.engine import Prediction, modes_of
+from serving.answers import Prediction
 from serving.engine.exits import read_confidence, read_exit
+from serving.engine.graphs import modes_of
 from serving.errors import Headers, RequestError, bad_request, busy, too_many_bytes
 from serving.http import openapi
 from serving.http.connection import Connection

@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from serving.errors import Headers, RequestError, too_many_bytes
 from serving.operations.log import clean_request_id
 from serving.protocol.open_inference import HEADER_LENGTH, InferRequest, http_response, json_headers
-from serving.scheduling.scheduler import Outcome, Ticket
+from serving.scheduling.queue import Outcome, Ticket
 from serving.scheduling.service import Served, Service
 
 MAX_HEAD_BYTES: Final = 64 * 2**10
@@ -108,7 +108,9 @@ class _HotCycle:
         if self.disconnected and not self.response_complete:
             self.response_complete = True
             if self.ticket is not None:
-                self.call.served.queue.leave(self.ticket)
+                application = self.connection.application
+                assert application is not None  # it gave the ticket
+                application.service.scheduler.leave(self.ticket)
             self.connection.release(self)
 
     def done(self, outcome: Outcome) -> None:

@@ -24,11 +24,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine.engine import Mode, Plan, Prediction
+from serving.answers import Plan, Prediction
 from serving.engine.exits import ExitChoice, num_exits, read_confidence
 from serving.errors import Headers, RequestError, bad_request
 from zoo.bundle.card import Card
 from zoo.errors import BadInput
+from zoo.vocabulary import Mode
 
 HEADER_LENGTH: Final = b"inference-header-content-length"
 VERSION: Final = "1"

@@ -11,12 +11,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from serving.http.app import Application
+from serving.listener import bind, url_of
 from serving.operations.settings import ModelSettings, Settings
 from serving.scheduling.repository import load
 from serving.scheduling.service import Model
-from serving.server import Server, bind, build, url_of
+from serving.server import Server, build
 from zoo.bundle.bundle import write_bundle
-from zoo.bundle.card import Architecture, Card, InputFormat, Paths, Training
+from zoo.bundle.card import Card, InputFormat, NetworkSummary, Paths, Training
 
 SHAPE = (3, 4, 4)
 CLASSES = ("cat", "dog", "frog")
@@ -30,7 +31,7 @@ def tiny_card(name: str = "tiny", variants: tuple[str, ...] = ("single", "ensemb
         method="standard",
         license="apache-2.0",
         dataset="cifar10",
-        architecture=Architecture(
+        architecture=NetworkSummary(
             name="linear",
             options={},
             gated_layers=("bias1", "bias2"),

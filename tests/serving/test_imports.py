@@ -8,20 +8,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-IMPORT_ALL = """
-import importlib, pkgutil, sys
-import serving, zoo.bundle, zoo.hub
-rooms = [serving, zoo.bundle, zoo.hub]
-names = [module.name for room in rooms for module in pkgutil.walk_packages(room.__path__, room.__name__ + ".")]
-names = [name for name in names if not name.startswith("serving.demo")]
-assert len(names) >= 30, names
-for name in [*names, "zoo.errors", "zoo.files", "zoo.paths", "zoo.pictures", "zoo.runtime"]:
-    importlib.import_module(name)
-loaded = [name for name in ("torch", "torchvision", "training", "gradio", "onnx", "pyarrow") if name in sys.modules]
-print(loaded)
-"""
-
-
 QUIET = """
 import pathlib, sys
 import serving.engine.engine
@@ -54,8 +40,3 @@ def test_onnx_runtime_is_imported_in_one_place() -> None:
     importing = re.compile(r"^\s*(from|import) onnxruntime", re.MULTILINE)
     files = [file for name in ("zoo", "training", "serving") for file in (ROOT / name).rglob("*.py")]
     assert [file.name for file in files if importing.search(file.read_text(encoding="utf-8"))] == ["runtime.py"]
-
-
-def test_the_server_and_the_zoos_ground_floor_load_no_torch() -> None:
-    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

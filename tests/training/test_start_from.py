@@ -15,8 +15,7 @@ from training.loop import train
 from training.recipes import Recipe
 from training.run import load_run
 from zoo.bundle.bundle import write_bundle
-from zoo.bundle.card import Architecture as CardArchitecture
-from zoo.bundle.card import Card, InputFormat, Paths, Training
+from zoo.bundle.card import Card, InputFormat, NetworkSummary, Paths, Training
 from zoo.data.datasets import source
 from zoo.errors import BadInput, MissingFile, UnknownName
 from zoo.gates.derive import Ensemble
@@ -43,7 +42,7 @@ def card(architecture: Architecture, gated_layers: tuple[str, ...] = ()) -> Card
         method="standard",
         license="apache-2.0",
         dataset=architecture.dataset,
-        architecture=CardArchitecture(
+        architecture=NetworkSummary(
             name=architecture.network,
             options=architecture.options,
             gated_layers=gated_layers,

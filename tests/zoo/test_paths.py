@@ -87,14 +87,3 @@ def test_more_distinct_paths_than_prefixes_are_refused_with_their_number() -> No
 def test_a_prefix_that_is_no_prefix_is_refused(within: int) -> None:
     with pytest.raises(BadPath, match="expected 1 to 5"):
         paths.sample_distinct(1, 5, 2, random.Random(0), within=within)
-
-
-def test_enumeration_yields_every_path_once_in_order() -> None:
-    every = list(paths.enumerate_paths(4, 2))
-    assert every == sorted(set(every))
-    assert len(every) == 16
-
-
-def test_an_endless_enumeration_is_refused() -> None:
-    with pytest.raises(BadPath, match=r"2\^19 paths are too many"):
-        next(paths.enumerate_paths(19, 2))

@@ -1,23 +1,20 @@
 """The bundle: a folder with a card, its graphs and its weights, the same on disk, in the wheel and on the hub."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from zoo.bundle.card import INT8, MEASURED_VARIANTS, Agreement, Card, FileEntry, Lint, Result, check_file_name
+from zoo.bundle.card import Card, FileEntry, check_file_name
 from zoo.bundle.readme import model_card
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
-from zoo.files import replace_directory, sha256_of
+from zoo.files import replace_directory, sha256_of, write_text_atomic
 
 CARD_FILE = "card.json"
 README_FILE = "README.md"
 EARLY_EXIT_FILE = "early_exit.onnx"
 """The graph of a multi-exit network that stops where it is sure; a file, no variant."""
-AGREEMENT = "agreement"
-"""The table of a result that says how often an int8 graph agrees with the float32 weights: a row per attack on the
-weights, with the share and its interval."""
 _MAX_CARD_BYTES = 16 * 2**20
 
 
@@ -137,6 +134,24 @@ class Bundle:
             raise _mismatch(place, f"sha256 {digest}", f"sha256 {entry.sha256}")
         return content
 
+    def with_card(self, card: Card) -> Self:
+        """Write another card, and the README made from it, for the same files; returns the bundle with it.
+
+        Raises:
+            BadInput: the card lists other files; `write_bundle` writes those.
+            BundleError: a value of the card is out of range.
+        """
+        if card.files != self._card.files:
+            raise BadInput(
+                f"the card lists {', '.join(card.files) or 'no files'}, expected the files that are in {self._folder} "
+                "and their checksums; write a bundle of them first"
+            )
+        for name, text in _described(card).items():
+            write_text_atomic(self._folder / name, text)
+        changed = type(self)(self._folder, card, verify=self._verify)
+        changed._checked = self._checked
+        return changed
+
     def _entry(self, name: str) -> tuple[Path, FileEntry]:
         entry = self._card.files.get(name)
         if entry is None:
@@ -151,6 +166,18 @@ class Bundle:
 def int8_file(variant: str) -> str:
     """Return the name of a variant's int8 graph."""
     return f"{variant}.int8.onnx"
+
+
+def variants_in(card: Card, precision: str) -> tuple[str, ...]:
+    """Return the variants that have a graph in a precision, "fp32" or "int8"."""
+    if precision == "fp32":
+        return card.variants
+    return () if card.int8 is None else card.int8.variants
+
+
+def _described(card: Card) -> dict[str, str]:
+    """Return the text of the files that say what the others are."""
+    return {CARD_FILE: card.to_json(), README_FILE: model_card(card)}
 
 
 def write_bundle(folder: Path | str, card: Card, files: Mapping[str, bytes | Path | str]) -> Bundle:
@@ -178,102 +205,10 @@ def write_bundle(folder: Path | str, card: Card, files: Mapping[str, bytes | Pat
             read = content if isinstance(content, bytes) else Path(content).read_bytes()
             (new_dir / name).write_bytes(read)
             entries[name] = FileEntry(sha256=hashlib.sha256(read).hexdigest(), size=len(read))
-        card = replace(card, files=entries)
-        (new_dir / CARD_FILE).write_text(card.to_json(), encoding="utf-8", newline="\n")
-        (new_dir / README_FILE).write_text(model_card(card), encoding="utf-8", newline="\n")
+        for name, text in _described(replace(card, files=entries)).items():
+            (new_dir / name).write_text(text, encoding="utf-8", newline="\n")
         Bundle.open(new_dir)
     return Bundle.open(folder)
-
-
-def record_results(folder: Path, results: Sequence[Result]) -> Bundle:
-    """Put measured results into a bundle's card; a result measured before on the very same terms is replaced.
-
-    How often an int8 graph agrees with the weights is a table of its results, and moves to where the card keeps that.
-
-    Raises:
-        BundleError: as `Bundle.open`.
-    """
-    bundle = Bundle.open(folder)
-
-    def terms(result: Result) -> tuple[object, ...]:
-        return (
-            result.protocol,
-            result.variant,
-            result.attack,
-            result.norm,
-            result.eps_fraction,
-            result.steps,
-            result.step_size,
-            result.restarts,
-            result.draws,
-            result.images,
-            result.seed,
-        )
-
-    measured = {terms(result) for result in results}
-    kept = [result for result in bundle.card.results if terms(result) not in measured]
-    ordered = sorted([*kept, *results], key=lambda r: (MEASURED_VARIANTS.index(r.variant), r.protocol, r.eps))
-    card = replace(bundle.card, results=tuple(map(_without_agreement, ordered)))
-    card = _with_agreement(card, [_agreement(result, row) for result in results for row in _agreement_rows(result)])
-    return write_bundle(folder, card, {name: bundle.read(name) for name in card.files})
-
-
-def _with_agreement(card: Card, measured: Sequence[Agreement]) -> Card:
-    """Return the card with these entries, each in the place of one on the same terms."""
-    if not measured or card.int8 is None:
-        return card
-
-    def terms(entry: Agreement) -> tuple[object, ...]:
-        return (entry.variant, entry.attack, entry.eps_fraction, entry.images, entry.seed)
-
-    replaced = {terms(entry) for entry in measured}
-    kept = [entry for entry in card.int8.agreement if terms(entry) not in replaced]
-    ordered = sorted([*kept, *measured], key=lambda entry: (MEASURED_VARIANTS.index(entry.variant), entry.eps))
-    return replace(card, int8=replace(card.int8, agreement=tuple(ordered)))
-
-
-def _agreement_rows(result: Result) -> list[tuple[str, float, float, float]]:
-    """Return the attack, the share and its interval of each row of the table `AGREEMENT`."""
-    rows = []
-    for table in result.tables:
-        if table.name == AGREEMENT:
-            for attack, row in zip(table.rows, table.values, strict=True):
-                share, low, high = (value for value in row if value is not None)
-                rows.append((attack, share, low, high))
-    return rows
-
-
-def _agreement(result: Result, row: tuple[str, float, float, float]) -> Agreement:
-    attack, share, low, high = row
-    return Agreement(
-        variant=result.variant.removesuffix(INT8),
-        attack=attack,
-        eps=result.eps,
-        eps_fraction=result.eps_fraction,
-        images=result.images,
-        seed=result.seed,
-        share=share,
-        interval=(low, high),
-        date=result.date,
-        command=result.command,
-    )
-
-
-def _without_agreement(result: Result) -> Result:
-    return replace(result, tables=tuple(table for table in result.tables if table.name != AGREEMENT))
-
-
-def record_lint(folder: Path, lint: Lint) -> Bundle:
-    """Put what the linter found on one variant into a bundle's card, in the place of what it found before.
-
-    Raises:
-        BundleError: as `Bundle.open`.
-    """
-    bundle = Bundle.open(folder)
-    kept = [other for other in bundle.card.lint if other.variant != lint.variant]
-    ordered = sorted([*kept, lint], key=lambda entry: MEASURED_VARIANTS.index(entry.variant))
-    card = replace(bundle.card, lint=tuple(ordered))
-    return write_bundle(folder, card, {name: bundle.read(name) for name in card.files})
 
 
 def check_target(folder: Path) -> None:

@@ -1,10 +1,13 @@
 """The hub's model card: a README generated from the card, so that no number is typed twice."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from zoo.bundle.card import INT8, Card, Check, Int8, Result, Table
+from zoo.bundle import findings
+from zoo.bundle.card import Card, Int8, Result, Table
+from zoo.bundle.headline import headline
+from zoo.vocabulary import INT8
 
 TAG = "manygates"
 """By which the hub's list of models finds ours."""
@@ -15,6 +18,12 @@ _GATED_VARIANTS = {
     "gated": "all candidates, the path an input; for random gates",
 }
 _PLAIN_VARIANTS = {"single": "one network", "ensemble": "several networks; the mean of their probabilities"}
+_LIMITS = """## Limits
+
+- Robustness is what the table says, against the attacks named there and within their budgets. A stronger or different
+  attack may do better, and nothing here is certified.
+- Every number is on {dataset} and, where fewer images than the test set are named, on a sample of it.
+- An image of anything else gets one of the names of the classes all the same."""
 
 
 def model_card(card: Card, source: str | None = None) -> str:
@@ -25,51 +34,47 @@ def model_card(card: Card, source: str | None = None) -> str:
         source: how a reader names the model in a command, like `hf-hub:ORGANISATION/NAME`; its bare name by default.
     """
     parts = [
-        "\n".join(_front_matter(card)),
+        f"---\n{_front_matter(card)}\n---",
         f"# {card.name}\n\n{card.description}",
+        *_headline(card),
         _facts(card),
-        "## Measured results\n\n" + "\n\n".join(filter(None, (_lint(card), _results(card)))),
-        *([] if card.int8 is None else [_int8(card, card.int8)]),
-        _usage(card, source or card.name),
-        _training(card),
-        _limits(card),
+        f"## Measured results\n\n{_lint(card)}",
+        *_results(card),
+        *([] if card.int8 is None else _int8(card.int8, card.results)),
+        *_usage(card, source or card.name),
+        *_training(card),
+        _LIMITS.format(dataset=card.dataset),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _quoted(text: str) -> str:
-    """Quote for YAML; a JSON string is one."""
-    return json.dumps(text, ensure_ascii=False)
+def _front_matter(card: Card) -> str:
+    from huggingface_hub import EvalResult, ModelCardData  # slow to import, and only those who write a README need it
 
-
-def _front_matter(card: Card) -> Iterator[str]:
     dataset = _HUB_DATASETS.get(card.dataset, card.dataset)
-    yield "---"
-    yield f"license: {_quoted(card.license)}"
-    yield "library_name: manygates"
-    yield "pipeline_tag: image-classification"
-    yield "tags:"
-    for tag in (TAG, "adversarial-robustness", "onnx", card.method, card.architecture.name):
-        yield f"- {_quoted(tag)}"
-    yield "datasets:"
-    yield f"- {_quoted(dataset)}"
-    if card.results:
-        yield "model-index:"
-        yield f"- name: {_quoted(card.name)}"
-        yield "  results:"
-        for result in card.results:
-            yield "  - task:"
-            yield "      type: image-classification"
-            yield "    dataset:"
-            yield f"      name: {_quoted(card.dataset)}"
-            yield f"      type: {_quoted(dataset)}"
-            yield "      split: test"
-            yield "    metrics:"
-            yield "    - type: accuracy"
-            yield f"      name: {_quoted(_metric_name(result))}"
-            yield f"      value: {result.accuracy}"
-            yield f"      args: {json.dumps(_terms(result))}"
-    yield "---"
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=card.dataset,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=_metric_name(result),
+            metric_value=result.accuracy,
+            metric_args=_terms(result),
+        )
+        for result in card.results
+    ]
+    data = ModelCardData(
+        license=card.license,
+        library_name="manygates",
+        pipeline_tag="image-classification",
+        tags=[TAG, "adversarial-robustness", "onnx", card.method, card.architecture.name],
+        datasets=[dataset],
+        model_name=card.name if results else None,
+        eval_results=results or None,
+    )
+    return str(data)
 
 
 def _terms(result: Result) -> dict[str, Any]:
@@ -91,14 +96,25 @@ def _metric_name(result: Result) -> str:
     return f"accuracy under {result.attack}, eps {result.eps_fraction} ({result.variant}, {result.protocol})"
 
 
+def _headline(card: Card) -> list[str]:
+    found = headline(card)
+    said = [
+        f"{result.accuracy:.2%} {_metric_name(result)} on {result.images:,} images"
+        for result in (found.clean, found.robust)
+        if result is not None
+    ]
+    return [f"In short: {'; '.join(said)}."] if said else []
+
+
 def _facts(card: Card) -> str:
     architecture, images = card.architecture, card.input
-    size = f"{images.channels}x{images.height}x{images.width}"
+    one, total = architecture.single_path_parameters, architecture.parameters
+    whole = "path" if architecture.gated_layers else "network"
     rows = [
         ("Method", card.method),
         ("Data set", card.dataset),
         ("Architecture", architecture.name),
-        ("Parameters", _parameters(card)),
+        ("Parameters", f"{total:,}" if total == one else f"{total:,} ({one:,} in one {whole})"),
     ]
     if architecture.gated_layers:
         gates, candidates = len(architecture.gated_layers), architecture.candidates
@@ -106,22 +122,14 @@ def _facts(card: Card) -> str:
     if card.exits:
         costs = ", ".join(f"{found.macs / 1e6:,.2f}" for found in card.exits)
         rows.append(("Exits", f"{len(card.exits)}, at {costs} million multiply-accumulates"))
+    size = f"{images.channels}x{images.height}x{images.width}"
+    variants = "; ".join(f"`{variant}` ({_variant(card, variant)})" for variant in card.variants)
     rows += [
         ("Input", f"{size} images with pixels in [{images.range[0]:g}, {images.range[1]:g}]"),
         ("Classes", ", ".join(card.classes)),
-        (
-            "Variants",
-            "; ".join(f"`{variant}` ({_variant(card, variant)})" for variant in card.variants) or "none exported",
-        ),
+        ("Variants", variants or "none exported"),
     ]
-    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
-
-
-def _parameters(card: Card) -> str:
-    total, one = card.architecture.parameters, card.architecture.single_path_parameters
-    if card.architecture.gated_layers:
-        return f"{total:,} ({one:,} in one path)"
-    return f"{total:,}" if total == one else f"{total:,} ({one:,} in one network)"
+    return _table(("", ""), rows)
 
 
 def _variant(card: Card, variant: str) -> str:
@@ -130,16 +138,23 @@ def _variant(card: Card, variant: str) -> str:
     return (_GATED_VARIANTS if card.architecture.gated_layers else _PLAIN_VARIANTS)[variant]
 
 
-def _results(card: Card) -> str:
+def _lint(card: Card) -> str:
+    """Say per variant what the robustness linter found."""
+    lints = {lint.variant: lint for lint in card.lint}
+    said = []
+    for variant in (*card.variants, *(f"{variant}{INT8}" for variant in (card.int8.variants if card.int8 else ()))):
+        lint = lints.get(variant)
+        text = findings.sentence(lint)
+        said.append(f"- `{variant}`: " + (f"**{text}**" if lint and lint.alarms else text))
+        said += [f"  - {_cell(findings.explained(finding))}" for finding in (lint.alarms if lint else ())]
+    return "\n".join(said)
+
+
+def _results(card: Card) -> list[str]:
     if not card.results:
-        return "None yet. `manygates evaluate` measures this model."
-    lines = [
-        "| protocol | variant | attack | eps | steps x restarts | images | seed | accuracy (95 % interval) | date |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for result in card.results:
-        low, high = result.interval
-        cells = (
+        return ["None yet. `manygates evaluate` measures this model."]
+    rows = [
+        (
             result.protocol,
             result.variant,
             result.attack,
@@ -147,41 +162,28 @@ def _results(card: Card) -> str:
             f"{result.steps} x {result.restarts}",
             str(result.images),
             str(result.seed),
-            f"{result.accuracy:.2%} ({low:.2%} to {high:.2%})",
+            _percent(result.accuracy, result.interval),
             result.date,
         )
-        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-    for result in card.results:
-        lines += [f"\n{_metric_name(result)}:", f"\n    {' '.join(result.command.split())}"]
-        if result.note:
-            lines.append(f"\n{result.note}")
-        lines += [f"\n- **Check that did not hold:** {check.name}: {check.detail}" for check in _failed(result)]
-    return "\n".join(lines)
+        for result in card.results
+    ]
+    heads = ("protocol", "variant", "attack", "eps", "steps x restarts", "images", "seed", "accuracy (95 % interval)")
+    failed = [
+        f"- **Check that did not hold:** {check.name}: {check.detail} ({_metric_name(result)})"
+        for result in card.results
+        for check in result.checks
+        if not check.held
+    ]
+    notes = [f"- {_metric_name(result)}: {result.note}" for result in card.results if result.note]
+    return [
+        _table((*heads, "date"), rows),
+        "\n".join([*failed, *notes]),
+        "These commands measure it again:",
+        _commands(result.command for result in card.results),
+    ]
 
 
-def _lint(card: Card) -> str:
-    """Say per variant what the robustness linter found."""
-    said = []
-    rounded = () if card.int8 is None else card.int8.variants
-    for variant in (*card.variants, *(f"{variant}{INT8}" for variant in rounded)):
-        lint = next((lint for lint in card.lint if lint.variant == variant), None)
-        if lint is None:
-            said.append(f"- `{variant}`: the robustness linter has not looked at it")
-        elif not lint.alarms:
-            asked = sum(finding.verdict != "skipped" for finding in lint.findings)
-            said.append(
-                f"- `{variant}`: passed the robustness linter ({asked} checks on {lint.images} images, {lint.date})"
-            )
-        else:
-            said.append(f"- `{variant}`: **failed the robustness linter; its numbers may flatter it**")
-            said += [
-                f"  - {finding.code} {_cell(finding.name)}: {_cell(finding.figure)}. {_cell(finding.meaning)}"
-                for finding in lint.alarms
-            ]
-    return "\n".join(said)
-
-
-def _int8(card: Card, int8: Int8) -> str:
+def _int8(int8: Int8, results: Sequence[Result]) -> list[str]:
     """Say which graphs have an int8 twin, how it was made, and how often it agrees with the weights."""
     files = ", ".join(f"`{variant}.int8.onnx`" for variant in int8.variants)
     made = int8.calibration
@@ -191,97 +193,99 @@ def _int8(card: Card, int8: Int8) -> str:
         f"{_cell(made.tool)}. Inputs, outputs and paths are those of the float32 graphs. Results with a variant that "
         f"ends in `{INT8}` were measured on them.",
     ]
-    if not int8.agreement:
-        return "\n\n".join([*parts, "How often they agree with the weights was not measured yet."])
-    lines = [
-        "How often a graph gives the class that the float32 weights give, on clean images and on what an attack on the "
-        "weights made of them:\n",
-        "| variant | attack on the weights | eps | images | seed | same class (95 % interval) | date |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for entry in int8.agreement:
-        low, high = entry.interval
-        cells = (
-            entry.variant,
-            entry.attack,
-            entry.eps_fraction,
-            str(entry.images),
-            str(entry.seed),
-            f"{entry.share:.2%} ({low:.2%} to {high:.2%})",
-            entry.date,
+    rows = [
+        (
+            result.variant,
+            result.attack,
+            result.eps_fraction,
+            str(result.images),
+            _percent(result.agreement.share, result.agreement.interval),
         )
-        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-    commands = dict.fromkeys(" ".join(entry.command.split()) for entry in int8.agreement)
-    return "\n\n".join([*parts, "\n".join(lines), *(f"    {command}" for command in commands)])
+        for result in results
+        if result.agreement is not None
+    ]
+    if not rows:
+        return [*parts, "How often they agree with the weights was not measured yet."]
+    return [
+        *parts,
+        "How often a graph gives the class that the float32 weights give, on clean images and on what an attack on the "
+        "weights made of them:",
+        _table(("variant", "attack", "eps", "images", "same class (95 % interval)"), rows),
+    ]
 
 
-def _failed(result: Result) -> list[Check]:
-    return [check for check in result.checks if not check.held]
-
-
-def _usage(card: Card, source: str) -> str:
+def _usage(card: Card, source: str) -> list[str]:
+    images = card.input
     blocks = [
         "## Use",
         f"Serve it (no torch needed):\n\n    pip install 'manygates[serve]'\n    manygates serve {source}",
         f"Load it in Python:\n\n    import manygates\n    network = manygates.load({source!r})",
         "From another place the name is `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME`. The graphs are plain ONNX: "
-        f"the input `images` is float32 [batch, {card.input.channels}, {card.input.height}, {card.input.width}], "
-        "the outputs are `logits` and `probabilities`; normalisation is inside.",
+        f"the input `images` is float32 [batch, {images.channels}, {images.height}, {images.width}], the outputs are "
+        "`logits` and `probabilities`; normalisation is inside.",
     ]
     if "gated" in card.variants:
         blocks.append(
             f"`gated.onnx` also takes `gates`, int64 [{len(card.architecture.gated_layers)}]: one candidate per layer."
         )
     if card.exits:
+        exits = len(card.exits)
         blocks.append(
-            f"Of the {len(card.exits)} exits the last one answers; `exit_logits`, [batch, {len(card.exits)}, "
-            f"{len(card.classes)}], are those of all. `early_exit.onnx` takes one image and `limits`, float32 "
-            f"[{len(card.exits) - 1}]: it answers at the first exit whose largest probability reaches its limit, "
-            "computes nothing behind it, and says which in `exit`, from 0."
+            f"Of the {exits} exits the last one answers; `exit_logits`, [batch, {exits}, {len(card.classes)}], are "
+            f"those of all. `early_exit.onnx` takes one image and `limits`, float32 [{exits - 1}]: it answers at the "
+            "first exit whose largest probability reaches its limit, computes nothing behind it, and says which in "
+            "`exit`, from 0."
         )
-    return "\n\n".join(blocks)
+    return blocks
 
 
-def _training(card: Card) -> str:
+def _training(card: Card) -> list[str]:
     training = card.training
     versions = ", ".join(f"{name} {version}" for name, version in training.versions.items())
     recipe = json.dumps(dict(training.recipe), indent=2, ensure_ascii=False)
-    indented = "\n".join(f"    {line}" for line in recipe.splitlines())
-    logs = "".join(f"\n\n{_log(table)}" for table in training.logs)
-    if logs:
-        eps = training.recipe.get("validation_eps", 0.01)  # a recipe without it is of a time when it was fixed
-        radius = f"{eps:.3g}" if isinstance(eps, float) else "of the recipe"
-        logs = (
-            "\n\nThe log of the run. Held-out accuracy is on training images that were kept apart; robust: on fewer of "
-            f"them, after 10 steps of PGD at eps {radius} from the image itself, an easier attack than above.{logs}"
+    parts = [
+        "## Training",
+        f"{training.summary}. Seed {training.seed}, commit `{training.commit}`, {training.date}"
+        f"{', with ' + versions if versions else ''}.",
+    ]
+    if training.logs:
+        eps = training.recipe.get("validation_eps")
+        radius = f" at eps {eps:.3g}" if isinstance(eps, float) else ""
+        parts.append(
+            "The log of the run. Held-out accuracy is on training images that were kept apart; robust: on fewer of "
+            f"them, after 10 steps of PGD{radius} from the image itself, an easier attack than above."
         )
-    return (
-        f"## Training\n\n{training.summary}. Seed {training.seed}, commit `{training.commit}`, {training.date}"
-        f"{', with ' + versions if versions else ''}.{logs}\n\nThe resolved recipe:\n\n{indented}"
-    )
+    parts += map(_log, training.logs)
+    return [*parts, "The resolved recipe:", "\n".join(f"    {line}" for line in recipe.splitlines())]
 
 
 def _log(table: Table) -> str:
-    lines = [
-        "| " + " | ".join(_cell(name.replace("_", " ")) for name in (table.row_axis, *table.columns)) + " |",
-        "|" + "---|" * (1 + len(table.columns)),
-    ]
-    for row, values in zip(table.rows, table.values, strict=True):
-        cells = ("" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}" for value in values)
-        lines.append("| " + " | ".join((_cell(row), *cells)) + " |")
-    return "\n".join(lines)
-
-
-def _limits(card: Card) -> str:
-    return (
-        "## Limits\n\n"
-        "- Robustness is what the table says, against the attacks named there and within their budgets; a stronger or "
-        "different attack may do better, and nothing here is certified.\n"
-        f"- Every number is on {card.dataset} and, where fewer images than the test set are named, on a sample of it.\n"
-        "- Images of anything else than the classes above get one of their names all the same."
+    heads = [name.replace("_", " ") for name in (table.row_axis, *table.columns)]
+    return _table(
+        heads,
+        (
+            [
+                row,
+                *("" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}" for value in values),
+            ]
+            for row, values in zip(table.rows, table.values, strict=True)
+        ),
     )
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
 
 
 def _cell(text: str) -> str:
     """Keep a value inside its cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _percent(share: float, interval: tuple[float, float]) -> str:
+    return f"{share:.2%} ({interval[0]:.2%} to {interval[1]:.2%})"
+
+
+def _commands(commands: Iterable[str]) -> str:
+    return "\n".join(f"    {' '.join(command.split())}" for command in dict.fromkeys(commands))

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from zoo.bundle.card import INT8
 from zoo.errors import BadInput, UnknownName
+from zoo.vocabulary import INT8, PRECISIONS
 
-PRECISIONS = ("fp32", "int8")
 DEFAULT_EPS = {"blackbox": tuple(Fraction(number, 100) for number in range(1, 8))}
 """Radii of the protocols that are published with others than 0.01 and 0.03."""
 

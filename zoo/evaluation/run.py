@@ -21,8 +21,8 @@ from zoo import paths
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.checks import Model, asked, check_logits
 from zoo.attacks.random_gates import Sampler, path_model
-from zoo.bundle.bundle import AGREEMENT, Bundle, int8_file
-from zoo.bundle.card import Check, Result, Table
+from zoo.bundle.bundle import Bundle, int8_file
+from zoo.bundle.card import Agreement, Check, Result, Table
 from zoo.data import datasets
 from zoo.data.datasets import Images
 from zoo.errors import BadInput
@@ -218,6 +218,7 @@ class Run:
         note: str = "",
         checks: Sequence[Check] = (),
         tables: Sequence[Table] = (),
+        agreement: Agreement | None = None,
     ) -> Result:
         """Return the result as the card keeps it, with its 95 % interval; of several exits it says which was judged."""
         low, high = wilson(accuracy, images)
@@ -238,6 +239,7 @@ class Run:
             seed=self.request.seed,
             accuracy=round(accuracy, 6),
             interval=(round(min(low, accuracy), 6), round(max(high, accuracy), 6)),
+            agreement=agreement,
             note=note,
             checks=tuple(checks),
             tables=tuple(tables),
@@ -300,12 +302,12 @@ def wilson(accuracy: float, images: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def agreement(attack: str, equal: Tensor) -> Table:
-    """Return the table of a result that says on how many images the int8 graph gives the class of the weights."""
+def agreement(equal: Tensor) -> Agreement:
+    """Return on how many images (image,) bool the int8 graph gives the class of the weights."""
     found = share(equal)
     low, high = wilson(found, len(equal))
-    row = torch.tensor([[found, min(low, found), max(high, found)]], dtype=torch.float64)
-    return table(AGREEMENT, ("attack on the weights", "same class"), [attack], ("share", "low", "high"), row)
+    interval = (round(min(low, found), 6), round(max(high, found), 6))
+    return Agreement(share=round(found, 6), interval=interval)
 
 
 def table(name: str, axes: tuple[str, str], rows: Sequence[str], columns: Sequence[str], values: Tensor) -> Table:

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import zoo.bundle.card
 from zoo import paths
 from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle, int8_file, write_bundle
-from zoo.bundle.card import INT8, Calibration, Card, Check, Exit, InputFormat, Int8, Lint, Paths, Result, Training
+from zoo.bundle.card import Calibration, Card, Check, Exit, Int8, Lint, NetworkSummary, Paths, Result, Training
 from zoo.data import datasets
 from zoo.errors import BadInput, BundleError, DataMissing
 from zoo.export import onnx_graphs, quantize
@@ -25,8 +24,10 @@ from zoo.gates.cost import macs
 from zoo.gates.derive import Ensemble, agreement, derive, folded_copy
 from zoo.gates.early_exit import leaving
 from zoo.gates.rgn import RandomGatedNetwork
+from zoo.input_format import InputFormat
 from zoo.networks import num_exits
 from zoo.runtime import GraphError, run, runtime, session
+from zoo.vocabulary import INT8
 from zoo.weights.checkpoint import Architecture, load_network, save_network
 from zoo.weights.models import (
     PLAIN_WEIGHTS,
@@ -89,7 +90,7 @@ def export_rgn(
     card = _card(
         description,
         architecture,
-        zoo.bundle.card.Architecture(
+        NetworkSummary(
             name=architecture.network,
             options=architecture.options,
             gated_layers=tuple(layer.conv for layer in rgn.layers),
@@ -134,7 +135,7 @@ def export_members(
     card = _card(
         description,
         architecture,
-        zoo.bundle.card.Architecture(
+        NetworkSummary(
             name=architecture.network,
             options=architecture.options,
             gated_layers=(),
@@ -181,10 +182,8 @@ def add_int8(folder: Path, *, images: int = CALIBRATION_IMAGES, seed: int = 0, e
     known = bundle.card if earlier is None else earlier
     int8 = Int8(variants=card.variants, calibration=calibration)
     if known.int8 is not None and known.int8.calibration == calibration:
-        kept = [entry for entry in known.int8.agreement if entry.variant in card.variants]
         results = [entry for entry in known.results if _measured_on(entry.variant, card.variants)]
         found = [entry for entry in known.lint if _measured_on(entry.variant, card.variants)]
-        int8 = replace(int8, agreement=tuple(kept))
         card = replace(card, int8=int8, results=(*card.results, *results), lint=(*card.lint, *found))
     return _write_checked(folder, replace(card, int8=int8), files)
 
@@ -272,7 +271,7 @@ def _check_variant(bundle: Bundle, variant: str, images: Tensor, origin: str) ->
 def _card(
     description: Description,
     architecture: Architecture,
-    network: zoo.bundle.card.Architecture,
+    network: NetworkSummary,
     chosen: Paths,
     variants: tuple[str, ...],
     exits: tuple[Exit, ...] = (),
@@ -381,13 +380,11 @@ def _check_answers(variant: str, content: bytes, network: nn.Module, images: Ten
 
 @torch.no_grad()
 def _check_agreement(content: bytes, members: Sequence[nn.Module], images: Tensor, origin: str) -> list[Check]:
-    """Count the members' votes again; nothing to check in a graph without the output, which older versions wrote.
+    """Count the members' votes again.
 
     An image on which two classes are so near to each other that rounding decides a vote is left out.
     """
     opened = session(content)
-    if onnx_graphs.AGREEMENT not in [output.name for output in opened.get_outputs()]:
-        return []
     worst, judged, unanimous = 0.0, 0, 0
     for size in BATCH_SIZES:
         batch = images[:size]

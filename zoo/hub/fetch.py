@@ -1,127 +1,241 @@
-"""Fetching a model, whole or only what some of its variants need, and copying it into a folder of one's own."""
+"""Bundles fetched from the Hugging Face hub: the card first, then the files that are wanted, all from one commit.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+A file becomes visible in huggingface_hub's cache when it is complete; what does not fit its card is taken out again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
-from zoo.bundle.bundle import CARD_FILE, EARLY_EXIT_FILE, Bundle, check_target, int8_file, write_bundle
-from zoo.bundle.card import INT8, Card
-from zoo.errors import BadInput, UnknownName
-from zoo.hub.source import open_model, pin
+from zoo.bundle.bundle import CARD_FILE, README_FILE, Bundle
+from zoo.bundle.card import Card
+from zoo.bundle.readme import TAG
+from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
+from zoo.files import sha256_of
+from zoo.hub.client import Refused, bars, named, translated, waiting, without_network
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pulled:
-    """A model that is on this machine, checked."""
+def fetch(repository: str, revision: str | None = None, only: Iterable[str] | None = None) -> Bundle:
+    """Fetch a bundle, the card first and then exactly the files that are wanted, all from one commit.
 
-    source: str
-    """Where it came from; a model of the hub with its commit."""
-    card: Card
-    """As it is in `folder`: of a copy of some variants, only what is said of those."""
-    folder: Path
-    files: tuple[str, ...]
-    """The files of the card that are there."""
-
-
-def pull(model: str, *, variants: Sequence[str] = (), precision: str | None = None, out: Path | None = None) -> Pulled:
-    """Fetch a model and check it.
+    What the cache holds is not fetched again; without a network, or with HF_HUB_OFFLINE=1, it is all there is.
 
     Args:
-        model: a catalogue name, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME[@REVISION]`.
-        variants: fetch only the graphs of these, and no weights; none is the whole bundle.
-        precision: "int8" for the int8 graphs alone, "fp32" for the others alone; None is both, of a whole bundle.
-        out: copy it there, as a bundle of what was fetched; None leaves it where it is.
+        repository: `organisation/name`.
+        revision: a branch, tag or commit; None is the main branch.
+        only: the files that are needed; None is all that the card lists.
+
+    Returns:
+        The bundle in the cache, checked; its folder is named after the commit.
 
     Raises:
-        UnknownName: the model has no such variant.
-        BadInput: it has no int8 graph of a variant, or `out` holds something else that would be lost, another model or
-            more files of this one among it, or cannot be written.
-        ManygatesError: as `open_model`.
+        BadInput: if there is no such repository or revision, the hub cannot be reached, or the disk is full.
+        MissingFile: if the repository holds no bundle, or not all of one.
+        ChecksumMismatch: if a file is not what the card says; it is removed from the cache.
+        BundleError: if the card cannot be read, or is newer than this version.
     """
-    if out is not None:
-        _check_out(out)
-    source, card = pin(model)
-    for variant in variants:
-        if variant not in card.variants:
-            raise UnknownName(variant, card.variants, kind=f"variant of {card.name}")
-    if not variants and precision is None:
-        return _put(source, open_model(source), card, tuple(card.files), out)
-    chosen = tuple(variant for variant in card.variants if variant in (variants or card.variants))
-    rounded = _rounded(card, chosen, bool(variants)) if precision == "int8" else ()
-    # a bundle must hold the float32 twin of an int8 graph; in the cache it need not be
-    plain = chosen if precision != "int8" else rounded if out is not None else ()
-    names = [f"{variant}.onnx" for variant in plain] + [int8_file(variant) for variant in rounded]
-    names += [EARLY_EXIT_FILE] if card.exits and plain else []
-    files = tuple(name for name in card.files if name in names)
-    card = card if out is None else part_of(card, plain, rounded)
-    return _put(source, open_model(source, only=files), card, files, out)
+    bundle = fetch_card(repository, revision)
+    fetch_files(repository, bundle, only)
+    return bundle
 
 
-def part_of(card: Card, variants: Sequence[str], rounded: Sequence[str] = ()) -> Card:
-    """Return the card of a bundle that holds only the graphs of some variants, and the int8 graphs of `rounded`."""
+def fetch_card(repository: str, revision: str | None = None) -> Bundle:
+    """Fetch the card of a bundle alone; the folder of the bundle is named after its commit.
 
-    def kept(measured: str) -> bool:
-        plain = measured.removesuffix(INT8)
-        return plain in variants and (plain in rounded or not measured.endswith(INT8))
-
-    int8 = card.int8
-    if int8 is not None:
-        agreement = tuple(entry for entry in int8.agreement if entry.variant in rounded)
-        int8 = replace(int8, variants=tuple(rounded), agreement=agreement) if rounded else None
-    return replace(
-        card,
-        variants=tuple(variants),
-        int8=int8,
-        results=tuple(result for result in card.results if kept(result.variant)),
-        lint=tuple(lint for lint in card.lint if kept(lint.variant)),
-    )
-
-
-def _rounded(card: Card, chosen: Sequence[str], named: bool) -> tuple[str, ...]:
-    """Return which of the chosen variants have int8 graphs: all of them if they were named."""
-    there = () if card.int8 is None else card.int8.variants
-    missing = [variant for variant in chosen if variant not in there]
-    if missing and (named or not there):
-        raise BadInput(
-            f"{card.name} has no int8 graph of {', '.join(missing)}, only of {', '.join(there) or 'none'}; leave "
-            "--precision int8 out, or make one with `manygates export BUNDLE --int8`"
+    Raises:
+        ManygatesError: as `fetch`; an error of the card names the repository, not the cache.
+    """
+    folder = _snapshot(repository, revision, [CARD_FILE], first=True)
+    if not (folder / CARD_FILE).is_file():
+        _check_answer(repository, revision, [CARD_FILE])
+        _discard(folder, ())
+        raise MissingFile(
+            f"{named(repository, None)} holds no {CARD_FILE}, so it is not a manygates bundle; check the name"
         )
-    return tuple(variant for variant in chosen if variant in there)
-
-
-def _check_out(out: Path) -> None:
+    if _is_damaged(folder / CARD_FILE):
+        removed = _discard(folder, [CARD_FILE], everywhere=True)
+        raise ChecksumMismatch(
+            f"{folder / CARD_FILE} is not what the hub sent: it was damaged or changed in the cache, and {removed}"
+            f"{_again()}"
+        )
     try:
-        check_target(out)
-    except OSError as error:  # a name that no file can have
-        raise BadInput(f"cannot write to {out}: {error.strerror}; choose another place") from error
+        return Bundle.open(folder, only=())
+    except BundleError as error:
+        source = named(repository, folder.name)
+        raise type(error)(f"the card of {source}: {str(error).removeprefix(f'{folder}: ')}") from error
 
 
-def _check_not_lost(out: Path, card: Card, files: Sequence[str]) -> None:
-    """Check that a bundle in the way is an earlier copy of the same files, which this one may replace.
+def fetch_files(repository: str, bundle: Bundle, only: Iterable[str] | None = None) -> None:
+    """Fetch files of a bundle whose card is here, from the commit of that card, and check them.
+
+    Args:
+        repository: `organisation/name`.
+        bundle: as `fetch_card` returned it.
+        only: the files that are needed; None is all that the card lists.
 
     Raises:
-        BadInput: if it is of another model, or holds a file that this copy does not.
+        ManygatesError: as `fetch`.
     """
-    if not (out / CARD_FILE).is_file():
-        return
-    old = Bundle.open(out, verify=False, only=()).card
-    lost = sorted(set(old.files) - set(files))
-    if old.name != card.name or lost:
-        what = f"the model {old.name!r}" if old.name != card.name else f"{', '.join(lost)}, which this copy lacks"
-        raise BadInput(f"{out} holds {what}, and would lose it; choose another folder, or remove that one first")
+    folder, wanted = bundle.folder, None if only is None else tuple(only)
+    names = [name for name in bundle.card.files if wanted is None or name in wanted]
+    if names:
+        # the folder is named after its commit, so a push in between cannot mix two versions
+        _snapshot(repository, folder.name, [CARD_FILE, *names])
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        _check_answer(repository, folder.name, absent)
+        raise MissingFile(
+            f"{named(repository, folder.name)} holds no {', '.join(absent)}, which its card lists; its owner must push "
+            "it again"
+        )
+    try:
+        for name in wanted if wanted is not None else names:
+            bundle.file(name)
+    except ChecksumMismatch as error:
+        raise ChecksumMismatch(f"{error}. {_discarded(bundle)}") from error
 
 
-def _put(source: str, bundle: Bundle, card: Card, files: tuple[str, ...], out: Path | None) -> Pulled:
-    """Copy the files of a bundle, unless they may stay where they are."""
-    if out is not None:
-        _check_not_lost(out, card, files)
+def hub_cards(author: str | None = None) -> list[tuple[str, str, Card]]:
+    """Return the repository, commit and card of every bundle on the hub, sorted by repository; nothing else is fetched.
+
+    A repository whose card cannot be read (broken, newer, private, blocked) is left out with a warning on the log.
+
+    Args:
+        author: an organisation or user; None is everybody.
+
+    Raises:
+        BadInput: if the hub cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    doing = "list the hub's models" + (f" of {author}" if author else "")
+    with translated(doing, author or ""), waiting(doing):
+        if not constants.HF_HUB_OFFLINE:  # without retries: the list itself would try for half a minute
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
+        listed = sorted((info.id, info.sha) for info in huggingface_hub.list_models(filter=TAG, author=author))
+    found = []
+    for repository, commit in listed:
         try:
-            copy = write_bundle(out, card, {name: bundle.read(name) for name in files})
-        except OSError as error:
-            size = sum(bundle.card.files[name].size for name in files)
-            raise BadInput(
-                f"cannot write {size / 1e6:.1f} MB to {out}: {error.strerror}; nothing is left there, choose "
-                "another place"
-            ) from error
-        return Pulled(source=source, card=copy.card, folder=out, files=files)
-    return Pulled(source=source, card=bundle.card, folder=bundle.folder, files=files)
+            bundle = fetch_card(repository, commit)
+            found.append((repository, bundle.folder.name, bundle.card))
+        except (BundleError, Refused) as error:
+            logger.warning("left out: %s", error)
+    return found
+
+
+def _check_answer(repository: str, revision: str | None, names: list[str]) -> None:
+    """Make sure that it is the hub that says that files are not there, and not a cache that holds only some.
+
+    Raises:
+        BadInput: if the hub cannot be asked.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    doing = f"fetch {named(repository, revision)}"
+    if constants.HF_HUB_OFFLINE:
+        raise BadInput(f"cannot {doing}: {without_network(repository, revision, names)}")
+    with translated(doing, repository, revision, names):
+        huggingface_hub.file_exists(repository, names[0], revision=revision)
+
+
+def _discarded(bundle: Bundle) -> str:
+    """Take what does not fit its card out of the cache, and say whose fault it was."""
+    folder, card = bundle.folder, bundle.card
+    places = {name: folder / name for name in card.files if (folder / name).is_file()}
+    if damaged := [name for name, place in places.items() if _is_damaged(place)]:
+        removed = _discard(folder, damaged, everywhere=True)
+        return f"In the cache {', '.join(damaged)} is not what the hub sent, and {removed}{_again()}"
+    linked = all(place.is_symlink() for place in places.values())  # else the cache cannot tell
+    removed = _discard(folder, [CARD_FILE, README_FILE, *card.files])
+    so = "The hub itself holds it so" if linked else "If it is so the next time too, the hub itself holds it so"
+    return f"{so}: the model's owner must push it again. This revision {removed}"
+
+
+def _snapshot(repository: str, revision: str | None, names: list[str], *, first: bool = False) -> Path:
+    """Bring files into the cache; returns the folder of their commit.
+
+    Args:
+        repository: `organisation/name`.
+        revision: a branch, tag or commit.
+        names: the files.
+        first: nothing was asked of the hub yet, so it is said if it does not answer; no bars are drawn.
+    """
+    from huggingface_hub import snapshot_download  # lazily: a bundled or local model needs no HTTP client
+
+    doing = f"fetch {named(repository, revision)}"
+    patience = waiting(doing) if first else nullcontext()
+    with translated(doing, repository, revision, names), patience, bars(wanted=not first):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=names))
+
+
+# --- what is in the cache ---
+
+
+def _is_damaged(place: Path) -> bool:
+    """Whether a file in the cache is not what the hub sent; the cache names a file's content by its digest there."""
+    from huggingface_hub.utils.sha import git_hash
+
+    if not place.is_symlink():  # a file system without links: nothing to compare with
+        return False
+    name = place.readlink().name
+    if re.fullmatch(r"[0-9a-f]{64}", name):
+        return sha256_of(place) != name
+    return re.fullmatch(r"[0-9a-f]{40}", name) is not None and git_hash(place.read_bytes()) != name
+
+
+def _discard(folder: Path, names: Iterable[str], *, everywhere: bool = False) -> str:
+    """Take files of one commit out of the cache, and what nothing in it refers to any more.
+
+    Args:
+        folder: the commit's folder: REPOSITORY/snapshots/COMMIT.
+        names: the files; others, which another program may have put there, stay.
+        everywhere: also from other commits that hold the very same content.
+
+    Returns:
+        What became of them, in words.
+    """
+    try:
+        _remove(folder, names, everywhere)
+    except OSError as error:  # a cache that is mounted read-only
+        return f"cannot be removed from it ({error.strerror}): replace the cache {folder.parents[2]}"
+    return "is removed"
+
+
+def _again() -> str:
+    from huggingface_hub import constants
+
+    where = " where there is a network (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+    return f"; the same command fetches it again{where}"
+
+
+def _remove(folder: Path, names: Iterable[str], everywhere: bool) -> None:
+    repository_dir = folder.parent.parent
+    for place in [folder / name for name in names]:
+        blob = place.parent / place.readlink() if place.is_symlink() else None
+        if blob is not None:
+            target = blob.resolve()
+            others = [link for link in repository_dir.glob("snapshots/**/*") if link.resolve() == target]
+            for link in others if everywhere else ():
+                link.unlink(missing_ok=True)
+            if everywhere or others == [place]:
+                blob.unlink(missing_ok=True)
+            if everywhere:
+                target.unlink(missing_ok=True)  # of a store that several repositories share
+        place.unlink(missing_ok=True)
+    if folder.is_dir() and any(folder.iterdir()):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    (repository_dir / "trees" / f"{folder.name}.json").unlink(missing_ok=True)
+    for reference in repository_dir.glob("refs/**/*"):
+        if reference.is_file() and reference.read_text(encoding="utf-8") == folder.name:
+            reference.unlink()
+    if not any(place.is_file() for kind in ("snapshots", "blobs") for place in repository_dir.glob(f"{kind}/**/*")):
+        shutil.rmtree(repository_dir, ignore_errors=True)

@@ -1,35 +1,65 @@
-"""What `manygates list` prints: the catalogue as a table per data set, or as one JSON document."""
+"""What `manygates list` prints: the known models as a table per data set, or as one JSON document."""
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from fractions import Fraction
 from typing import Any
 
+from zoo.bundle.card import Card, Result
+from zoo.bundle.headline import (
+    AUTOATTACK,
+    CLEAN,
+    TRANSFER,
+    WHITEBOX,
+    accuracy_of,
+    eps_shown,
+    main_variant,
+    measured_eps,
+)
+from zoo.bundle.wording import eps_text, plain
 from zoo.errors import BadInput, UnknownName
-from zoo.hub.catalog import AUTOATTACK, FAILED, NOT_LINTED, TRANSFER, WHITEBOX, Entry, Measured, eps_shown
-from zoo.report.wording import eps_text, plain
+from zoo.hub.source import KnownModel
 
 KINDS = {"whitebox": WHITEBOX, "transfer": TRANSFER, "autoattack": AUTOATTACK}
 """What `sort` can name beside "name", "method" and "clean"; each may be followed by ":EPS"."""
 SORTS = ("name", "method", "clean", *KINDS)
 MANY_IMAGES = 1000
-_CLEAN = (("clean",), Fraction(0))
+PASSED, FAILED, NOT_LINTED = "passed", "failed", "not linted"
 _HEADS = {"whitebox": "white-box", "transfer": "transfer", "autoattack": "AutoAttack"}
 _NUMBERS = 4
 """So many columns stand before those of attacks."""
-_LINTER = {"passed": "ok", FAILED: "ALARM", NOT_LINTED: "-"}
+_LINTER = {PASSED: "ok", FAILED: "ALARM", NOT_LINTED: "-"}
+
+
+def on_the_hub(author: str | None = None) -> tuple[KnownModel, ...]:
+    """Return the models that are published on the hub now, sorted by name.
+
+    Args:
+        author: an organisation or user; None is everybody.
+
+    Raises:
+        BadInput: the hub cannot be reached.
+    """
+    from zoo.hub.fetch import hub_cards
+
+    models = (
+        KnownModel(card=card, stranger=True, repository=repository, commit=commit)
+        for repository, commit, card in hub_cards(author)
+    )
+    return tuple(sorted(models, key=lambda model: (model.card.name, model.source)))
 
 
 def select(
-    entries: Sequence[Entry], *, dataset: str | None = None, method: str | None = None, sort: str | None = None
-) -> list[Entry]:
-    """Return the entries of a data set and a method, in the order asked for: numbers from high to low, missing last.
+    models: Sequence[KnownModel], *, dataset: str | None = None, method: str | None = None, sort: str | None = None
+) -> list[KnownModel]:
+    """Return the models of a data set and a method, in the order asked for: numbers from high to low, missing last.
 
     Args:
-        entries: the catalogue.
+        models: the catalogue.
         dataset: its name; None is any.
         method: its name; None is any.
         sort: "name" (the default), "method", "clean", or "whitebox", "transfer" or "autoattack" at the lowest radius
@@ -40,58 +70,138 @@ def select(
         BadInput: there is no such order.
     """
     for kind, wanted in (("dataset", dataset), ("method", method)):
-        known = {getattr(entry, kind) for entry in entries}
+        known = {getattr(model.card, kind) for model in models}
         if wanted is not None and wanted not in known:
             raise UnknownName(wanted, known, kind="data set" if kind == "dataset" else kind)
-    found = [entry for entry in entries if dataset in (None, entry.dataset) and method in (None, entry.method)]
+    found = [model for model in models if dataset in (None, model.card.dataset) and method in (None, model.card.method)]
     return sorted(found, key=_order(found, sort or "name"))
 
 
-def _order(entries: Sequence[Entry], sort: str) -> Callable[[Entry], tuple[Any, ...]]:
+def _order(models: Sequence[KnownModel], sort: str) -> Callable[[KnownModel], tuple[Any, ...]]:
     name, _, radius = sort.partition(":")
     if name not in SORTS or (radius and name not in KINDS):
         raise BadInput(
             f"--sort is {sort!r}, expected one of {', '.join(SORTS)}; the last three may name a radius: whitebox:8/255"
         )
     if name == "name":
-        return lambda entry: (entry.name, entry.source)
+        return lambda model: (model.card.name, model.source)
     if name == "method":
-        return lambda entry: (entry.method, entry.name, entry.source)
+        return lambda model: (model.card.method, model.card.name, model.source)
     try:
         eps = Fraction(radius) if radius else None
     except (ValueError, ZeroDivisionError) as error:
         raise BadInput(f"--sort is {sort!r}, expected a radius such as 0.01 or 8/255 behind the colon") from error
 
-    def key(entry: Entry) -> tuple[Any, ...]:
+    def key(model: KnownModel) -> tuple[Any, ...]:
         if name == "clean":
-            found = entry.measured(*_CLEAN)
+            found = accuracy_of(model.card, CLEAN, Fraction(0))
         else:
-            places = [eps] if eps is not None else _shown(entries, entry.dataset, KINDS[name])[:1]
-            found = entry.measured(KINDS[name], places[0]) if places else None
-        return (found is None, 0.0 if found is None else -found.accuracy, entry.name, entry.source)
+            cards = [other.card for other in models if other.card.dataset == model.card.dataset]
+            places = [eps] if eps is not None else _shown(cards, KINDS[name])[:1]
+            found = accuracy_of(model.card, KINDS[name], places[0]) if places else None
+        return (found is None, 0.0 if found is None else -found.accuracy, model.card.name, model.source)
 
     return key
 
 
-def documents(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Return the entries as JSON values."""
-    return [
-        {
-            **json.loads(json.dumps(dataclasses.asdict(entry))),
-            "suspect": list(entry.suspect),
-            "source": entry.source,
-        }
-        for entry in entries
-    ]
+def documents(models: Iterable[KnownModel]) -> list[dict[str, Any]]:
+    """Return the models as JSON values: what each is, where it is to be had, and every number of its card, in short."""
+    return [_document(model) for model in models]
 
 
-def tables(entries: Sequence[Entry]) -> str:
+def _document(model: KnownModel) -> dict[str, Any]:
+    card = model.card
+    weights = [entry.sha256 for name, entry in card.files.items() if name.endswith(".safetensors")]
+    dates = [card.training.date, *(result.date for result in card.results), *(lint.date for lint in card.lint)]
+    document = {
+        "name": card.name,
+        "description": card.description,
+        "method": card.method,
+        "license": card.license,
+        "architecture": card.architecture.name,
+        "dataset": card.dataset,
+        "classes": card.classes,
+        "gates": len(card.architecture.gated_layers),
+        "candidates": card.architecture.candidates,
+        "sharing": card.architecture.sharing,
+        "parameters": card.architecture.parameters,
+        "single_path_parameters": card.architecture.single_path_parameters,
+        "variants": card.variants,
+        "main": main_variant(card),
+        "files": {name: entry.size for name, entry in sorted(card.files.items())},
+        "bytes": sum(entry.size for entry in card.files.values()),
+        "weights": weights[0] if weights else "",
+        "where": {
+            "bundled": model.bundled,
+            "repository": model.repository,
+            "commit": model.commit,
+            "commands": model.commands,
+        },
+        "trained": {
+            "summary": card.training.summary,
+            "recipe": str(card.training.recipe.get("name", "")),
+            "epochs": card.training.epochs,
+            "published": None if card.training.published is None else asdict(card.training.published),
+            "seed": card.training.seed,
+            "date": card.training.date,
+        },
+        "results": [_result(card, result) for result in card.results],
+        "lint": [
+            {
+                "variant": lint.variant,
+                "alarms": [finding.code for finding in lint.alarms],
+                "images": lint.images,
+                "date": lint.date,
+            }
+            for lint in card.lint
+        ],
+        "date": max(dates),
+        "card": hashlib.sha256(card.to_json().encode()).hexdigest(),
+        "suspect": card.suspect,
+        "source": model.source,
+    }
+    return dict(json.loads(json.dumps(document)))
+
+
+_IN_SHORT = (
+    "variant",
+    "protocol",
+    "attack",
+    "norm",
+    "eps",
+    "eps_fraction",
+    "steps",
+    "restarts",
+    "draws",
+    "images",
+    "seed",
+    "accuracy",
+    "interval",
+    "date",
+)
+
+
+def _result(card: Card, result: Result) -> dict[str, Any]:
+    return {
+        **{name: getattr(result, name) for name in _IN_SHORT},
+        "held": all(check.held for check in result.checks),
+        "linter": _linter(card, result.variant),
+    }
+
+
+def _linter(card: Card, variant: str) -> str:
+    """Return what the linter says of a variant: "passed", "failed" or "not linted"."""
+    lint = next((lint for lint in card.lint if lint.variant == variant), None)
+    return NOT_LINTED if lint is None else FAILED if lint.alarms else PASSED
+
+
+def tables(models: Sequence[KnownModel]) -> str:
     """Return a table per data set, with what its marks mean below; ends in a newline."""
-    if not entries:
-        return "no model is known here; `manygates catalog refresh` asks the hub\n"
+    if not models:
+        return "no model is known here; `manygates list --hub` asks the hub\n"
     blocks = []
-    for dataset in sorted({entry.dataset for entry in entries}):
-        blocks.append("\n".join(_table(dataset, [entry for entry in entries if entry.dataset == dataset])))
+    for dataset in sorted({model.card.dataset for model in models}):
+        blocks.append("\n".join(_table(dataset, [model for model in models if model.card.dataset == dataset])))
     said = [
         "Accuracy in per cent of the variant named: as the images are (clean), and after an l_inf attack of that "
         "radius.\nwhite-box: PGD by one who has the weights (random gates: the minimum of many attacks); "
@@ -99,41 +209,20 @@ def tables(entries: Sequence[Entry]) -> str:
     ]
     if any("*" in block for block in blocks):
         said.append(f"* measured on fewer than {MANY_IMAGES:,} images.")
-    if any(entry.suspect for entry in entries):
+    if any(model.card.suspect for model in models):
         said.append("ALARM: the robustness linter found that the numbers of these variants may flatter them.")
-    if any(not entry.where.bundled for entry in entries):
+    if any(not model.bundled for model in models):
         said.append("What does not come with manygates: `manygates show NAME` says how to get it.")
     return "\n\n".join([*blocks, "\n".join(said)]) + "\n"
 
 
-def _table(dataset: str, entries: Sequence[Entry]) -> list[str]:
-    columns = [(kind, eps) for kind, protocols in KINDS.items() for eps in _shown(entries, dataset, protocols)]
-    rows = [
-        (
-            plain(dataset),
-            "network",
-            "variant",
-            "clean",
-            *(eps_text(eps) for _, eps in columns),
-            "lint",
-            "from",
-        )
-    ]
-    for entry in entries:
-        alarms = f"ALARM: {', '.join(entry.suspect)}" if entry.suspect else _LINTER[entry.linter(entry.main)]
-        rows.append(
-            (
-                plain(entry.source if not entry.where.commands else entry.name),
-                plain(entry.architecture),
-                entry.main,
-                _number(entry.measured(*_CLEAN), 2),
-                *(_number(entry.measured(KINDS[kind], eps), 1) for kind, eps in columns),
-                alarms,
-                _origin(entry),
-            )
-        )
+def _table(dataset: str, models: Sequence[KnownModel]) -> list[str]:
+    cards = [model.card for model in models]
+    columns = [(kind, eps) for kind, protocols in KINDS.items() for eps in _shown(cards, protocols)]
+    head = (plain(dataset), "network", "variant", "clean", *(eps_text(eps) for _, eps in columns), "lint", "from")
+    rows = [head, *(_row(model, columns) for model in models)]
     # the names of attacks stand over their radii, which are given the room for it
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(head))]
     above = " " * sum(width + 2 for width in widths[:_NUMBERS])
     place = _NUMBERS
     for kind in dict.fromkeys(kind for kind, _ in columns):
@@ -156,26 +245,34 @@ def _table(dataset: str, entries: Sequence[Entry]) -> list[str]:
     ]
 
 
-def _shown(entries: Sequence[Entry], dataset: str, protocols: Sequence[str]) -> list[Fraction]:
-    """Return the radii at which the main variants of a data set's models are compared."""
-    return eps_shown(
-        Fraction(result.eps_fraction)
-        for entry in entries
-        if entry.dataset == dataset
-        for result in entry.results
-        if result.protocol in protocols and result.variant == entry.main and result.norm == "linf"
+def _row(model: KnownModel, columns: Sequence[tuple[str, Fraction]]) -> tuple[str, ...]:
+    card, variant = model.card, main_variant(model.card)
+    alarms = f"ALARM: {', '.join(card.suspect)}" if card.suspect else _LINTER[_linter(card, variant)]
+    return (
+        plain(card.name if model.commands else model.source),
+        plain(card.architecture.name),
+        variant,
+        _number(accuracy_of(card, CLEAN, Fraction(0)), 2),
+        *(_number(accuracy_of(card, KINDS[kind], eps), 1) for kind, eps in columns),
+        alarms,
+        _origin(model),
     )
 
 
-def _number(found: Measured | None, digits: int) -> str:
+def _shown(cards: Iterable[Card], protocols: Sequence[str]) -> list[Fraction]:
+    """Return the radii at which the main variants of these models are compared."""
+    return eps_shown(eps for card in cards for eps in measured_eps(card, protocols))
+
+
+def _number(found: Result | None, digits: int) -> str:
     if found is None:
         return "-"
     return f"{100 * found.accuracy:.{digits}f}" + ("*" if found.images < MANY_IMAGES else "")
 
 
-def _origin(entry: Entry) -> str:
-    if entry.where.bundled:
+def _origin(model: KnownModel) -> str:
+    if model.bundled:
         return "bundled"
-    if entry.where.repository is not None:
+    if model.repository is not None:
         return "hub"
-    return f"train {entry.trained.recipe}" if entry.where.commands else "-"
+    return f"train {plain(str(model.card.training.recipe['name']))}" if model.commands else "-"

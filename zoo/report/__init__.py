@@ -3,8 +3,3 @@
 Everything comes from the cards: no weights, no torch, no network. `content` says what stands in a report, `page` and
 `markdown` write the same content in two languages, and `figures` draws.
 """
-
-from zoo.report.markdown import markdown_table
-from zoo.report.write import TITLE, check_report_target, write_report
-
-__all__ = ["TITLE", "check_report_target", "markdown_table", "write_report"]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
+from zoo.bundle import wording
 from zoo.bundle.card import Result
-from zoo.report import wording
-from zoo.report.document import Cell, Exhibit, Grid, Picture, Section
+from zoo.bundle.headline import CLEAN, accuracy_of
+from zoo.bundle.wording import capital, plural, terms, terms_remark
+from zoo.report.accuracies import Column, accuracy_cell, deployed
+from zoo.report.document import Cell, Exhibit, Figures, Section, grid
+from zoo.report.drawings import Lines, Series, Style
 from zoo.report.entries import Entry
-from zoo.report.figures import Lines, Series, Style
-from zoo.report.summary import Column, accuracy_cell, deployed
-from zoo.report.wording import capital, plural, terms, terms_remark
 
 
-def against_eps(entries: Sequence[Entry], named: Callable[[str], str]) -> Section:
-    """Return the section; `named` makes a file name that no other figure has."""
+def against_eps(entries: Sequence[Entry], figure: Figures) -> Section:
+    """Return the section."""
     panels: dict[tuple[str, int, str], list[tuple[Entry, Result]]] = {}
     for entry in entries:
         for result in deployed(entry):
@@ -23,10 +24,10 @@ def against_eps(entries: Sequence[Entry], named: Callable[[str], str]) -> Sectio
             panels.setdefault((entry.card.dataset, column.order, column.group), []).append((entry, result))
     exhibits = []
     for (dataset, _, group), found in sorted(panels.items(), key=lambda panel: panel[0]):
-        clean = _anchored(found[0][1]) and any(clean_result(entry) for entry, _ in found)
+        clean = _anchored(found[0][1]) and any(_clean(entry) for entry, _ in found)
         if len({result.eps for _, result in found} | ({0.0} if clean else set())) > 1:
             title = f"{capital(group)} on {dataset}"
-            exhibits.append(_eps_exhibit(title, found, named(f"eps {group} {dataset}")))
+            exhibits.append(_eps_exhibit(title, found, f"eps {group} {dataset}", figure))
     return Section(
         key="eps",
         title="Accuracy against ε",
@@ -36,7 +37,7 @@ def against_eps(entries: Sequence[Entry], named: Callable[[str], str]) -> Sectio
     )
 
 
-def _eps_exhibit(title: str, found: Sequence[tuple[Entry, Result]], name: str) -> Exhibit:
+def _eps_exhibit(title: str, found: Sequence[tuple[Entry, Result]], name: str, figure: Figures) -> Exhibit:
     usual = wording.usual_terms(result for _, result in found)
     lines: dict[tuple[str, str], list[Result]] = {}
     owners: dict[str, Entry] = {}
@@ -49,7 +50,7 @@ def _eps_exhibit(title: str, found: Sequence[tuple[Entry, Result]], name: str) -
     for (label, _), results in lines.items():
         entry = owners[label]
         differs = wording.apart(results[0], usual)
-        clean = clean_result(entry) if anchored and not any(result.eps == 0 for result in results) else None
+        clean = _clean(entry) if anchored and not any(result.eps == 0 for result in results) else None
         points = sorted([*([clean] if clean else []), *results], key=lambda result: Fraction(result.eps_fraction))
         style = Style(colour=entry.style.colour, dash=entry.style.dash, hollow=label in seen)
         seen.add(label)
@@ -66,29 +67,28 @@ def _eps_exhibit(title: str, found: Sequence[tuple[Entry, Result]], name: str) -
         for place in places:
             there = [point for point in points if Fraction(point.eps_fraction) == place]
             cells.append(accuracy_cell(entry, there))
-        rows.append(tuple(cells))
+        rows.append(cells)
     remarks = [terms_remark(result for _, result in found)]
-    cleans = sorted({terms(clean) for clean in map(clean_result, owners.values()) if clean and anchored})
+    cleans = sorted({terms(clean) for clean in map(_clean, owners.values()) if clean and anchored})
     if cleans:
         remarks.append(f"Clean: {'; '.join(cleans)}.")
     norms = dict.fromkeys(result.norm for _, result in found)
     return Exhibit(
         title=title,
-        picture=Picture(
-            name=name,
-            alt=f"Line chart: accuracy from 0 to 100 % against ε for {plural(len(series), 'series', 'series')}; "
-            "its numbers are in the table beside it.",
-            drawing=Lines(
+        picture=figure(
+            name,
+            f"Line chart: accuracy from 0 to 100 % against ε for {plural(len(series), 'series', 'series')}",
+            Lines(
                 axis=f"ε ({', '.join(wording.norm(norm) for norm in norms)})",
                 ticks=tuple((float(place), str(place)) for place in places),
                 series=tuple(series),
             ),
         ),
         grids=(
-            Grid(
-                caption=f"{title}: accuracy (95 % interval)",
-                header=(Cell(text="Model"), *(Cell(text=f"ε {place}" if place else "clean") for place in places)),
-                rows=tuple(rows),
+            grid(
+                f"{title}: accuracy (95 % interval)",
+                ("Model", *(f"ε {place}" if place else "clean" for place in places)),
+                rows,
             ),
         ),
         remarks=tuple(remarks),
@@ -100,7 +100,5 @@ def _anchored(result: Result) -> bool:
     return result.protocol != "exits"
 
 
-def clean_result(entry: Entry) -> Result | None:
-    """Return the clean result on most images."""
-    clean = [result for result in entry.results if result.protocol == "clean" and result.attack == "none"]
-    return max(clean, key=lambda result: result.images) if clean else None
+def _clean(entry: Entry) -> Result | None:
+    return accuracy_of(entry.card, CLEAN, Fraction(0), variant=entry.variant)

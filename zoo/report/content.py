@@ -9,42 +9,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zoo.bundle.card import Card
-from zoo.report import wording
+from zoo.bundle.wording import plural
+from zoo.report.accuracies import accuracies
 from zoo.report.against_eps import against_eps
-from zoo.report.document import Report
+from zoo.report.alone import variant_section
+from zoo.report.compared import compared_tables
+from zoo.report.document import Figures, Report
 from zoo.report.entries import entries_of
-from zoo.report.provenance import commands, every_result, findings, models
-from zoo.report.summary import summary
-from zoo.report.tables import Tabled
-from zoo.report.wording import plural
+from zoo.report.found import tables_of
+from zoo.report.overview import overview
+from zoo.report.provenance import models, trust
 
 
 def report_of(cards: Sequence[Card], *, title: str) -> Report:
     """Return the report of cards; a section for which no card has data is left out."""
     entries = entries_of(cards)
-    names: list[str] = []
-
-    def named(text: str) -> str:
-        names.append(wording.slug(text, names))
-        return names[-1]
-
-    tabled = Tabled(entries, named)
-    sections = [
-        summary(entries),
-        against_eps(entries, named),
-        tabled.steps(),
-        tabled.transfer(),
-        tabled.paths(),
-        tabled.corruptions(),
-        tabled.sources(),
-        tabled.attacks(),
-        tabled.exits(),
-        tabled.budgeted(),
-        tabled.others(),
-        findings(entries),
+    figure = Figures()
+    first = overview(entries, figure)
+    compared = [
+        accuracies(entries),
+        against_eps(entries, figure),
+        *compared_tables(tables_of(entries), figure),
+        trust(entries),
         models(entries),
-        every_result(entries),
-        commands(entries),
     ]
     number = len({entry.model for entry in entries})
     results = [result for entry in entries for result in entry.results]
@@ -54,5 +41,7 @@ def report_of(cards: Sequence[Card], *, title: str) -> Report:
         title=title,
         subtitle=f"{plural(number, 'model')}, {plural(len(entries), 'variant')}, "
         f"{plural(len(results), 'result')}{when}",
-        sections=tuple(section for section in sections if section is not None and section.exhibits),
+        overview=first,
+        compared=tuple(section for section in compared if section.exhibits),
+        alone=tuple(variant_section(entry, figure) for entry in entries),
     )

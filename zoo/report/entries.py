@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zoo.bundle.card import INT8, MEASURED_VARIANTS, VARIANTS, Card, Lint, Result
+from zoo.bundle import findings
+from zoo.bundle.card import Card, Lint, Result
+from zoo.bundle.wording import SUSPECT, slug
 from zoo.report.document import Cell
-from zoo.report.figures import Style
-from zoo.report.wording import SUSPECT, plural
+from zoo.report.drawings import Style
+from zoo.vocabulary import INT8, MEASURED_VARIANTS, VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +21,14 @@ class Entry:
     model: str
     """The card's name, with a number where two cards share it."""
     variant: str
+    key: str
+    """Of its section in a report."""
     style: Style
 
     @property
     def name(self) -> str:
         """The series' name, marked if the linter raised an alarm."""
-        return f"{self.model} · {self.variant}{SUSPECT if self.variant in self.card.suspect else ''}"
+        return f"{self.model} · {self.variant}{SUSPECT if self.suspect else ''}"
 
     @property
     def lint(self) -> Lint | None:
@@ -38,15 +42,26 @@ class Entry:
 
     @property
     def verdict(self) -> Cell:
-        """The linter's verdict in words."""
-        if self.lint is None:
-            return Cell(text="not linted", tone="unknown")
-        if self.lint.alarms:
-            codes = ", ".join(finding.code for finding in self.lint.alarms)
-            return Cell(text=f"linter: {plural(len(self.lint.alarms), 'alarm')} ({codes})", tone="alarm")
-        if all(finding.verdict == "skipped" for finding in self.lint.findings):
-            return Cell(text="linter: nothing applied", tone="unknown")
-        return Cell(text="linter: no alarm", tone="good")
+        """The linter's verdict in a few words."""
+        text, tone = findings.verdict(self.lint)
+        return Cell(text=text, tone=tone)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the linter raised an alarm, so that the numbers may flatter."""
+        return self.variant in self.card.suspect
+
+    @property
+    def said(self) -> str:
+        """What the variant is: "one path", "3 members averaged"."""
+        if self.card.architecture.gated_layers:
+            paths = len(self.card.paths.ensemble)
+            words = {"single": "one path", "ensemble": f"{paths} paths averaged", "gated": "random gates"}
+            return words.get(self.variant, self.variant)
+        if "ensemble" in self.card.variants:
+            members = "all members" if self.passes is None else f"{self.passes} members averaged"
+            return members if self.variant == "ensemble" else "one member"
+        return "last exit" if self.card.exits else "the network"
 
     @property
     def passes(self) -> int | None:
@@ -62,7 +77,7 @@ class Entry:
 def entries_of(cards: Sequence[Card]) -> list[Entry]:
     """Return every variant that a card exports or has results of; a card given twice counts once."""
     distinct = [card for index, card in enumerate(cards) if card not in cards[:index]]
-    entries = []
+    entries: list[Entry] = []
     for index, card in enumerate(distinct):
         same = sum(other.name == card.name for other in distinct[:index])
         model = f"{card.name} ({same + 1})" if same else card.name
@@ -70,7 +85,8 @@ def entries_of(cards: Sequence[Card]) -> list[Entry]:
         for variant in sorted(named, key=_place):
             dash = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
             style = Style(colour=index if len(distinct) > 1 else dash, dash=dash)
-            entries.append(Entry(card=card, model=model, variant=variant, style=style))
+            key = slug(f"variant {model} {variant}", (entry.key for entry in entries))
+            entries.append(Entry(card=card, model=model, variant=variant, key=key, style=style))
     return entries
 
 

@@ -6,38 +6,36 @@ import re
 from collections.abc import Iterator, Sequence
 
 from zoo.bundle.card import Card
+from zoo.bundle.wording import capital, plain
 from zoo.errors import BadInput
-from zoo.report.document import Cell, Exhibit, Grid, Report
+from zoo.report.document import Cell, Exhibit, Figures, Grid, Report
 from zoo.report.entries import entries_of
-from zoo.report.summary import legend, summary_grids
-from zoo.report.wording import capital, plain
+from zoo.report.overview import overview
 
 
 def markdown_table(cards: Sequence[Card]) -> str:
-    """Return a compact table for a README, one row per variant of each model, with the terms and the marks below it.
+    """Return the table of the first screen for a README, with the terms and the marks below it.
 
     Returns:
-        Markdown that ends in a newline; one table per data set.
+        Markdown that ends in a newline: a table per data set, at most eight columns wide, and a row per variant of each
+        model that was measured.
 
     Raises:
         BadInput: without cards.
     """
     if not cards:
         raise BadInput("no cards to tabulate, expected at least one; name a model")
-    entries = entries_of(cards)
     blocks = []
-    for grid in summary_grids(entries, compact=True):
-        said = [f"{escaped(grid.caption)}."]
-        said += [f"{escaped(group.text)}: {escaped(group.detail)}." for group in grid.groups if group.detail]
-        blocks += ["\n".join(table_lines(grid, groups_below=True)), " ".join(said)]
-    blocks += [escaped(line) for line in legend(entries)]
-    return "\n\n".join(blocks) + "\n"
+    for exhibit in overview(entries_of(cards), Figures()).exhibits:
+        blocks += ["\n".join(table_lines(grid)) for grid in exhibit.grids]
+        blocks.append("\n".join(f"- {escaped(remark)}" for remark in exhibit.remarks))
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def markdown_of(report: Report) -> str:
     """Return a whole report as Markdown; its figures are the files in `figures/`."""
     blocks = [f"# {escaped(report.title)}", escaped(report.subtitle)]
-    for section in report.sections:
+    for section in (report.overview, *report.folded):
         blocks.append(f"## {escaped(section.title)}")
         blocks += [escaped(section.intro)] if section.intro else []
         for exhibit in section.exhibits:
@@ -46,6 +44,8 @@ def markdown_of(report: Report) -> str:
 
 
 def _exhibit(exhibit: Exhibit) -> Iterator[str]:
+    if exhibit.claims:
+        yield "\n".join(f"- **{escaped(claim.subject)}** {escaped(claim.text)}" for claim in exhibit.claims)
     if exhibit.title:
         yield f"### {escaped(exhibit.title)}"
     if exhibit.picture is not None:

@@ -9,7 +9,7 @@ from zoo.bundle.card import Card
 from zoo.errors import BadInput
 from zoo.files import replace_directory
 from zoo.report.content import report_of
-from zoo.report.figures import Rendered, render
+from zoo.report.figures import needs_extra, render
 from zoo.report.markdown import markdown_of
 from zoo.report.page import MARK, figure_files, page_of
 
@@ -28,24 +28,20 @@ def write_report(cards: Sequence[Card], folder: Path, *, title: str = TITLE) -> 
         The page.
 
     Raises:
-        BadInput: without cards, if `folder` holds anything but a report, or if matplotlib is not installed.
+        BadInput: without cards, if `folder` holds anything but a report, or if the extra `report` is not installed.
     """
     if not cards:
         raise BadInput("no cards to report on, expected at least one; name a model")
     check_report_target(folder)
     report = report_of(cards, title=title)
-    figures: dict[str, Rendered] = {}
-    for name_of_figure, picture in report.pictures:
-        try:
-            figures[picture.name] = render(picture.drawing, name=picture.name, title=name_of_figure, alt=picture.alt)
-        except ModuleNotFoundError as error:
-            if error.name != "matplotlib":
-                raise
-            raise BadInput(
-                "the figures of a report need matplotlib, which is not installed; pip install 'manygates[report]'"
-            ) from error
+    with needs_extra("a report"):
+        figures = {
+            picture.name: render(picture.drawing, name=picture.name, title=said, alt=picture.alt)
+            for said, picture in report.pictures
+        }
+        page = page_of(report, figures)
     with replace_directory(folder) as new_dir:
-        (new_dir / HTML_FILE).write_bytes(page_of(report, figures).encode())
+        (new_dir / HTML_FILE).write_bytes(page.encode())
         (new_dir / MARKDOWN_FILE).write_bytes(markdown_of(report).encode())
         if figures:
             (new_dir / FIGURES_DIR).mkdir()

@@ -21,7 +21,7 @@ import pytest
 from serving.engine import gate_compiler
 from serving.engine.gates import GatedGraph, SystemGates, open_gated
 from zoo.bundle.bundle import Bundle
-from zoo.bundle.card import Architecture, Card, InputFormat, Paths, Training
+from zoo.bundle.card import Card, InputFormat, NetworkSummary, Paths, Training
 from zoo.errors import BadInput
 
 ROOT = Path(__file__).parents[3]
@@ -83,7 +83,7 @@ def card_of(shape: tuple[int, ...], num_gates: int, candidates: int, classes: in
         method="standard",
         license="apache-2.0",
         dataset="cifar10",
-        architecture=Architecture(
+        architecture=NetworkSummary(
             name="tiny",
             options={},
             gated_layers=tuple(f"layer{gate}" for gate in range(num_gates)),

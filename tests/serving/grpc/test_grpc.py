@@ -21,7 +21,7 @@ import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from grpc_health.v1 import health_pb2
 
-from serving.engine.engine import Prediction
+from serving.answers import Prediction, Predictor
 from serving.http.app import Application
 from serving.operations.settings import Settings
 from serving.protocol import messages
@@ -121,14 +121,14 @@ def answer(bundle_dir: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     return lambda images: dict(zip(names, session.run(names, {"images": images}), strict=True))
 
 
-class Slow:
+class Slow(Predictor):
     """Answers when it is told to."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
         self.started = threading.Event()
 
-    def predict(self, images: np.ndarray, *_: object) -> Prediction:
+    def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
         self.started.set()
         assert self.go.wait(10)
         flat = np.zeros((len(images), 3), dtype=np.float32)
@@ -350,8 +350,8 @@ def test_parameters_choose_where_the_operator_allows_it(tiny_application, serve,
 
 
 def test_agreement_comes_to_those_who_ask(card, serve, images) -> None:
-    class Voting:
-        def predict(self, images: np.ndarray, *_: object) -> Prediction:
+    class Voting(Predictor):
+        def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
             flat = np.zeros((len(images), 3), dtype=np.float32)
             return Prediction(flat, flat, agreement=np.array([1.0, 0.25, 0.5], dtype=np.float32)[: len(images)])
 

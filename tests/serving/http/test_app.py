@@ -16,8 +16,9 @@ import pytest
 from PIL import Image, ImageFile
 from starlette import formparsers
 
+from serving.answers import Prediction, Predictor
 from serving.engine import gate_compiler
-from serving.engine.engine import Engine, Prediction
+from serving.engine.engine import Engine
 from serving.http.app import Application
 from serving.http.decoders import Decoders
 from serving.protocol.open_inference import Asked
@@ -26,16 +27,16 @@ from zoo.bundle.bundle import Bundle
 from zoo.errors import BadInput
 
 
-class Fixed:
+class Fixed(Predictor):
     """Answers every image alike."""
 
-    def predict(self, images: np.ndarray) -> Prediction:
+    def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
         row = np.array([[0.125, 0.625, 0.25]], dtype=np.float32)
         return Prediction(np.repeat(row, len(images), axis=0), np.log(np.repeat(row, len(images), axis=0)))
 
 
-class Broken:
-    def predict(self, images: np.ndarray) -> Prediction:
+class Broken(Predictor):
+    def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
         raise RuntimeError("secret detail")
 
 
@@ -43,7 +44,7 @@ class Gate(Fixed):
     def __init__(self) -> None:
         self.opened = threading.Event()
 
-    def predict(self, images: np.ndarray) -> Prediction:
+    def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
         assert self.opened.wait(10)
         return super().predict(images)
 
@@ -675,7 +676,7 @@ def test_a_failing_random_batch_leaves_no_gates_in_the_log_either(
 
 def test_several_models_are_served_side_by_side(card) -> None:
     class Other(Fixed):
-        def predict(self, images: np.ndarray) -> Prediction:
+        def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
             answer = super().predict(images)
             return Prediction(answer.probabilities[:, ::-1].copy(), answer.logits)
 

@@ -23,13 +23,14 @@ import pytest
 import trustme
 
 from serving import server as server_module
-from serving.engine.engine import Prediction
+from serving.answers import Prediction, Predictor
 from serving.http import connection
 from serving.http.app import Application
 from serving.http.connection import Connection
+from serving.listener import allow_open_files, bind
 from serving.operations.settings import Settings
 from serving.scheduling.service import Model
-from serving.server import Server, allow_open_files, bind
+from serving.server import Server
 
 INFER = b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\n"
 CLASSIFY = b"POST /classify HTTP/1.1\r\nHost: x\r\n"
@@ -39,8 +40,8 @@ DOCUMENT = json.dumps(
 ).encode()
 
 
-class Fixed:
-    def predict(self, images: np.ndarray) -> Prediction:
+class Fixed(Predictor):
+    def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
         row = np.array([[0.125, 0.625, 0.25]], dtype=np.float32)
         return Prediction(np.repeat(row, len(images), axis=0), np.zeros((len(images), 3), np.float32))
 
@@ -210,7 +211,7 @@ def test_a_slow_answer_is_not_cut_off_by_the_next_requests_missing_head(serve) -
     opened = threading.Event()
 
     class Slow(Fixed):
-        def predict(self, images: np.ndarray) -> Prediction:
+        def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
             assert opened.wait(10)
             return super().predict(images)
 
@@ -349,10 +350,10 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be_and_no_further(
 # --- the short way of a plain inference request ---
 
 
-class Echo:
+class Echo(Predictor):
     """Answers each image with its own first pixel."""
 
-    def predict(self, images: np.ndarray) -> Prediction:
+    def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
         marks = np.ascontiguousarray(np.repeat(images[:, 0, 0, :1], 3, axis=1))
         return Prediction(marks, -marks)
 
@@ -363,14 +364,14 @@ class Gate(Echo):
     def __init__(self) -> None:
         self.entered, self.opened = threading.Event(), threading.Event()
 
-    def predict(self, images: np.ndarray) -> Prediction:
+    def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
         self.entered.set()
         assert self.opened.wait(10)
         return super().predict(images)
 
 
 class Broken(Echo):
-    def predict(self, images: np.ndarray) -> Prediction:
+    def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
         raise RuntimeError("secret detail")
 
 
@@ -611,7 +612,7 @@ def test_a_head_that_is_known_is_recognised_and_one_that_differs_in_a_byte_is_no
     card, serve, ways: Counter[str]
 ) -> None:
     class Second(Echo):
-        def predict(self, images: np.ndarray) -> Prediction:
+        def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
             answered = super().predict(images)
             return Prediction(answered.probabilities / 2, answered.logits / 2)
 
@@ -644,7 +645,7 @@ def test_a_head_that_is_known_is_recognised_and_one_that_differs_in_a_byte_is_no
 
 def test_a_known_head_is_read_anew_after_its_model_was_loaded_again(card, serve, ways: Counter[str]) -> None:
     class Half(Echo):
-        def predict(self, images: np.ndarray) -> Prediction:
+        def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
             answered = super().predict(images)
             return Prediction(answered.probabilities / 2, answered.logits / 2)
 
@@ -756,7 +757,7 @@ def test_a_client_that_hangs_up_in_the_queue_gives_up_its_place(serve, known: bo
         held = [connect(), connect()]
         for in_flight, other in enumerate(held, 1):
             other.sendall(raw(0.125))  # the second is at hand for the worker
-            waits_until(lambda count=in_flight: service.scheduler._in_flight == count)
+            waits_until(lambda count=in_flight: service.scheduler.in_flight == count)
         client.sendall(raw(0.5))
         waits_until(lambda: service.find("tiny").queue.waiting == 1)
         refused = connect()
@@ -868,15 +869,19 @@ def test_a_client_that_does_not_read_its_answers_is_not_read_any_more(
         small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         small.connect(connect().getpeername())
         small.settimeout(10)
-        answered = connect.application.service.find("tiny").metrics.request_seconds.counts
+        metrics = connect.application.service.find("tiny").metrics
+
+        def answered() -> int:
+            return metrics.statistics()["inference_stats"]["success"]["count"]
+
         sent = 0
         while sent < 500:
             small.sendall(request)
             sent += 1
             deadline = time.monotonic() + 0.5
-            while sum(answered) < sent and time.monotonic() < deadline:
+            while answered() < sent and time.monotonic() < deadline:
                 time.sleep(0.001)
-            if sum(answered) < sent:
+            if answered() < sent:
                 break
         assert sent < 500, "everything was taken, for a client that reads nothing"
         other = connect()
@@ -911,7 +916,7 @@ def test_an_idle_connection_is_closed_at_its_time_and_not_before(serve, last: st
 
 def test_a_connection_is_not_idle_while_its_request_is_computed(serve) -> None:
     class Slow(Echo):
-        def predict(self, images: np.ndarray) -> Prediction:
+        def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
             time.sleep(0.0 if images[0, 0, 0, 0] < 0.4 else 1.3)
             return super().predict(images)
 
@@ -986,7 +991,7 @@ def test_a_full_queue_and_a_deadline_are_answered_on_the_short_way(serve) -> Non
         clients = [connect() for _ in range(4)]
         for in_flight, client in enumerate(clients[:2], 1):
             client.sendall(raw(0.5))  # the second is at hand for the worker
-            waits_until(lambda count=in_flight: connect.application.service.scheduler._in_flight == count)
+            waits_until(lambda count=in_flight: connect.application.service.scheduler.in_flight == count)
         started = time.monotonic()
         clients[2].sendall(post(json.dumps(document(parameters={"timeout": 1_000_000})).encode()))
         waits_until(lambda: connect.application.service.find("tiny").queue.waiting == 1)

@@ -33,10 +33,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from serving.engine.engine import Prediction
+from serving.answers import Prediction, Predictor
 from serving.http.app import Application
+from serving.listener import allow_open_files
 from serving.protocol.messages import SERVICE, message
-from serving.server import allow_open_files
 from zoo.bundle.bundle import Bundle
 from zoo.files import sha256_of
 
@@ -284,13 +284,13 @@ def test_half_a_body_and_then_nobody_leaves_nothing_behind(tiny_application, att
         assert target.growth < 60
 
 
-class Marked:
+class Marked(Predictor):
     """Answers with the first pixel, slowly, and counts the images of hostile clients."""
 
     def __init__(self) -> None:
         self.hostile = 0
 
-    def predict(self, images: np.ndarray) -> Prediction:
+    def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
         time.sleep(0.02)
         first = images[:, 0, 0, 0]
         self.hostile += int((first == MARK).sum())

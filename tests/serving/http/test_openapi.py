@@ -17,7 +17,7 @@ import openapi_spec_validator
 import pytest
 from starlette.routing import Route
 
-from serving.engine.engine import Prediction
+from serving.answers import Prediction, Predictor
 from serving.http import openapi
 from serving.http.app import Application
 from serving.operations.settings import Settings
@@ -31,8 +31,8 @@ STATUSES = {"400", "401", "403", "404", "408", "413", "415", "429", "431", "500"
 OPERATIONS = 20
 
 
-class Fixed:
-    def predict(self, images: np.ndarray) -> Prediction:
+class Fixed(Predictor):
+    def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
         row = np.array([[0.125, 0.625, 0.25]], dtype=np.float32)
         return Prediction(np.repeat(row, len(images), axis=0), np.zeros((len(images), 3), np.float32))
 

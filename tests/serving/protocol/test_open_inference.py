@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.engine.engine import Plan, Prediction
+from serving.answers import Plan, Prediction
 from serving.errors import RequestError
 from serving.protocol.open_inference import HEADER_LENGTH, NOTHING_ASKED, Asked, Codec, InferRequest, http_response
 

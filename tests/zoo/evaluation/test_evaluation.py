@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import manygates
 from zoo import evaluation, networks
 from zoo.attacks.autoattack import ATTACKS, AutoAttackResult
-from zoo.bundle.bundle import Bundle, record_results, write_bundle
-from zoo.bundle.card import Architecture as CardArchitecture
-from zoo.bundle.card import Card, Check, Finding, InputFormat, Paths, Result, Training
+from zoo.bundle.bundle import Bundle, write_bundle
+from zoo.bundle.card import Card, Check, Finding, InputFormat, NetworkSummary, Paths, Result, Training
+from zoo.bundle.record import record_results
 from zoo.data import datasets
 from zoo.errors import BadInput, ChecksumMismatch, DataMissing, MissingFile, UnknownName
 from zoo.evaluation import Request, evaluate, parse_eps
@@ -101,7 +100,7 @@ def card(architecture: Architecture, variants: tuple[str, ...], paths: Paths, ga
         method="standard",
         license="apache-2.0",
         dataset="tiny",
-        architecture=CardArchitecture(
+        architecture=NetworkSummary(
             name=architecture.network,
             options=architecture.options,
             gated_layers=gated,
@@ -838,10 +837,6 @@ def test_a_random_model_given_to_a_deterministic_protocol_is_refused(tmp_path: P
 def test_a_network_with_one_exit_has_no_exits_to_compare(linear: Bundle) -> None:
     with pytest.raises(BadInput, match="has one exit; the protocol exits is for multi-exit networks"):
         evaluate(linear, Request(protocol="exits", images=20))
-
-
-def test_the_command_line_names_the_protocols_there_are() -> None:
-    assert set(manygates.PROTOCOLS) == set(evaluation.PROTOCOLS)
 
 
 # --- the linter on a bundle ---

@@ -14,8 +14,7 @@ from zoo import networks
 from zoo.attacks import LinfBudget, pgd
 from zoo.attacks.exits import average_exits, exits_of, max_average_exits, single_exit
 from zoo.bundle.bundle import Bundle, write_bundle
-from zoo.bundle.card import Architecture as CardArchitecture
-from zoo.bundle.card import Card, Exit, InputFormat, Paths, Result, Table, Training
+from zoo.bundle.card import Card, Exit, InputFormat, NetworkSummary, Paths, Result, Table, Training
 from zoo.data import datasets
 from zoo.errors import BadInput
 from zoo.evaluation import Request, evaluate
@@ -164,7 +163,7 @@ def bundle_of(folder: Path, **changes: Any) -> Bundle:
         method="standard",
         license="apache-2.0",
         dataset="tiny",
-        architecture=CardArchitecture(
+        architecture=NetworkSummary(
             name="colours",
             options={},
             gated_layers=(),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_agreement_is_the_share_of_members_that_vote_for_the_winner_of_the_mean(
 
 def test_members_that_disagree_are_counted_exactly(tiny: RandomGatedNetwork) -> None:
     """Seven paths of a small network part ways on noise, and every share that occurs is the nearest float of k/7."""
-    chosen = list(paths.enumerate_paths(tiny.num_gates, tiny.candidates))[:128:19]
+    chosen = list(itertools.product(range(tiny.candidates), repeat=tiny.num_gates))[:128:19]
     assert len(chosen) == 7
     images = 4 * torch.rand(200, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     content = onnx_graphs.rgn_graphs(tiny, None, chosen, gated=False)["ensemble"]
@@ -269,7 +270,7 @@ def test_every_path_of_a_small_network_is_in_its_gated_graph(tiny: RandomGatedNe
     opened = session(tiny_gated)
     images = torch.rand(2, 3, 16, 16)
     answers = []
-    for path in paths.enumerate_paths(tiny.num_gates, tiny.candidates):
+    for path in itertools.product(range(tiny.candidates), repeat=tiny.num_gates):
         logits, _ = answer(opened, images, gates=np.array(path, np.int64))
         with torch.no_grad():
             torch.testing.assert_close(logits, tiny(images, path), atol=1e-4, rtol=0)

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 import manygates
 from zoo.attacks.budget import LinfBudget
-from zoo.bundle.bundle import AGREEMENT, Bundle, int8_file, record_lint, record_results, write_bundle
+from zoo.bundle.bundle import Bundle, int8_file, write_bundle
 from zoo.bundle.card import Lint, Training
+from zoo.bundle.record import record_lint, record_results
 from zoo.data import datasets
 from zoo.errors import BadInput, BundleError, MissingFile
 from zoo.evaluation import Request, evaluate
@@ -616,14 +617,12 @@ def test_a_result_of_an_int8_graph_is_recorded_under_its_own_variant_with_its_ag
     ours = torch.from_numpy(logits).argmax(1)
     assert result.accuracy == pytest.approx(float((ours == images.labels).double().mean()), abs=1e-6)
     card = record_results(bundle.folder, [result]).card
-    assert [table.name for table in card.results[0].tables] == []
-    assert card.int8 is not None
-    (agreement,) = card.int8.agreement
-    assert (agreement.variant, agreement.attack, agreement.command) == ("single", "none", "measure")
+    agreement = card.results[0].agreement
+    assert agreement is not None
     assert agreement.share == pytest.approx(float((ours == theirs).double().mean()), abs=1e-6)
     assert record_results(bundle.folder, [result]).card == card, "the same terms again replace it"
     text = (bundle.folder / "README.md").read_text(encoding="utf-8")
-    assert f"| single | none | 0 | 120 | 0 | {agreement.share:.2%}" in text
+    assert f"| single-int8 | none | 0 | 120 | {agreement.share:.2%}" in text
 
 
 def test_the_int8_graph_is_measured_under_both_attackers(bundle: Bundle) -> None:
@@ -631,8 +630,8 @@ def test_the_int8_graph_is_measured_under_both_attackers(bundle: Bundle) -> None
     transferred, through = evaluate(bundle, request)
     assert (transferred.attack, through.attack) == ("PGD on the weights", "PGD through the rounding")
     assert "a transfer" in transferred.note
-    assert [table.name for table in transferred.tables] == [AGREEMENT]
-    assert transferred.tables[0].rows == ("PGD-5",)
+    assert transferred.agreement is not None
+    assert through.agreement is None
     float_result = evaluate(bundle, replace(request, precision="fp32"))[0]
     assert float_result.variant == "single"
     assert abs(float_result.accuracy - through.accuracy) <= 0.1
@@ -644,7 +643,9 @@ def test_random_gates_of_the_int8_graph_are_judged_along_the_same_paths(bundle: 
     (float_result,) = evaluate(bundle, replace(request, precision="fp32"))
     assert result.variant == "gated-int8"
     assert abs(result.accuracy - float_result.accuracy) <= 0.05
-    assert result.tables[0].values[0][0] >= 0.9  # type: ignore[operator]
+    assert result.agreement is not None
+    assert result.agreement.share >= 0.9
+    assert float_result.agreement is None
 
 
 def test_questions_alone_are_asked_of_the_graph(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -730,7 +731,6 @@ def test_the_command_adds_int8_graphs_to_a_bundle_and_exports_with_them(
     other = Bundle.open(tmp_path / "other").card
     assert other.results == ()
     assert other.int8 is not None
-    assert other.int8.agreement == ()
     capsys.readouterr()
     assert run("export", model, "--out", tmp_path / "without") == 0
     assert "its int8 graphs, and what was measured on them, are left out" in capsys.readouterr().err
@@ -750,9 +750,9 @@ def test_the_command_measures_the_int8_graph(bundle: Bundle, capsys: pytest.Capt
     result = json.loads(capsys.readouterr().out)
     assert result["variant"] == "single-int8"
     assert result["command"].endswith("--variant single --precision int8 --seed 0")
-    card = Bundle.open(bundle.folder).card
-    assert card.int8 is not None
-    assert card.int8.agreement[0].command == result["command"]
+    (recorded,) = Bundle.open(bundle.folder).card.results
+    assert recorded.command == result["command"]
+    assert recorded.agreement is not None
 
 
 def test_a_model_without_int8_graphs_needs_none_of_its_files(bundle: Bundle) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import manygates
-from zoo import paths
 from zoo.bundle.bundle import Bundle, write_bundle
-from zoo.bundle.card import Architecture as CardArchitecture
-from zoo.bundle.card import Card, Exit, InputFormat, Paths, Training
+from zoo.bundle.card import Card, Exit, InputFormat, NetworkSummary, Paths, Training
 from zoo.errors import BadInput, CheckpointError
 from zoo.gates.derive import Ensemble
 from zoo.gates.rgn import RandomGatedNetwork
@@ -48,7 +47,7 @@ def card(architecture: Architecture, variants: tuple[str, ...], gated_layers: tu
         method="standard",
         license="apache-2.0",
         dataset=architecture.dataset,
-        architecture=CardArchitecture(
+        architecture=NetworkSummary(
             name=architecture.network,
             options=architecture.options,
             gated_layers=gated_layers,
@@ -128,7 +127,7 @@ def test_random_gates_answer_each_image_along_some_path_and_differ_between_calls
     gated: Bundle, rgn: RandomGatedNetwork
 ) -> None:
     network = load_variant(gated, "gated")
-    possible = torch.stack([rgn(IMAGES, path) for path in paths.enumerate_paths(2, 2)])  # path, image, class
+    possible = torch.stack([rgn(IMAGES, path) for path in itertools.product(range(2), repeat=2)])  # path, image, class
     answers = torch.stack([network(IMAGES) for _ in range(30)])
     nearest = (answers[:, None] - possible).abs().amax(3).argmin(1)  # call, image -> path
     distance = (answers[:, None] - possible).abs().amax(3).amin(1)
@@ -141,7 +140,7 @@ def test_random_gates_answer_each_image_along_some_path_and_differ_between_calls
 def test_the_mean_of_random_gates_approaches_the_mean_over_all_paths(gated: Bundle, rgn: RandomGatedNetwork) -> None:
     image = IMAGES[:1]
     network = load_variant(gated, "gated", rng=random.Random(0))
-    possible = torch.stack([rgn(image, path).softmax(1)[0] for path in paths.enumerate_paths(2, 2)])
+    possible = torch.stack([rgn(image, path).softmax(1)[0] for path in itertools.product(range(2), repeat=2)])
     draws = network(image.expand(2000, -1, -1, -1)).softmax(1)
     error = possible.std(0, correction=0) / 2000**0.5
     assert bool(((draws.mean(0) - possible.mean(0)).abs() <= 5 * error + 1e-6).all())

@@ -225,21 +225,6 @@ def passed(findings: Sequence[Finding]) -> bool:
     return all(finding.verdict != "alarm" for finding in findings)
 
 
-def render(findings: Sequence[Finding]) -> str:
-    """Write findings for a terminal: a line each, alarms followed by what they mean, and a line of totals."""
-    lines = []
-    for finding in findings:
-        verdict = "ALARM" if finding.verdict == "alarm" else finding.verdict
-        lines.append(f"{verdict:<8}{finding.code:<4}{finding.name}: {finding.figure}")
-        if finding.verdict == "alarm":
-            lines.append(f"{'':<12}{finding.meaning}")
-    alarms = [finding.code for finding in findings if finding.verdict == "alarm"]
-    counts = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in ("ok", "skipped")}
-    raised = f"{len(alarms)} alarm{'' if len(alarms) == 1 else 's'}" + (f" ({', '.join(alarms)})" if alarms else "")
-    lines.append(f"{raised}, {counts['ok']} ok, {counts['skipped']} skipped")
-    return "\n".join(lines)
-
-
 # --- evidence: every attack runs once, when the first check asks for it ---
 
 

@@ -26,7 +26,7 @@ RATIOS = tuple(number / 20 for number in range(1, 40))
 """Each exit's quota relative to the one before, for the 39 budgets of MSDNet."""
 UNREACHABLE = 2.0
 """Stands for an infinite limit, which a card cannot hold; confidences are at most 1."""
-CALIBRATED_ON = 1000
+LIMIT_IMAGES = 1000
 """Training images that limits are chosen on where the training held none out."""
 MILLION = 1e6
 
@@ -55,7 +55,7 @@ def exits(run: Run) -> list[Result]:
     images = run.images(1000)
     number, names = len(card.exits), [str(index + 1) for index in range(len(card.exits))]
     steps, restarts = run.request.steps or 20, run.request.restarts or 1
-    held_out, calibration = _held_out(run)
+    held_out, source = _held_out(run)
     limits = _limits(run.judged("held-out images", held_out, lambda x, _, __: _confidence(_answers(network, x))))
     clean = run.judged("clean", images, lambda x, _, __: _answers(network, x))
     labels = images.labels.cpu()
@@ -92,7 +92,7 @@ def exits(run: Run) -> list[Result]:
                 steps=steps,
                 step_size=budget.step,
                 restarts=restarts,
-                note=f"mean over {number} exits; limits of the table budgeted chosen on clean images, {calibration}",
+                note=f"mean over {number} exits; limits of the table budgeted chosen on clean images, {source}",
                 checks=[_own_exit_suffers(moved)] if eps else [],
                 tables=[
                     table("exits", (f"attack, eps {eps}", "exit"), list(rows), names, torch.stack(list(rows.values()))),
@@ -166,7 +166,7 @@ def _held_out(run: Run) -> tuple[Images, str]:
     if isinstance(kept_back, int) and 0 < kept_back < len(images):
         number, said = kept_back, "held out of training"
     else:
-        number, said = min(CALIBRATED_ON, len(images) - 1), "of the training, which the model has seen"
+        number, said = min(LIMIT_IMAGES, len(images) - 1), "of the training, which the model has seen"
     _, chosen = datasets.hold_out(images, number, datasets.HOLD_OUT_SEED)
     return chosen.to(run.device), f"{number} {said}"
 

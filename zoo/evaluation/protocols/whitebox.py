@@ -42,7 +42,7 @@ def clean(run: Run) -> list[Result]:
                 attack="none",
                 accuracy=share(judged[:, 0]),
                 images=len(images),
-                tables=[agreement("none", judged[:, 1])] if run.rounds else [],
+                agreement=agreement(judged[:, 1]) if run.rounds else None,
             )
         ]
     draws = run.request.draws or CLEAN_DRAWS
@@ -68,7 +68,7 @@ def clean(run: Run) -> list[Result]:
             images=len(images),
             draws=draws,
             note=f"mean over {draws} draws (standard error {error:.4f}), each with a fresh path per {GROUP} images",
-            tables=[agreement("none", judged[:, draws])] if run.rounds else [],
+            agreement=agreement(judged[:, draws]) if run.rounds else None,
         )
     ]
 
@@ -151,7 +151,7 @@ def _on_weights(run: Run, images: Images, eps: Fraction, budget: LinfBudget) -> 
                 detail=f"eps {eps}: the same images leave {theirs:.3f} of the weights and {ours:.3f} of the int8 graph",
             )
         ],
-        tables=[agreement(f"PGD-{budget.steps}", judged[:, 2])],
+        agreement=agreement(judged[:, 2]),
     )
 
 

@@ -1,13 +1,13 @@
-"""The hub's client in this process, its transport replaced by a hub in memory; see tests/hub for the command line."""
+"""Fetching: the hub's client in this process, its transport replaced by a hub in memory."""
 
 import json
 import logging
 import shutil
-import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,79 +16,27 @@ from typing import Any
 import httpx2
 import huggingface_hub
 import pytest
-from huggingface_hub import ModelCard, constants, errors, set_client_factory
-from huggingface_hub.repocard_data import EvalResult, model_index_to_eval_results
-from huggingface_hub.utils import close_session
+from huggingface_hub import constants, errors, set_client_factory
 
 from zoo.bundle.bundle import Bundle, write_bundle
-from zoo.bundle.card import Card
-from zoo.bundle.readme import model_card
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
-from zoo.hub import hub as module
-from zoo.hub.fetch import part_of, pull
-from zoo.hub.hub import fetch, hub_cards, parse_repository, plan_push, push
-from zoo.hub.source import list_bundled, open_model, pin
+from zoo.hub import client
+from zoo.hub.client import parse_repository
+from zoo.hub.fetch import fetch, hub_cards
+from zoo.hub.source import find, open_model
 
-# the hub's client hands a file to its HTTP library in a way that the library wants to retire
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-HERE = Path(__file__).parents[1]
-FILES = {"rgn.safetensors": b"weights", "single.onnx": b"one", "ensemble.onnx": b"many", "gated.onnx": b"all"}
-
-
-@pytest.fixture
-def hub(fake_hub: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A hub behind the client's own transport: whatever host is asked, it answers, and no socket is opened."""
-    hub = fake_hub.FakeHub()
-    hub.url = "https://huggingface.co"
-
-    def handle(request: httpx2.Request) -> httpx2.Response:
-        headers = {key.lower(): value for key, value in request.headers.items()}
-        answer = hub.answer(request.method, request.url.raw_path.decode(), headers, request.read())
-        length = {"Content-Length": str(len(answer.body))}
-        content = b"" if request.method == "HEAD" else answer.body
-        return httpx2.Response(answer.status, content=content, headers=answer.headers | length)
-
-    def no_socket(*_: object) -> None:
-        raise AssertionError("a socket was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", no_socket)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    set_client_factory(lambda: httpx2.Client(transport=httpx2.MockTransport(handle)))
-    yield hub
-    set_client_factory(huggingface_hub.utils._http.default_client_factory)
-    close_session()
-
-
-@pytest.fixture
-def card() -> Card:
-    golden = Card.from_json((HERE / "golden_card.json").read_text(encoding="utf-8"))
-    return replace(golden, int8=None)
-
-
-@pytest.fixture
-def bundle(tmp_path: Path, card: Card) -> Bundle:
-    return write_bundle(tmp_path / "bundle", card, FILES)
-
-
-@pytest.fixture
-def published(hub: Any, bundle: Bundle) -> Any:
-    """The repository org/name, which holds the bundle."""
-    return hub.put("org/name", contents(bundle))
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / "models--org--name"
+READER = "hf_reader"
+CLI = Callable[..., Any]
+Offline = Callable[[], AbstractContextManager[None]]
 
 
 def contents(bundle: Bundle) -> dict[str, bytes]:
     return {place.name: place.read_bytes() for place in bundle.folder.iterdir()}
+
+
+def snapshot(cache: Path) -> Path:
+    (found,) = (cache / "snapshots").iterdir()
+    return found
 
 
 # --- names ---
@@ -118,15 +66,16 @@ def test_only_what_is_wanted_is_fetched_and_all_from_one_commit(hub: Any, publis
     assert sorted(place.name for place in bundle.folder.iterdir()) == ["card.json", "single.onnx"]
 
 
-def test_files_that_the_card_does_not_list_are_never_fetched(hub: Any, published: Any) -> None:
+def test_files_that_the_card_does_not_list_are_never_fetched(hub: Any, published: Any, bundle: Bundle) -> None:
     hub.put("org/name", {**published.main, "pytorch_model.bin": b"pickle"})
     folder = open_model("hf-hub:org/name").folder
-    assert sorted(place.name for place in folder.iterdir()) == sorted(["card.json", *FILES])
+    assert sorted(place.name for place in folder.iterdir()) == sorted(["card.json", *bundle.card.files])
 
 
 def test_a_push_between_card_and_files_cannot_mix_two_versions(hub: Any, published: Any, bundle: Bundle) -> None:
     first = published.references["main"]
-    other = write_bundle(bundle.folder.parent / "other", bundle.card, {name: body * 2 for name, body in FILES.items()})
+    twice = {name: bundle.read(name) * 2 for name in bundle.card.files}
+    other = write_bundle(bundle.folder.parent / "other", bundle.card, twice)
 
     def race(method: str, path: str) -> None:
         if method == "GET" and path.endswith("/card.json") and len(published.commits) == 1:
@@ -137,13 +86,15 @@ def test_a_push_between_card_and_files_cannot_mix_two_versions(hub: Any, publish
     assert fetch("org/name").read("single.onnx") == b"oneone"
 
 
-def test_a_pinned_model_stays_what_it_was(hub: Any, published: Any, bundle: Bundle) -> None:
-    source, card = pin("hf-hub:org/name")
-    assert source == f"hf-hub:org/name@{published.references['main']}"
+def test_a_model_that_was_found_stays_what_it_was(hub: Any, published: Any, bundle: Bundle) -> None:
+    found = find("hf-hub:org/name")
+    assert found.name == f"hf-hub:org/name@{published.references['main']}"
+    assert sorted(place.name for place in found.bundle.folder.iterdir()) == ["card.json"]
     other = replace(bundle.card, description="Another.")
-    hub.put("org/name", {**published.main, "card.json": other.to_json().encode()})
-    assert open_model(source).card == card == bundle.card
-    assert open_model("hf-hub:org/name").card.description == "Another."
+    hub.put("org/name", {**published.main, "card.json": other.to_json().encode(), "single.onnx": b"two"})
+    assert found.open(["single.onnx"]).read("single.onnx") == b"one"
+    assert open_model(found.name, only=()).card == found.card == bundle.card
+    assert find("hf-hub:org/name").card.description == "Another."
 
 
 def test_without_symbolic_links_the_cache_works_the_same(
@@ -179,7 +130,7 @@ def test_a_cache_that_cannot_be_written_still_names_the_file(
 
 
 def test_a_broken_repository_leaves_nothing_and_an_older_commit_stays_whole(
-    hub: Any, published: Any, cache: Path
+    hub: Any, published: Any, bundle: Bundle, cache: Path
 ) -> None:
     first = fetch("org/name")
     hub.put("org/name", {**published.main, "single.onnx": b"two"})
@@ -187,7 +138,7 @@ def test_a_broken_repository_leaves_nothing_and_an_older_commit_stays_whole(
         fetch("org/name")
     assert [place.name for place in (cache / "snapshots").iterdir()] == [first.folder.name]
     assert not (cache / "refs" / "main").exists()
-    assert len(list((cache / "blobs").iterdir())) == 1 + len(FILES)
+    assert len(list((cache / "blobs").iterdir())) == 1 + len(bundle.card.files)
     assert fetch("org/name", first.folder.name).card == first.card
 
 
@@ -245,6 +196,15 @@ def test_a_card_with_unsafe_names_fetches_nothing(hub: Any, published: Any, bund
     with pytest.raises(BundleError, match="without folders"):
         fetch("org/name")
     assert {path.rpartition("/")[2] for path in hub.asked("GET", "/resolve/")} == {"card.json"}
+
+
+def test_a_card_that_was_changed_in_the_cache_is_not_believed(cli: CLI, published: Any, cache: Path) -> None:
+    """No checksum in the bundle covers the card; the cache's own name of it does."""
+    assert cli("pull", "hf-hub:org/name").code == 0
+    blob = (snapshot(cache) / "card.json").resolve()
+    blob.write_bytes(blob.read_bytes().replace(b"A bundle.", b"A better."))
+    assert "card.json is not what the hub sent" in cli("show", "hf-hub:org/name", HF_HUB_OFFLINE="1").error
+    assert "A bundle." in cli("show", "hf-hub:org/name").out
 
 
 # --- errors, in one sentence that helps ---
@@ -306,41 +266,35 @@ def test_a_defect_of_ours_keeps_its_traceback(hub: Any, monkeypatch: pytest.Monk
         open_model("hf-hub:org/name")
 
 
-def test_offline_an_uncached_model_is_an_error_and_touches_no_network(hub: Any, monkeypatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    set_client_factory(huggingface_hub.utils._http.default_client_factory)
-    with pytest.raises(BadInput, match=r"HF_HUB_OFFLINE is set, and the cache .* lacks card\.json"):
-        open_model("hf-hub:org/name")
+def test_offline_an_uncached_model_is_an_error_and_touches_no_network(hub: Any, offline: Offline) -> None:
+    said = (
+        r"HF_HUB_OFFLINE is set, and the cache .* lacks card\.json.* `manygates pull hf-hub:org/name@v2 --out FOLDER`"
+    )
+    with offline(), pytest.raises(BadInput, match=said):
+        open_model("hf-hub:org/name@v2")
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("missing", [["card.json"], ["rgn.safetensors", "gated.onnx"]])
-@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("without_network", [True, False])
 def test_a_cache_that_holds_a_part_does_not_speak_for_the_hub(
-    missing: list[str], offline: bool, hub: Any, published: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+    missing: list[str], without_network: bool, hub: Any, published: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = fetch("org/name").folder
     for name in missing:
         (folder / name).unlink()
     shutil.rmtree(cache / "trees", ignore_errors=True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", without_network)
 
     def refuse(request: httpx2.Request) -> httpx2.Response:
         raise httpx2.ConnectError("refused")
 
     set_client_factory(lambda: httpx2.Client(transport=httpx2.MockTransport(refuse)))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's own attempts
-    why = "HF_HUB_OFFLINE is set" if offline else r"https://huggingface\.co cannot be reached \(.*refused\)"
+    why = "HF_HUB_OFFLINE is set" if without_network else r"https://huggingface\.co cannot be reached \(.*refused\)"
     with pytest.raises(BadInput, match=rf"{why}, and the cache .* lacks {missing[0]}.*Where there is a network"):
         fetch("org/name", folder.name)
     assert (folder / "single.onnx").is_file(), "what is there stays there"
-
-
-def test_what_to_fetch_elsewhere_is_the_very_revision(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    set_client_factory(huggingface_hub.utils._http.default_client_factory)
-    with pytest.raises(BadInput, match="`manygates pull hf-hub:org/name@v2 --out FOLDER`"):
-        fetch("org/name", "v2")
 
 
 def test_offline_a_damaged_file_is_fetched_again_elsewhere(
@@ -355,7 +309,8 @@ def test_offline_a_damaged_file_is_fetched_again_elsewhere(
 
 def test_a_card_that_cannot_be_used_names_the_repository_and_not_the_cache(hub: Any, published: Any) -> None:
     commit = hub.put("org/name", {**published.main, "card.json": b'{"schema": 99}'}).references["main"]
-    with pytest.raises(BundleError, match=rf"^the card of hf-hub:org/name@{commit}: card\.json has schema 99"):
+    said = rf"^the card of hf-hub:org/name@{commit}: card\.json has schema 99.* `pip install --upgrade manygates`"
+    with pytest.raises(BundleError, match=said):
         fetch("org/name")
 
 
@@ -363,7 +318,7 @@ def test_credentials_in_the_address_of_a_mirror_are_not_shown(
     hub: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "https://user:s3cret@mirror.example")
-    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    monkeypatch.setattr(client, "PATIENCE", 0.0)
 
     def fail(*_: Any, **__: Any) -> str:
         time.sleep(0.1)
@@ -380,10 +335,10 @@ def test_credentials_in_the_address_of_a_mirror_are_not_shown(
 def test_a_slow_hub_is_mentioned_once_and_a_quick_one_never(
     hub: Any, published: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.WARNING, "zoo.hub.hub")
+    caplog.set_level(logging.WARNING, "zoo.hub.client")
     fetch("org/name", only=("single.onnx",))
     assert caplog.messages == []
-    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    monkeypatch.setattr(client, "PATIENCE", 0.05)
 
     def slow(method: str, path: str) -> None:
         if "/revision/" in path:
@@ -405,6 +360,33 @@ def test_bars_are_for_terminals_and_come_back(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     fetch("org/name")
     assert "Fetching" in capsys.readouterr().err
+
+
+def test_a_repository_that_lacks_a_file_of_its_card_says_so(cli: CLI, hub: Any, published: Any) -> None:
+    hub.put("org/name", {name: body for name, body in published.main.items() if name != "gated.onnx"})
+    said = cli("pull", "hf-hub:org/name").error
+    assert f"hf-hub:org/name@{published.references['main']} holds no gated.onnx, which its card lists" in said
+    assert cli("pull", "hf-hub:org/name", "--variant", "single").code == 0
+
+
+def test_a_revision_that_does_not_exist_is_named(cli: CLI, published: Any) -> None:
+    assert (
+        "hf-hub:org/name has no revision 'v9'; name a branch, tag or commit" in cli("show", "hf-hub:org/name@v9").error
+    )
+    commit = "0" * 40
+    assert f"hf-hub:org/name has no revision '{commit}'" in cli("show", f"hf-hub:org/name@{commit}").error
+
+
+def test_a_repository_that_may_not_be_read_is_named(cli: CLI, hub: Any, published: Any) -> None:
+    said = cli("pull", "hf-hub:org/nowhere").error
+    assert "the hub has no repository 'org/nowhere' that you may read" in said
+    assert "`hf auth login`" in said
+    published.private = True
+    assert "no repository 'org/name' that you may read" in cli("pull", "hf-hub:org/name").error
+    refused = cli("pull", "hf-hub:org/name", HF_TOKEN="hf_expired").error
+    assert "the hub answers 401" in refused
+    assert "the token is not valid; log in again" in refused
+    assert cli("pull", "hf-hub:org/name", HF_TOKEN=READER).code == 0
 
 
 # --- the list ---
@@ -439,192 +421,6 @@ def test_cards_of_the_hub_are_listed_with_their_commits(
     assert {path.rpartition("/")[2] for path in hub.asked("GET", "/resolve/")} == {"card.json"}
 
 
-def test_no_list_without_a_network(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    set_client_factory(huggingface_hub.utils._http.default_client_factory)
-    with pytest.raises(BadInput, match="cannot list the hub's models of org: HF_HUB_OFFLINE is set"):
+def test_no_list_without_a_network(hub: Any, offline: Offline) -> None:
+    with offline(), pytest.raises(BadInput, match="cannot list the hub's models of org: HF_HUB_OFFLINE is set"):
         hub_cards("org")
-
-
-# --- pushing ---
-
-
-@pytest.fixture
-def token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_writer")
-
-
-def test_a_push_and_a_pull_give_the_same_bundle(hub: Any, token: None, bundle: Bundle, tmp_path: Path) -> None:
-    pushed = push(plan_push(bundle, "org/new"))
-    assert pushed.changed
-    assert pushed.source == f"hf-hub:org/new@{hub.repositories['org/new'].references['main']}"
-    found = pull(pushed.source, out=tmp_path / "copy")
-    assert found.card == bundle.card
-    assert Bundle.open(found.folder).card == bundle.card
-
-
-@pytest.mark.parametrize("part", [(), ("single",)])
-def test_a_copy_that_is_written_wrongly_is_no_copy(
-    part: tuple[str, ...], bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = Path.write_bytes
-
-    def crooked(place: Path, content: bytes) -> int:
-        return write(place, content[:-1] + b"?" if place.suffix == ".onnx" else content)
-
-    monkeypatch.setattr(Path, "write_bytes", crooked)
-    with pytest.raises(ChecksumMismatch, match=r"\.onnx has sha256"):
-        pull(str(bundle.folder), variants=part, out=tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
-
-
-def test_a_copy_replaces_an_earlier_one_of_the_same_files_and_nothing_else(bundle: Bundle, tmp_path: Path) -> None:
-    other = write_bundle(tmp_path / "other", replace(bundle.card, name="another"), FILES)
-    out = tmp_path / "copy"
-    pull(str(bundle.folder), variants=("single",), out=out)
-    pull(str(bundle.folder), out=out)  # more than before
-    pull(str(bundle.folder), out=out)
-    before = {place.name: place.read_bytes() for place in out.iterdir()}
-    with pytest.raises(BadInput, match=r"copy holds ensemble\.onnx, gated\.onnx, rgn\.safetensors, which this"):
-        pull(str(bundle.folder), variants=("single",), out=out)
-    with pytest.raises(BadInput, match=f"holds the model {bundle.card.name!r}, and would lose it; choose another"):
-        pull(str(other.folder), out=out)
-    assert {place.name: place.read_bytes() for place in out.iterdir()} == before
-
-
-def test_a_place_that_cannot_be_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="File name too long; choose another place"):
-        pull(str(bundle.folder), out=tmp_path / ("x" * 300))
-
-
-def test_a_new_branch_is_not_made_for_a_proposal(hub: Any, token: None, published: Any, bundle: Bundle) -> None:
-    with pytest.raises(BadInput, match="org/name has no branch 'v2' to propose a change to"):
-        plan_push(bundle, "org/name", branch="v2", pull_request=True)
-    assert "v2" not in published.references
-
-
-def test_a_push_that_fails_behind_a_new_branch_says_what_is_left(
-    fake_hub: ModuleType, hub: Any, token: None, published: Any, bundle: Bundle
-) -> None:
-    plan = plan_push(bundle, "org/name", branch="v2")
-    hub.before = lambda method, path: fake_hub.Answer(500) if "/commit/" in path else None
-    with pytest.raises(BadInput, match="whose branch v2 was created and is still as the main one: the hub answers 500"):
-        push(plan)
-
-
-def test_what_a_token_may_not_do_is_said_of_what_was_tried(
-    hub: Any, published: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_reader")
-    with pytest.raises(BadInput, match=r"403 .*: the token may not create a repository there$"):
-        push(plan_push(bundle, "org/new"))
-    with pytest.raises(
-        BadInput, match=r"403 .*: the token may not write there; .* propose the change with --create-pr$"
-    ):
-        push(plan_push(bundle, "org/name", branch="v2"))
-
-
-def test_what_is_pushed_is_what_was_checked(hub: Any, token: None, bundle: Bundle) -> None:
-    plan = plan_push(bundle, "org/new")
-    (bundle.folder / "single.onnx").write_bytes(b"ill")
-    push(plan)
-    assert hub.repositories["org/new"].main["single.onnx"] == b"one"
-
-
-def test_a_plan_writes_nothing_and_says_everything(hub: Any, token: None, published: Any, bundle: Bundle) -> None:
-    less = part_of(bundle.card, ("single",))
-    small = write_bundle(bundle.folder.parent / "small", less, {"single.onnx": b"one"})
-    plan = plan_push(small, "org/name", branch="small", message="Less")
-    assert (plan.creates_repository, plan.creates_branch) == (False, True)
-    assert plan.removed == ("rgn.safetensors", "ensemble.onnx", "gated.onnx")
-    lines = plan.described()
-    assert lines[:2] == ["use org/name, branch small (created)", "commit: Less"]
-    assert [line.split()[-1] for line in lines[2:]] == ["single.onnx", "card.json", "README.md", *plan.removed]
-    assert not any(method != "GET" and method != "HEAD" for method, _ in hub.requests)
-
-
-def test_the_token_is_looked_for_where_the_hub_keeps_it_and_nowhere_else(
-    hub: Any, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MANYGATES_TOKEN", "hf_writer")
-    with pytest.raises(BadInput, match=r"there is no token for https://huggingface.co; .* `hf auth login`"):
-        plan_push(bundle, "org/new")
-    (tmp_path / "token").write_text("hf_writer")
-    assert plan_push(bundle, "org/new").creates_repository
-
-
-def test_an_empty_repository_may_be_filled(hub: Any, token: None, bundle: Bundle) -> None:
-    hub.put("org/new", {"README.md": b"---\nlicense: mit\n---\n"})
-    plan = plan_push(bundle, "org/new")
-    assert not plan.creates_repository
-    assert push(plan).changed
-
-
-# --- the README on the hub ---
-
-
-def read_back(text: str) -> list[EvalResult]:
-    """What the hub's own reader makes of a README's front matter."""
-    data = ModelCard(text).data.to_dict()
-    return model_index_to_eval_results(data["model-index"])[1] if "model-index" in data else []
-
-
-@pytest.mark.parametrize("name", [card.name for card in list_bundled()])
-def test_the_hub_reads_every_result_of_a_card_from_its_readme(name: str) -> None:
-    card = open_model(name, only=()).card
-    results = read_back(model_card(card, f"hf-hub:org/{name}"))
-    assert [result.metric_value for result in results] == [result.accuracy for result in card.results]
-    assert {result.task_type for result in results} <= {"image-classification"}
-    assert {result.metric_type for result in results} <= {"accuracy"}
-    assert {result.dataset_split for result in results} <= {"test"}
-    assert all(result.dataset_type in ("uoft-cs/cifar10", "ylecun/mnist") for result in results)
-    assert len({result.metric_name for result in results}) == len(results), "the name says which one it is"
-    for result, measured in zip(results, card.results, strict=True):
-        assert result.metric_args == {
-            "variant": measured.variant,
-            "protocol": measured.protocol,
-            "attack": measured.attack,
-            "norm": measured.norm,
-            "eps": measured.eps_fraction,
-            "images": measured.images,
-            "interval": list(measured.interval),
-        }
-        assert result.verified is None, "that word is the hub's own"
-
-
-def test_a_readme_without_results_has_no_model_index(card: Card) -> None:
-    data = ModelCard(model_card(replace(card, results=()))).data
-    assert data.eval_results is None
-    assert data.library_name == "manygates"
-
-
-# --- parts of a bundle ---
-
-
-@pytest.mark.parametrize("variants", [("single",), ("ensemble", "gated"), ("single", "ensemble", "gated")])
-@pytest.mark.parametrize("rounded", [(), ("single",)])
-def test_a_part_says_nothing_of_what_it_does_not_hold(variants: tuple[str, ...], rounded: tuple[str, ...]) -> None:
-    card = Card.from_json((HERE / "golden_card.json").read_text(encoding="utf-8"))
-    if not set(rounded) <= set(variants):
-        return
-    part = part_of(card, variants, rounded)
-    measured = {*variants, *(f"{variant}-int8" for variant in rounded)}
-    assert part.variants == variants
-    assert {result.variant for result in part.results} <= measured
-    assert {lint.variant for lint in part.lint} <= measured
-    assert (part.int8 is None) == (not rounded)
-    assert all(result in part.results for result in card.results if result.variant in measured)
-    assert Card.from_json(part.to_json()) == part
-
-
-def test_a_model_of_this_machine_is_pulled_from_where_it_is(bundle: Bundle, tmp_path: Path) -> None:
-    found = pull(str(bundle.folder), variants=("single",))
-    assert (found.folder, found.files) == (bundle.folder, ("single.onnx",))
-    copied = pull(str(bundle.folder), variants=("single",), out=tmp_path / "copy")
-    assert sorted(place.name for place in copied.folder.iterdir()) == ["README.md", "card.json", "single.onnx"]
-    assert Bundle.open(copied.folder).card.variants == ("single",)
-
-
-def test_a_bundle_without_int8_graphs_cannot_be_pulled_in_int8(bundle: Bundle) -> None:
-    with pytest.raises(BadInput, match="has no int8 graph of single, ensemble, gated, only of none"):
-        pull(str(bundle.folder), precision="int8")

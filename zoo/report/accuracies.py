@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from zoo.bundle import wording
 from zoo.bundle.card import Result
-from zoo.report import wording
-from zoo.report.document import Cell, Exhibit, Grid, Section
+from zoo.bundle.wording import FAILED, MISSING, SUSPECT, UNLESS, measured, terms
+from zoo.report.document import Cell, Exhibit, Grid, Section, grid
 from zoo.report.entries import Entry
-from zoo.report.wording import FAILED, MISSING, SUSPECT, UNLESS, measured, terms
 
 NOT_DEPLOYED = ("transfer-matrix", "diversity")
 """Their accuracies are of pairs of paths, on images that all answer: not what a deployed variant answers correctly."""
@@ -44,26 +44,19 @@ class Column:
         return self.order, self.group, self.eps
 
 
-def summary_grids(entries: Sequence[Entry], *, compact: bool = False) -> list[Grid]:
-    """Return the accuracies side by side: a table per data set, or several where there are many attacks.
-
-    Args:
-        entries: the rows.
-        compact: leave out the intervals and the costs and never split, for a README.
-    """
+def _grids(entries: Sequence[Entry]) -> list[Grid]:
+    """Return the accuracies side by side: a table per data set, or several where there are many attacks."""
     grids = []
     for dataset in dict.fromkeys(entry.card.dataset for entry in entries):
         rows = [entry for entry in entries if entry.card.dataset == dataset]
         found = {Column.of(result) for entry in rows for result in deployed(entry)}
-        columns = sorted(found, key=Column.key)
-        parts = [columns] if compact else _parts(columns)
-        for index, part in enumerate(parts):
+        for index, part in enumerate(parts := _parts(sorted(found, key=Column.key))):
             # a table after the first only has the rows that it says something of
             said = [
                 entry for entry in rows if any(Column.of(r) in part for r in deployed(entry) if measured(r) != _CLEAN)
             ]
             about = f"Accuracy on {dataset}" + (f", continued ({index + 1} of {len(parts)})" if index else "")
-            grids.append(_summary_grid(said if index else rows, part, about, compact=compact, costs=not index))
+            grids.append(_grid(said if index else rows, part, about, costs=not index))
     return grids
 
 
@@ -79,9 +72,7 @@ def _parts(columns: Sequence[Column]) -> list[list[Column]]:
     return [[*clean, *part] for part in parts]
 
 
-def _summary_grid(
-    entries: Sequence[Entry], columns: Sequence[Column], caption: str, *, compact: bool, costs: bool
-) -> Grid:
+def _grid(entries: Sequence[Entry], columns: Sequence[Column], caption: str, *, costs: bool) -> Grid:
     by_group: dict[str, list[Result]] = {}
     for entry in entries:
         for result in deployed(entry):
@@ -95,25 +86,21 @@ def _summary_grid(
         header += [Cell(text=column.text or "accuracy") for column in members]
     rows = []
     for entry in entries:
-        # in a README the linter has a column of its own
-        cells = [Cell(text=entry.model, detail="" if compact else entry.card.method), _variant_cell(entry, compact)]
+        cells = [Cell(text=entry.model, detail=entry.card.method), _variant_cell(entry)]
         for column in columns:
             there = [result for result in deployed(entry) if Column.of(result) == column]
-            cells.append(accuracy_cell(entry, there, usual=usual[column.group], compact=compact))
-        rows.append((*cells, *([entry.verdict] if compact else _costs(entry) if costs else [])))
-    if compact:
-        header.append(Cell(text="Linter"))
-        groups.append(Cell(text=""))
-    elif costs:
+            cells.append(accuracy_cell(entry, there, usual=usual[column.group]))
+        rows.append((*cells, *(_costs(entry) if costs else [])))
+    if costs:
         header += [Cell(text="parameters", detail="one path / all"), Cell(text="passes", detail="per image")]
         groups.append(Cell(text="cost", span=2))
-    return Grid(caption=caption, groups=tuple(groups), header=tuple(header), rows=tuple(rows), headings=2)
+    return grid(caption, header, rows, groups=groups, headings=2)
 
 
-def _variant_cell(entry: Entry, compact: bool) -> Cell:
-    if compact:
-        return Cell(text=entry.variant)
-    return Cell(text=entry.variant, detail=entry.verdict.text, tone=entry.verdict.tone)
+def _variant_cell(entry: Entry) -> Cell:
+    said = entry.verdict.text
+    text = said if entry.lint is None else f"linter: {said}"
+    return Cell(text=entry.variant, detail=text, tone=entry.verdict.tone, link=entry.key)
 
 
 def deployed(entry: Entry) -> Iterator[Result]:
@@ -121,21 +108,20 @@ def deployed(entry: Entry) -> Iterator[Result]:
     return (result for result in entry.results if result.protocol not in NOT_DEPLOYED)
 
 
-def accuracy_cell(entry: Entry, results: Sequence[Result], *, usual: str = "", compact: bool = False) -> Cell:
+def accuracy_cell(entry: Entry, results: Sequence[Result], *, usual: str = "") -> Cell:
     """Return one accuracy (or several of the same attack) with its marks, its interval, and where its terms differ.
 
     Args:
         entry: whose results these are.
         results: of one attack at one eps.
         usual: the terms that are said elsewhere; empty if the cell need not say how its own differ.
-        compact: leave out the interval.
     """
     if not results:
         return Cell(text=MISSING)
     differing = [wording.apart(result, usual) if usual else "" for result in results]
     return Cell(
         text=" / ".join(f"{wording.accuracy(result)}{_marks(entry, result)}" for result in results),
-        detail="" if compact else " / ".join(map(wording.interval, results)),
+        detail=" / ".join(map(wording.interval, results)),
         apart=" / ".join(said or "usual terms" for said in differing) if any(differing) else "",
         value=results[0].accuracy if len(results) == 1 else None,
         tone="alarm" if any(_marks(entry, result) for result in results) else "",
@@ -143,9 +129,13 @@ def accuracy_cell(entry: Entry, results: Sequence[Result], *, usual: str = "", c
 
 
 def _marks(entry: Entry, result: Result) -> str:
-    failed = any(not check.held for check in result.checks)
-    marks = (FAILED if failed else "") + (SUSPECT if entry.variant in entry.card.suspect else "")
+    marks = ("" if held(result) else FAILED) + (SUSPECT if entry.suspect else "")
     return f" {marks}" if marks else ""
+
+
+def held(result: Result) -> bool:
+    """Say whether every check of a measurement held."""
+    return all(check.held for check in result.checks)
 
 
 def _costs(entry: Entry) -> tuple[Cell, Cell]:
@@ -156,33 +146,38 @@ def _costs(entry: Entry) -> tuple[Cell, Cell]:
     )
 
 
-def legend(entries: Sequence[Entry]) -> list[str]:
-    """Return what the marks in these entries' tables mean; only the marks that occur."""
-    said = []
-    if any(not check.held for entry in entries for result in entry.results for check in result.checks):
-        said.append(f"{FAILED} A check of this measurement did not hold, so the number may be wrong.")
-    if any(entry.variant in entry.card.suspect for entry in entries):
-        said.append(
+def meanings(entries: Sequence[Entry], results: Iterable[Result], *, missing: bool) -> Iterator[str]:
+    """Yield what the marks of a table mean, only those that occur.
+
+    Args:
+        entries: the rows.
+        results: the numbers shown.
+        missing: whether some number was not measured.
+    """
+    if not all(map(held, results)):
+        yield f"{FAILED} A check of this measurement did not hold, so the number may be wrong."
+    if any(entry.suspect for entry in entries):
+        yield (
             f"{SUSPECT} The robustness linter raised an alarm: the numbers of this variant may flatter it, because the "
             "attacks may have failed for reasons other than robustness."
         )
     if any(entry.lint is None for entry in entries):
-        said.append("“not linted”: nobody has asked the robustness linter about this variant; run manygates lint.")
-    if any(Cell(text=MISSING) in row for grid in summary_grids(entries) for row in grid.rows):
-        said.append(f"{MISSING} Not measured.")
-    return said
+        yield "“not linted”: nobody has asked the robustness linter about this variant; run manygates lint."
+    if missing:
+        yield f"{MISSING} Not measured."
 
 
-def summary(entries: Sequence[Entry]) -> Section:
-    """Return the section of the summary."""
+def accuracies(entries: Sequence[Entry]) -> Section:
+    """Return the section of every accuracy under every attack, variant by variant."""
     left_out = sorted({measured(r) for e in entries for r in e.results if r.protocol in NOT_DEPLOYED})
-    remarks = legend(entries)
+    grids = tuple(_grids(entries))
+    missing = any(Cell(text=MISSING) in row for grid in grids for row in grid.rows)
+    remarks = list(meanings(entries, (result for entry in entries for result in entry.results), missing=missing))
     if left_out:
         remarks.append(f"Not in this table, as they say nothing about a deployed variant alone: {'; '.join(left_out)}.")
-    grids = tuple(summary_grids(entries))
     return Section(
-        key="summary",
-        title="Summary",
+        key="accuracies",
+        title="Every accuracy",
         intro="The share of test images that is answered correctly: as they are (clean), and after an attack that may "
         "move each pixel by ε (1 is black to white). Small print: the 95 % interval in per cent. Compare within a "
         "column, and only on equal terms. Passes are forward passes per image, the cost relative to one path.",

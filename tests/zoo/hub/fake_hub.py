@@ -79,6 +79,8 @@ class FakeHub:
         """May answer in the hub's place, to a method and a path."""
         self.after: Callable[[str, str, Answer], Answer] = lambda method, path, answer: answer
         """May change an answer."""
+        self.client: Callable[[], object] = lambda: None
+        """Makes the HTTP client that reaches this hub, where it is behind no socket."""
 
     def put(self, name: str, files: Mapping[str, bytes], *, private: bool = False) -> Repository:
         """Make a repository, or a new commit of it."""

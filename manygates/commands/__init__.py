@@ -1,0 +1,1 @@
+"""The commands, a module per family: each declares its arguments beside what it does."""
