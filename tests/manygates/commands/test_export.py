@@ -71,7 +71,7 @@ def test_exporting_a_bundle_again_gives_the_same_graphs_and_keeps_what_the_linte
 def test_a_place_that_is_taken_is_refused_before_any_work(
     command: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
 ) -> None:
-    monkeypatch.setattr("training.loop.load_run", None)  # not reached
+    monkeypatch.setattr("training.run.load_run", None)  # not reached
     (tmp_path / "thesis.tex").touch()
     assert "is not empty and holds no bundle, so its content would be lost" in cli.refused(
         command, run, "--out", tmp_path
