@@ -77,13 +77,8 @@ def _grpc_beside(application: Application) -> AbstractAsyncContextManager[int]:
         from serving.grpc import server as grpc_server  # few need its libraries
     except ModuleNotFoundError as error:
         raise BadInput(f"gRPC needs {error.name!r}; install it with `pip install 'manygates[serve]'`") from error
-    return grpc_server.running(
-        application.service,
-        application.admission,
-        application.budget,
-        application.administration,
-        application.tracer,
-    )
+    ours = application
+    return grpc_server.running(ours.service, ours.admission, ours.budget, ours.administration, ours.tracer)
 
 
 class _Stopped(BaseException):
@@ -203,7 +198,7 @@ class Server(uvicorn.Server):
         server, so both end in a normal return.
         """
         if self._exit_at is None:
-            self._application.begin_drain()
+            self._application.service.begin_drain()
             self._exit_at = time.monotonic() + self._application.settings.drain_delay
         else:
             self.should_exit = self.force_exit = True

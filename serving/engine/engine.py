@@ -9,13 +9,14 @@ A multi-exit network in mode `single` answers with its last exit, in batches lik
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.answers import Plan, Prediction, Predictor
 from serving.engine.exits import LAST_EXIT, ExitChoice, always_last, choose_exit, num_exits
+from serving.engine.gate_compiler import Scope
 from serving.engine.gates import GateSource, SystemGates, open_gated
 from serving.engine.graphs import (
     AGREEMENT,
@@ -34,8 +35,6 @@ from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle
 from zoo.errors import BadInput, BundleError
 from zoo.vocabulary import Device, Mode, Precision
 
-GateScope = Literal["image", "batch"]
-
 
 class Engine(Predictor):
     """A bundle loaded into ONNX Runtime; a `Predictor`.
@@ -52,7 +51,7 @@ class Engine(Predictor):
         *,
         more_modes: Sequence[Mode] = (),
         draws: int = 1,
-        gate_scope: GateScope = "image",
+        gate_scope: Scope = "image",
         precision: Precision = "fp32",
         intra_op: int = 1,
         wide: int = 1,
@@ -74,10 +73,9 @@ class Engine(Predictor):
             precision: `int8` takes the quantised graphs.
             intra_op: how many cores one batch uses.
             wide: how many cores an image that comes alone uses; 1 needs no further session.
-            device: `cuda` needs ONNX Runtime's CUDA provider and its libraries.
-            allow_cpu_fallback: with `cuda`, run on the processor where the GPU cannot be used; otherwise that is an
-                error.
-            allow_spinning: let idle threads spin: a little less latency for cores that are never idle.
+            device: as `Opener`, like the next two.
+            allow_cpu_fallback: see there.
+            allow_spinning: see there.
             gate_source: where `random` draws its gates from; None is the operating system's entropy.
             exit_choice: which exit of a multi-exit model answers.
             any_exit: let `predict` be told for each image, on a multi-exit model; other models have nothing to tell.
@@ -95,13 +93,12 @@ class Engine(Predictor):
             )
         self.card = bundle.card
         self.mode: Mode = choose_mode(bundle.card, mode)
-        self.modes: tuple[Mode, ...] = tuple(
-            dict.fromkeys((self.mode, *(choose_mode(self.card, m) for m in more_modes)))
-        )
+        chosen = (self.mode, *(choose_mode(self.card, each) for each in more_modes))
+        self.modes: tuple[Mode, ...] = tuple(dict.fromkeys(chosen))
         self.plan = Plan(self.mode, draws if self.mode == "random" else 1)
         self.draws = draws
         self.precision: Precision = precision
-        self.gate_scope: GateScope = gate_scope
+        self.gate_scope: Scope = gate_scope
         self.wide = wide > 1 and device == "cpu"
         """Whether `predict` may be told to use every core for one image."""
         self.provider = PROVIDERS[device]
@@ -193,10 +190,8 @@ class Engine(Predictor):
             answer = self._run_early(np.zeros((1, *shape), dtype=np.float32), limits)
             self._check_answer(answer, 1)
             if answer.exits is None or answer.exits.tolist() != [chosen]:
-                raise BundleError(
-                    f"{self.card.name}/{EARLY_EXIT_FILE}: exit {answer.exits} answers where {chosen} was asked; "
-                    "export it again"
-                )
+                file = f"{self.card.name}/{EARLY_EXIT_FILE}"
+                raise BundleError(f"{file}: exit {answer.exits} answers where {chosen} was asked; export it again")
 
     def _checked(self, graph: bytes, name: str, *, silent: bool = False) -> Any:
         """Open a graph on the cores of one batch, and compare its signature with the card."""
@@ -212,7 +207,7 @@ class Engine(Predictor):
         if self.wide:
             broad = self._open(graph, f"{self.card.name}/{name}", threads=self._wide_threads)
         votes = any(entry.name == AGREEMENT for entry in narrow.get_outputs())
-        outputs = [*OUTPUTS, AGREEMENT] if votes else OUTPUTS
+        outputs = [*OUTPUTS, AGREEMENT] if votes else [*OUTPUTS]
         return _Graph(_runner(narrow, outputs), _runner(broad, outputs), votes)
 
     def _gated(self, graph: bytes, name: str) -> "_Graph":

@@ -6,7 +6,6 @@ but the last, which answers whatever is left; the graph `early_exit.onnx` takes 
 answers count exits from 1, that graph from 0.
 """
 
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,6 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.errors import shown
 from zoo.bundle.card import Card
 from zoo.errors import BadInput
 
@@ -35,13 +35,13 @@ class ExitChoice:
     def __post_init__(self) -> None:
         if self.exit is not None and self.confidence is not None:
             raise BadInput(
-                f"exit {_short(self.exit)} and confidence {_short(self.confidence)} were both given; leave one out"
+                f"exit {shown(self.exit)} and confidence {shown(self.confidence)} were both given; leave one out"
             )
         if self.exit is not None and (not isinstance(self.exit, int) or isinstance(self.exit, bool)):
-            raise BadInput(f"exit is {_short(self.exit)}, expected a whole number; the first exit is 1")
+            raise BadInput(f"exit is {shown(self.exit)}, expected a whole number; the first exit is 1")
         for number in _each(self.confidence):
             if not _is_confidence(number) and not (isinstance(self.confidence, Sequence) and number == np.inf):
-                raise BadInput(f"confidence is {_short(number)}, expected a number above 0 and up to 1, like 0.9")
+                raise BadInput(f"confidence is {shown(number)}, expected a number above 0 and up to 1, like 0.9")
 
     def __bool__(self) -> bool:
         """Whether anything but the last exit was asked for by name."""
@@ -67,7 +67,7 @@ class ExitChoice:
             return np.array(each, dtype=np.float32)
         chosen = num_exits if self.exit is None else self.exit
         if not 1 <= chosen <= num_exits:
-            raise BadInput(f"exit is {_short(chosen)}, expected 1 to {num_exits}, the exits of {name}")
+            raise BadInput(f"exit is {shown(chosen)}, expected 1 to {num_exits}, the exits of {name}")
         return np.where(np.arange(1, num_exits) < chosen, np.inf, -np.inf).astype(np.float32)
 
 
@@ -86,7 +86,7 @@ def choose_exit(card: Card, choice: ExitChoice) -> NDArray[np.float32] | None:
     if card.exits:
         return choice.limits(card.name, num_exits(card))
     if choice:
-        given = f"exit {_short(choice.exit)}" if choice.exit is not None else f"confidence {_short(choice.confidence)}"
+        given = f"exit {shown(choice.exit)}" if choice.exit is not None else f"confidence {shown(choice.confidence)}"
         raise BadInput(f"{given} was given, but {card.name} has only one exit; leave it out")
     return None
 
@@ -103,7 +103,7 @@ def read_exit(text: str) -> int:
         BadInput: if it is no whole number.
     """
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise BadInput(f"exit is {_short(text)}, expected a whole number; the first exit is 1")
+        raise BadInput(f"exit is {shown(text)}, expected a whole number; the first exit is 1")
     return int(text)
 
 
@@ -118,7 +118,7 @@ def read_confidence(text: str) -> float | tuple[float, ...]:
             raise ValueError(f"more than {_MAX_TEXT} characters")
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise BadInput(f'confidence is {_short(text)}, expected numbers like "0.9" or "0.9,0.8"') from error
+        raise BadInput(f'confidence is {shown(text)}, expected numbers like "0.9" or "0.9,0.8"') from error
     return numbers if len(numbers) > 1 else numbers[0]
 
 
@@ -131,11 +131,6 @@ def _each(confidence: float | Sequence[float] | None) -> tuple[float, ...]:
     if confidence is None:
         return ()
     return tuple(confidence) if isinstance(confidence, Sequence) else (confidence,)
-
-
-def _short(value: object) -> str:
-    """Show a value from a request, however large it is."""
-    return reprlib.repr(value)
 
 
 LAST_EXIT: Final = ExitChoice()

@@ -12,8 +12,12 @@ from zoo.runtime import CPU, GraphError, runtime, session
 from zoo.vocabulary import VARIANT_OF_MODE, Device, Mode, Precision
 
 PROVIDERS: Final = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
-INPUT, GATES, LIMITS, OUTPUTS = "images", "gates", "limits", ["probabilities", "logits"]
-EXIT, AGREEMENT = "exit", "agreement"
+INPUT: Final = "images"
+GATES: Final = "gates"
+LIMITS: Final = "limits"
+OUTPUTS: Final = ("probabilities", "logits")
+EXIT: Final = "exit"
+AGREEMENT: Final = "agreement"
 _FALLBACK_HINT: Final = "install the CUDA libraries it names, or allow the fall-back to the processor"
 
 

@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.answers import Prediction
-from serving.errors import bad_request
+from serving.engine.graphs import INPUT, OUTPUTS
+from serving.errors import bad_request, shown
 from serving.protocol.choices import Asked, Parameters, checked_parameters
 from serving.protocol.messages import message
-from serving.protocol.shown import shown
-from serving.protocol.tensors import INPUT, OUTPUTS, bytes_of, datatype_of, output_of
+from serving.protocol.tensors import bytes_of, datatype_of, output_of
 from serving.scheduling.service import Served
 
 _CONTENTS: Final = {"FP32": "fp32_contents", "UINT8": "uint_contents"}

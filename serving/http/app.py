@@ -19,12 +19,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.engine.graphs import modes_of
-from serving.errors import Headers, RequestError
+from serving.errors import Headers, RequestError, not_ready
 from serving.http.bodies import Bodies
 from serving.http.connection import Connection
 from serving.http.documented import documented
 from serving.http.edge import Edge
-from serving.http.inference import Inference, error_response, stopped
+from serving.http.inference import STOPPED, Inference
 from serving.http.models import Models, readiness
 from serving.http.pictures import Pictures
 from serving.operations.metrics import CONTENT_TYPE
@@ -34,8 +34,14 @@ from serving.scheduling.administration import Administration
 from serving.scheduling.repository import Repository
 from serving.scheduling.service import Model, Served, Service
 from zoo.errors import BadInput
+from zoo.vocabulary import VERSION
 
 logger = logging.getLogger("manygates.serving")
+
+_ENDPOINTS = (
+    "POST /classify",
+    *(f"GET {path}" for path in ("/v2", "/v2/health/live", "/v2/health/ready", "/metrics", "/openapi.json")),
+)
 
 ServeBeside = Callable[["Application"], AbstractAsyncContextManager[int]]
 """Serves another protocol while its block runs; the block is given the port."""
@@ -56,14 +62,10 @@ class Application:
         tracer: Any = None,
         grpc: ServeBeside | None = None,
     ) -> None:
-        """Prepare to serve.
+        """Prepare to serve; of the models the first is the one that `/classify` uses by default.
 
-        Args:
-            models: the first is the one that `/classify` uses by default.
-            settings: None takes the defaults.
-            repository: where the models come from, which may load, reload and unload them while the server runs.
-            tracer: of OpenTelemetry; None traces nothing.
-            grpc: serves gRPC beside HTTP; None serves none.
+        Models may be loaded, reloaded and unloaded while the server runs if there is a `repository`. Without a `tracer`
+        of OpenTelemetry nothing is traced; without `grpc` there is only HTTP.
 
         Raises:
             BadInput: if there is no model, two have the same name and version, or the settings name a file that cannot
@@ -91,7 +93,7 @@ class Application:
         self._inference = Inference(self.service, bodies)
         self._pictures = Pictures(self.service, self.admission, bodies)
         self._models = Models(self.service, self.administration, bodies)
-        self._edge = Edge(self._route, self.settings, self.admission, self._refuse, tracer)
+        self._edge = Edge(self._route, self.settings, self.admission, self.metrics, tracer)
         self._short_way = not self.settings.log_requests and tracer is None
         self._hot_paths: dict[bytes, Served] = {}
         self._hot_paths_of = -1
@@ -117,28 +119,9 @@ class Application:
         await self.rest(scope, receive, send)
 
     @property
-    def draining(self) -> bool:
-        """Whether we are about to stop."""
-        return self.service.draining
-
-    @property
-    def ready(self) -> bool:
-        """Whether all is served that should be, and every model takes requests, and will for a while."""
-        return self.service.ready
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of all bodies that are being received or answered, on every protocol."""
-        return self.budget.held
-
-    @property
     def stuck(self) -> bool:
         """Whether a thread is still at work after the stop, which the interpreter would wait for at its end."""
         return self.service.scheduler.stuck or self._pictures.busy
-
-    def begin_drain(self) -> None:
-        """Say that we are not ready any more, so that no new clients are sent here; requests are still answered."""
-        self.service.begin_drain()
 
     def hot(self, path: bytes, headers: Headers) -> Served | None:
         """Return the model whose inference has this path, if a request with these headers may take the short way."""
@@ -175,7 +158,7 @@ class Application:
             if self.tracer is not None:
                 await asyncio.to_thread(self.tracer.close)
             for connection in list(self.connections):
-                connection.stop_collecting(stopped())
+                connection.stop_collecting(not_ready(STOPPED))
             self._pictures.stop()
 
     @property
@@ -231,10 +214,8 @@ class Application:
             for name in self.service.names
             for served in [self.service.find(name)]
         ]
-        endpoints = ["POST /classify", "GET /v2", "GET /v2/health/live", "GET /v2/health/ready", "GET /metrics"]
-        endpoints.append("GET /openapi.json")
-        version = self.service.description()["version"]
-        return JSONResponse({"name": "manygates", "version": version, "models": models, "endpoints": endpoints})
+        known = {"name": "manygates", "version": VERSION, "models": models, "endpoints": _ENDPOINTS}
+        return JSONResponse(known)
 
     @documented("server", answer="OpenApi")
     async def openapi(self, request: Request) -> Response:
@@ -264,12 +245,7 @@ class Application:
     @documented("server", answer="Ready", says_no=True)
     async def server_ready(self, request: Request) -> Response:
         """Whether all models that should be served take requests."""
-        return readiness({}, self.ready)
-
-    def _refuse(self, error: RequestError, path: str) -> tuple[int, Headers, bytes]:
-        """Count a request that was refused before anything was looked up."""
-        self.metrics.failed("", error.reason)
-        return error_response(error)
+        return readiness({}, self.service.ready)
 
     async def _answer_error(self, request: Request, error: RequestError) -> Response:
         self.metrics.failed(getattr(request.state, "model", ""), error.reason)
@@ -278,13 +254,12 @@ class Application:
 
     async def _answer_http_exception(self, request: Request, error: HTTPException) -> Response:
         path = request.url.path[:128]
-        reasons = {404: "not_found", 405: "method_not_allowed"}
-        messages = {
-            404: f"no such path {path!r}; see /",
-            405: f"{request.method} is not offered on {path!r}; the header Allow names what is",
+        told = {
+            404: ("not_found", f"no such path {path!r}; see /"),
+            405: ("method_not_allowed", f"{request.method} is not offered on {path!r}; the header Allow names what is"),
         }
-        self.metrics.failed(getattr(request.state, "model", ""), reasons.get(error.status_code, "http"))
-        message = messages.get(error.status_code, error.detail)
+        reason, message = told.get(error.status_code, ("http", error.detail))
+        self.metrics.failed(getattr(request.state, "model", ""), reason)
         return JSONResponse({"error": message}, status_code=error.status_code, headers=error.headers)
 
     async def _answer_defect(self, request: Request, error: Exception) -> Response:

@@ -18,10 +18,10 @@ from starlette.responses import JSONResponse, Response
 
 from serving.answers import Prediction
 from serving.engine.exits import read_confidence, read_exit
-from serving.errors import RequestError, bad_request, busy
+from serving.errors import RequestError, bad_request, busy, not_ready
 from serving.http.bodies import Bodies, ClientGone
 from serving.http.documented import documented
-from serving.http.inference import note, predict, stopped
+from serving.http.inference import STOPPED, note, predict
 from serving.protocol.admission import Admission
 from serving.protocol.choices import Asked
 from serving.scheduling.scheduler import DeadlineExceeded
@@ -64,14 +64,14 @@ class Decoders:
             BadImage: as `decode_image`.
         """
         if self._stopped:
-            raise busy(503, "not_ready", "the server is starting or stopping; try again, it may be another")
+            raise not_ready()
         if len(self._work) >= _MAX_DECODING:
             raise busy(429, "queue_full", f"{_MAX_DECODING} images are being decoded; try again in a second")
         held = [content]  # what nobody waits for any more is not kept until a thread is free
         del content
         work = self._threads.submit(lambda: self._decode(held.pop(), wanted))
         waiting = self._work[work] = asyncio.wrap_future(work)
-        work.add_done_callback(self._forget)
+        work.add_done_callback(lambda done: self._work.pop(done, None))
         try:
             return await waiting
         finally:
@@ -84,15 +84,11 @@ class Decoders:
             waiting.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _forget(self, work: Future[NDArray[np.float32]]) -> None:
-        self._work.pop(work, None)
-
 
 class Pictures:
     """Classifies image files."""
 
     def __init__(self, service: Service, admission: Admission, bodies: Bodies) -> None:
-        """Prepare to answer with the models of `service`."""
         self._service = service
         self._admission = admission
         self._bodies = bodies
@@ -144,7 +140,7 @@ class Pictures:
         except asyncio.CancelledError as error:
             if not self._service.draining:
                 raise
-            raise stopped() from error
+            raise not_ready(STOPPED) from error
         served.metrics.answered("classify", asked.plan, time.perf_counter() - started)
         note(request.scope, served, asked, 1)
         return JSONResponse(_classification(served, asked, answer, top))
@@ -152,7 +148,7 @@ class Pictures:
     async def _decode(self, served: Served, content: bytes, timeout: float | None) -> NDArray[np.float32]:
         """Decode within `timeout` seconds."""
         if self._decoders is None:
-            raise busy(503, "not_ready", "the server is starting or stopping; try again, it may be another")
+            raise not_ready()
         try:
             async with asyncio.timeout(timeout):
                 return await self._decoders.decode(content, served.model.card.input)

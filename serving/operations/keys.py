@@ -73,11 +73,6 @@ class Keys:
             self._look()
         return self._generation
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the keys."""
-        return tuple(key.name for key in self._keys)
-
     def check(self, authorization: bytes | None, x_api_key: bytes | None, model: str | None = None) -> str:
         """Return the name of the key that a request brings, if it may do what it wants.
 

@@ -14,20 +14,19 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.answers import Plan, Prediction
-from serving.errors import Headers, bad_request
+from serving.answers import Prediction
+from serving.engine.graphs import INPUT, OUTPUTS
+from serving.errors import Headers, bad_request, shown
 from serving.protocol.choices import NOTHING_ASKED, Asked, Choices, Parameters, checked_parameters
-from serving.protocol.shown import shown
-from serving.protocol.tensors import INPUT, OUTPUTS, Tensors, bytes_of, datatype_of, output_of, pixels_of_json
+from serving.protocol.tensors import Tensors, bytes_of, datatype_of, output_of, pixels_of_json
 from zoo.bundle.card import Card
-from zoo.vocabulary import Mode
 
 HEADER_LENGTH: Final = b"inference-header-content-length"
 VERSION: Final = "1"
@@ -80,32 +79,18 @@ class Codec:
     def __init__(
         self,
         card: Card,
+        choices: Choices | None = None,
         *,
         max_rows: int,
         version: str = VERSION,
-        plan: Plan | None = None,
-        modes: Sequence[Mode] = (),
-        voting: Sequence[Mode] = (),
-        max_draws: int = 1,
-        may_choose_exit: bool = False,
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Prepare for a model.
+        """Prepare for a model whose requests may hold `max_rows` images.
 
-        Args:
-            card: of the model.
-            max_rows: how many images one request may hold.
-            version: the model's.
-            plan: how a request is answered that chooses nothing; None is by one path.
-            modes: what a request may choose instead; empty where it may not choose.
-            voting: the modes that can tell their agreement; `random` does with more than one draw only.
-            max_draws: how many draws a request may choose.
-            may_choose_exit: whether a request may say which exit of a multi-exit model is to answer.
-            details: what the metadata tells beside the protocol's own fields.
+        `choices` is what a request may choose, None is nothing. `details` is what the metadata tells beside the
+        protocol's own fields.
         """
-        self.choices = Choices(
-            card, plan=plan, modes=modes, voting=voting, max_draws=max_draws, may_choose_exit=may_choose_exit
-        )
+        self.choices = choices or Choices(card)
         self.tensors = Tensors(card, max_rows)
         self._name = card.name
         self._version = version

@@ -11,14 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.answers import Prediction
-from serving.errors import RequestError, bad_request
-from serving.protocol.shown import shown
+from serving.engine.graphs import AGREEMENT, EXIT, INPUT
+from serving.errors import RequestError, bad_request, shown
 from zoo.bundle.card import Card
 
-INPUT: Final = "images"
-OUTPUTS: Final = ("probabilities", "logits")
-EXIT: Final = "exit"
-AGREEMENT: Final = "agreement"
 ITEM_BYTES: Final = {"FP32": 4, "UINT8": 1}
 """Datatype of the input -> bytes of a number."""
 _WIRE: Final = {"probabilities": "<f4", "logits": "<f4", EXIT: "<i8", AGREEMENT: "<f4"}

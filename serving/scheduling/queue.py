@@ -13,6 +13,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -51,43 +52,21 @@ class BatchObserver(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False)
 class Ticket:
     """One caller's images in a queue, and how far they have got."""
 
-    __slots__ = (
-        "answer",
-        "arrived",
-        "done",
-        "images",
-        "lane",
-        "limits",
-        "next_row",
-        "open_rows",
-        "queue",
-        "started",
-        "timer",
-    )
-
-    def __init__(
-        self,
-        queue: "Queue",
-        images: NDArray[Any],
-        limits: NDArray[np.float32] | None,
-        done: Done,
-        lane: "deque[Ticket]",
-        arrived: float,
-    ) -> None:
-        self.queue = queue
-        self.images = images
-        self.limits = limits
-        self.done: Done | None = done
-        self.lane = lane
-        self.arrived = arrived
-        self.started = arrived
-        self.next_row = 0
-        self.open_rows = len(images)
-        self.answer: Prediction | None = None
-        self.timer: asyncio.TimerHandle | None = None
+    queue: "Queue"
+    images: NDArray[Any]
+    limits: NDArray[np.float32] | None
+    done: Done | None
+    lane: "deque[Ticket]"
+    arrived: float
+    started: float
+    open_rows: int
+    next_row: int = 0
+    answer: Prediction | None = None
+    timer: asyncio.TimerHandle | None = None
 
     def settle(self, outcome: Outcome) -> None:
         """Tell the caller, once."""
@@ -148,7 +127,7 @@ class Queue:
         Args:
             predictor: answers; it is called from several threads.
             max_batch: images in a batch, at most.
-            max_queue: images waiting, at most; a request beyond that is refused.
+            max_queue: images waiting, at most.
             bulk_images: requests of more images than this yield to the others; 0 is `max_batch`.
             queue_timeout: seconds after which a request that is still waiting is refused.
             weight: the model's share of the workers, relative to the other models'.
@@ -207,7 +186,7 @@ class Queue:
         if lanes is None:
             lanes = self._lanes[plan] = _Lanes(deque(), deque())
         lane = lanes.bulk if bulk or rows * (1 if plan is None else plan.draws) > self._bulk_images else lanes.small
-        ticket = Ticket(self, images, limits, done, lane, now)
+        ticket = Ticket(self, images, limits, done, lane, now, now, rows)
         lane.append(ticket)
         self.waiting += rows
         self._open_tickets += 1
@@ -255,10 +234,8 @@ class Queue:
         """Yield the requests that a batch's answer completes, with their rows of it."""
         row = 0
         for ticket, start, stop in parts:
-            rows = stop - start
-            if len(parts) == 1:
-                own = answer
-            else:
+            rows, own = stop - start, answer
+            if len(parts) > 1:
                 end = row + rows
                 own = Prediction(*(None if values is None else values[row:end] for values in answer))  # type: ignore[arg-type]
             row += rows
