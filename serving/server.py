@@ -158,17 +158,11 @@ class Server(uvicorn.Server):
     """Uvicorn, which on the first signal first tells the world that we are not ready any more."""
 
     def __init__(self, application: Application) -> None:
-        """Prepare to serve `application` with its own settings."""
         settings = application.settings
         config = uvicorn.Config(
             application,
             loop="uvloop" if sys.platform != "win32" else "asyncio",
-            http=connections_of(
-                application,
-                header_timeout=settings.header_timeout,
-                body_timeout=settings.body_timeout,
-                max_body_bytes=settings.max_body_bytes,
-            ),
+            http=connections_of(application, settings),
             lifespan="on",
             log_config=None,  # `serving.operations.log` has configured its loggers as well
             access_log=False,

@@ -128,7 +128,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
             RequestError: 401 without a key that holds, 403 if it does not hold for this model.
         """
         path = _HTTP_PATHS.get(method, _HTTP_PATHS["ServerReady"])
-        return self._admission.check_headers(path.format(model="-"), list(headers.items()), model)
+        return self._admission.check(path.format(model="-"), list(headers.items()), model)
 
     def _refusal(self, method: str, error: RequestError) -> Any:
         async def refuse(_: Any, context: Any) -> None:

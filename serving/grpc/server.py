@@ -28,14 +28,8 @@ async def running(
 ) -> AsyncIterator[int]:
     """Serve gRPC inside the block, on the address of HTTP and the settings' port for gRPC; yields the port.
 
-    On leaving it no new calls are taken, and those in flight have what is left of the time to drain.
-
-    Args:
-        service: answers.
-        admission: says whose keys are good for what.
-        budget: counts the bytes of the messages that are being answered.
-        administration: shows and changes what is served.
-        tracer: of OpenTelemetry; None traces nothing.
+    On leaving it no new calls are taken, and those in flight have what is left of the time to drain. Without a `tracer`
+    of OpenTelemetry nothing is traced.
 
     Raises:
         BadInput: if the address cannot be used, or a file of the settings for TLS.
@@ -96,11 +90,8 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> int:
     try:
         if files is None:
             return int(server.add_insecure_port(address))
-        credentials = grpc.ssl_server_credentials(
-            [(files.key, files.certificate)],
-            root_certificates=files.client_ca,
-            require_client_auth=files.client_ca is not None,
-        )
+        key, certificate, client_ca = files
+        credentials = grpc.ssl_server_credentials([(key, certificate)], client_ca, client_ca is not None)
         return int(server.add_secure_port(address, credentials))
     except RuntimeError as error:
         raise BadInput(

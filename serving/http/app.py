@@ -128,7 +128,7 @@ class Application:
         served = self._paths.get(path) if self._short_way else None
         if served is not None:
             try:
-                self.admission.check_headers(path.decode("latin-1"), headers)
+                self.admission.check(path.decode("latin-1"), headers)
             except RequestError:
                 return None  # the long way says why
         return served

@@ -17,6 +17,7 @@ from serving.errors import Headers, RequestError
 from serving.http.bodies import body_is_late
 from serving.http.bounded import BoundedConnection
 from serving.operations.log import clean_request_id
+from serving.operations.settings import Settings
 from serving.protocol.admission import ByteBudget
 from serving.protocol.open_inference import HEADER_LENGTH, InferRequest, http_response, json_headers
 from serving.scheduling.queue import Outcome, Ticket
@@ -284,11 +285,10 @@ class Connection(BoundedConnection):
             more += b"connection: close\r\n"
         end = response.index(b"\r\n") + 2
         response = b"".join((response[:end], more, response[end:]))
+        self.transport.write(response)
         if not cycle.keep_alive:
-            self.transport.write(response)
             self.transport.close()
             return
-        self.transport.write(response)
         if self.pipeline:
             self.on_response_complete()
             return
@@ -312,14 +312,7 @@ class Connection(BoundedConnection):
         self.application.connections.discard(self)
 
 
-def connections_of(
-    application: Hot, *, header_timeout: float, body_timeout: float, max_body_bytes: int
-) -> type[Connection]:
+def connections_of(application: Hot, settings: Settings) -> type[Connection]:
     """Return the connection's class with those limits, for uvicorn to create connections from."""
-    fields = {
-        "application": application,
-        "header_timeout": header_timeout,
-        "body_timeout": body_timeout,
-        "max_body_bytes": max_body_bytes,
-    }
-    return type("Connection", (Connection,), fields)
+    limits = {name: getattr(settings, name) for name in ("header_timeout", "body_timeout", "max_body_bytes")}
+    return type("Connection", (Connection,), {"application": application, **limits})

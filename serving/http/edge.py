@@ -71,7 +71,7 @@ class Edge:
                 if _CONTROL.search(scope["path"]):
                     shown = repr(scope["path"][:128])
                     raise bad_request(f"the path {shown} holds a control character; no path here has one, see /")
-                key = self._admission.check_headers(scope["path"], scope["headers"])
+                key = self._admission.check(scope["path"], scope["headers"])
             except RequestError as error:
                 self._metrics.failed("", error.reason)
                 code, headers, content = error_response(error)

@@ -118,7 +118,7 @@ class Pictures:
         query = request.query_params
         served = self._service.find(query.get("model"), query.get("version"))
         # a key for some models only: here the path does not say which one is asked
-        self._admission.check_headers(request.url.path, request.headers.raw, served.name)
+        self._admission.check(request.url.path, request.headers.raw, served.name)
         request.state.model = served.name  # an error from here on is counted as this model's
         top = _top(query.get("top"), len(served.model.card.classes))
         asked = served.codec.choices.asked(_parameters(query))

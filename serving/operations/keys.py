@@ -48,7 +48,6 @@ class Keys:
     """The keys of one file, as it is now."""
 
     def __init__(self, file: Path, keys: tuple[_Key, ...], version: tuple[int, int, int]) -> None:
-        """Take what `from_file` has read."""
         self._file = file
         self._keys = keys
         self._version = version
