@@ -1,6 +1,5 @@
 """Listening sockets, and how many files a process may have open for the connections that come in."""
 
-import ipaddress
 import logging
 import socket
 
@@ -61,6 +60,9 @@ def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
 
 def url_of(listener: socket.socket, scheme: str = "http") -> str:
     """Return the URL under which a bound socket is reached."""
-    host, port = listener.getsockname()[:2]
-    address = ipaddress.ip_address(host.partition("%")[0])
-    return f"{scheme}://[{host}]:{port}" if address.version == 6 else f"{scheme}://{host}:{port}"
+    return f"{scheme}://{address_of(*listener.getsockname()[:2])}"
+
+
+def address_of(host: str, port: int) -> str:
+    """Return HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -4,10 +4,8 @@
     serve run serving.ray_app:app models=NAME mode=random
     serve deploy deploy/ray.yaml
 
-Settings come from the arguments, then the environment (`MANYGATES_SERVE_…`), then its settings file, as everywhere;
-they are read where the application is built, and every replica gets them. What Ray does itself is not ours to set: on
-which address it listens, TLS, how many replicas there are and where. Inside a replica the server schedules, between
-replicas Ray does.
+Settings come from the arguments, then the environment, then its settings file, as everywhere; they are read where the
+application is built. Ray itself decides on which address it listens, TLS, how many replicas there are and where.
 """
 
 import dataclasses

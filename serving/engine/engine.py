@@ -1,8 +1,7 @@
 """The engine: ONNX Runtime sessions over one bundle, in one of three modes.
 
 `single` runs one derived path, `ensemble` the mean over several, and `random` a fresh path for every image, drawn from
-the operating system's entropy. The drawn gates stay inside this module: they are not returned, logged or counted apart,
-because an attacker who learns them faces a fixed network.
+the operating system's entropy. The drawn gates never leave this room (`serving.engine.gates`).
 
 A multi-exit network in mode `single` answers with its last exit, in batches like any other, or with an earlier one: see
 `serving.engine.exits`. Then each image runs alone, because images that leave at different exits share no later stage.

@@ -1,7 +1,6 @@
 """The Open Inference Protocol over gRPC, and gRPC's own health protocol, on the event loop of everything else."""
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,6 +9,7 @@ from typing import Any, Final
 import grpc
 
 from serving.grpc.calls import Calls
+from serving.listener import address_of
 from serving.operations.settings import Settings
 from serving.operations.tls import pems
 from serving.protocol.admission import Admission, ByteBudget
@@ -40,7 +40,7 @@ async def running(
     server.add_generic_rpc_handlers((calls,))
     port = _bind(server, settings)
     await server.start()
-    logger.info("gRPC at %s", _address(settings.host, port))
+    logger.info("gRPC at %s", address_of(settings.host, port))
     try:
         yield port
     finally:
@@ -76,16 +76,9 @@ def _milliseconds(seconds: float) -> int:
     return max(1, min(int(1000 * seconds), _MOST))
 
 
-def _address(host: str, port: int) -> str:
-    try:
-        return f"[{host}]:{port}" if ipaddress.ip_address(host.partition("%")[0]).version == 6 else f"{host}:{port}"
-    except ValueError:  # a name
-        return f"{host}:{port}"
-
-
 def _bind(server: grpc.aio.Server, settings: Settings) -> int:
     """Listen, and return the port."""
-    address = _address(settings.host, settings.grpc_port)
+    address = address_of(settings.host, settings.grpc_port)
     files = pems(settings)
     try:
         if files is None:

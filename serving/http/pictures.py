@@ -47,14 +47,9 @@ class Decoders:
         """Start to take work; files may have `max_pixels` pixels."""
         self._decode = functools.partial(decode_image, max_pixels=max_pixels)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._work: dict[Future[NDArray[np.float32]], asyncio.Future[NDArray[np.float32]]] = {}
+        self.work: dict[Future[NDArray[np.float32]], asyncio.Future[NDArray[np.float32]]] = {}
         """What is decoded or waits for a thread, and who waits for it."""
         self._stopped = False
-
-    @property
-    def busy(self) -> bool:
-        """Whether a thread is at work, or has work to do."""
-        return bool(self._work)
 
     async def decode(self, content: bytes, wanted: InputFormat) -> NDArray[np.float32]:
         """Return the pixels of an image file, (1, channel, height, width). A cancelled caller gives up its place.
@@ -65,13 +60,13 @@ class Decoders:
         """
         if self._stopped:
             raise not_ready()
-        if len(self._work) >= _MAX_DECODING:
+        if len(self.work) >= _MAX_DECODING:
             raise busy(429, "queue_full", f"{_MAX_DECODING} images are being decoded; try again in a second")
         held = [content]  # what nobody waits for any more is not kept until a thread is free
         del content
         work = self._threads.submit(lambda: self._decode(held.pop(), wanted))
-        waiting = self._work[work] = asyncio.wrap_future(work)
-        work.add_done_callback(lambda done: self._work.pop(done, None))
+        waiting = self.work[work] = asyncio.wrap_future(work)
+        work.add_done_callback(lambda done: self.work.pop(done, None))
         try:
             return await waiting
         finally:
@@ -80,7 +75,7 @@ class Decoders:
     def stop(self) -> None:
         """Cancel whoever still waits, and let the threads end after what they are doing; waits for nothing."""
         self._stopped = True
-        for waiting in list(self._work.values()):
+        for waiting in list(self.work.values()):
             waiting.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -106,7 +101,7 @@ class Pictures:
     @property
     def busy(self) -> bool:
         """Whether a file is being decoded, also after the stop."""
-        return self._decoders is not None and self._decoders.busy
+        return self._decoders is not None and bool(self._decoders.work)
 
     @documented("inference", takes="Picture", answer="Classification", refuses=(404, 408, 413, 415, 429, 500, 504))
     async def classify(self, request: Request) -> Response:

@@ -105,7 +105,7 @@ class Metrics:
 
 
 class ModelMetrics:
-    """What one version of a model has done; a `BatchObserver`. `Metrics.add` comes before anything is counted."""
+    """What one version of a model has done. `Metrics.add` comes before anything is counted."""
 
     def __init__(
         self,

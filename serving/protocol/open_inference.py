@@ -5,9 +5,7 @@ tensor (`Inference-Header-Content-Length: 0`). Everything is checked here, befor
 that gets through cannot fail in the model.
 
 Further outputs come only to requests that name them: `exit` of a multi-exit model; and `agreement`, the share of draws
-or members that vote for the winner. The parameters of a request may set `timeout` (microseconds) and `priority` (2
-yields to others) and, where the operator allows it, choose by `exit` or `confidence` which exit answers, and by `mode`
-and `draws` how.
+or members that vote for the winner. What the parameters of a request may choose is in `serving.protocol.choices`.
 
 https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md

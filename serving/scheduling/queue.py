@@ -1,8 +1,7 @@
 """The requests that wait for one model, and whose turn it is.
 
 This is state and rules alone: it starts no thread and calls no model. `serving.scheduling.scheduler` owns it on the
-event loop, takes batches from it, has them computed and tells the callers. Rows are accounted per request: a request
-of many rows is cut into several batches, and a batch may hold parts of several.
+event loop. A request of many rows is cut into several batches, and a batch may hold parts of several requests.
 
 Small requests come before bulk ones, but every fourth batch is bulk if any waits; among requests of one kind the oldest
 is next.
@@ -14,12 +13,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.answers import Plan, Prediction, Predictor
+from serving.operations.metrics import ModelMetrics
 
 logger = logging.getLogger("manygates.serving")
 
@@ -38,18 +38,6 @@ class Draining(Exception):  # noqa: N818 -- says what happened
 
 Outcome = Prediction | Exception
 Done = Callable[[Outcome], None]
-
-
-class BatchObserver(Protocol):
-    """Is told what happened to batches; on the event loop's thread."""
-
-    def request_started(self, queue_seconds: float) -> None:
-        """A request's first row left the queue."""
-        ...
-
-    def batch_finished(self, answer: Prediction, compute_seconds: float, plan: Plan | None) -> None:
-        """A batch of images was answered."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -120,7 +108,7 @@ class Queue:
         bulk_images: int = 0,
         queue_timeout: float = 30.0,
         weight: float = 1.0,
-        observer: BatchObserver | None = None,
+        observer: ModelMetrics | None = None,
     ) -> None:
         """Prepare; the scheduler opens it.
 
@@ -131,7 +119,7 @@ class Queue:
             bulk_images: requests of more images than this yield to the others; 0 is `max_batch`.
             queue_timeout: seconds after which a request that is still waiting is refused.
             weight: the model's share of the workers, relative to the other models'.
-            observer: is told about requests and batches.
+            observer: is told about requests and batches; on the event loop's thread.
         """
         self.predictor = predictor
         self.max_batch = max_batch

@@ -20,8 +20,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.answers import Plan, Prediction, Predictor
+from serving.answers import Prediction, Predictor
 from serving.operations.tracing import RequestNotes
+from serving.protocol.choices import NOTHING_ASKED, Asked
 from serving.scheduling.queue import Batch, Done, Draining, Outcome, Queue, Ticket
 
 logger = logging.getLogger("manygates.serving")
@@ -109,10 +110,7 @@ class Scheduler:
         images: NDArray[Any],
         done: Done,
         limits: NDArray[np.float32] | None = None,
-        plan: Plan | None = None,
-        *,
-        timeout: float | None = None,
-        bulk: bool = False,
+        asked: Asked = NOTHING_ASKED,
     ) -> Ticket:
         """Queue validated images, (image, channel, height, width) as float32 in [0, 1] or uint8 levels.
 
@@ -122,21 +120,20 @@ class Scheduler:
             done: is called on the event loop, once, with the answer in the images' order or with the failure.
             limits: float32 (image, exit - 1), go to the model with the images; either every request of a plan
                 brings its own or none does.
-            plan: how to answer; requests of one plan share batches.
-            timeout: seconds by which the answer must be there; None leaves it at the queue's own timeout.
-            bulk: yield to others whatever the number of images.
+            asked: its plan, timeout and whether it is bulk; requests of one plan share batches. Its limits are for one
+                image, and are not looked at.
 
         Raises:
             QueueFull: if `max_queue` images would be exceeded.
             Draining: before `open` and from `close` on.
         """
         was_idle = not queue.waiting
-        ticket = queue.push(images, done, limits, plan, bulk=bulk, now=time.perf_counter())
+        ticket = queue.push(images, done, limits, asked.plan, bulk=asked.bulk, now=time.perf_counter())
         if was_idle:
             queue.virtual_time = max(queue.virtual_time, self._clock)  # idle time earns no credit
         self._wake()
-        if timeout is not None:
-            ticket.timer = self._timer(timeout, self._fail, ticket, DeadlineExceeded())
+        if asked.timeout is not None:
+            ticket.timer = self._timer(asked.timeout, self._fail, ticket, DeadlineExceeded())
         if queue.sweep_timer is None:
             queue.sweep_timer = self._timer(queue.queue_timeout, self._sweep, queue)
         return ticket
@@ -146,10 +143,7 @@ class Scheduler:
         queue: Queue,
         images: NDArray[Any],
         limits: NDArray[np.float32] | None = None,
-        plan: Plan | None = None,
-        *,
-        timeout: float | None = None,
-        bulk: bool = False,
+        asked: Asked = NOTHING_ASKED,
         timings: RequestNotes | None = None,
     ) -> Prediction:
         """Answer images; see `enter`. A caller that is cancelled gives up its place, and its answer is thrown away.
@@ -159,7 +153,7 @@ class Scheduler:
         Raises:
             QueueFull: as `enter`; so is `Draining`.
             WaitedTooLong: if its turn did not come in time.
-            DeadlineExceeded: if the answer was not there within `timeout`.
+            DeadlineExceeded: if the answer was not there within its own timeout.
             PredictionFailed: if the model failed on it.
         """
         future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
@@ -172,7 +166,7 @@ class Scheduler:
             else:
                 future.set_result(outcome)
 
-        ticket = self.enter(queue, images, done, limits, plan, timeout=timeout, bulk=bulk)
+        ticket = self.enter(queue, images, done, limits, asked)
         try:
             answer = await future
         except asyncio.CancelledError:

@@ -319,10 +319,7 @@ class Service:
             QueueFull: if there are too many images waiting.
             Draining: if the model takes no requests.
         """
-        limits = _limits(served, images, asked)
-        return self.scheduler.enter(
-            served.queue, images, done, limits, asked.plan, timeout=asked.timeout, bulk=asked.bulk
-        )
+        return self.scheduler.enter(served.queue, images, done, _limits(served, images, asked), asked)
 
     async def predict(
         self, served: Served, images: NDArray[Any], asked: Asked = NOTHING_ASKED, timings: RequestNotes | None = None
@@ -335,9 +332,7 @@ class Service:
         """
         limits = _limits(served, images, asked)
         try:
-            return await self.scheduler.submit(
-                served.queue, images, limits, asked.plan, timeout=asked.timeout, bulk=asked.bulk, timings=timings
-            )
+            return await self.scheduler.submit(served.queue, images, limits, asked, timings)
         except (QueueFull, WaitedTooLong, DeadlineExceeded, Draining, PredictionFailed) as error:
             raise self.failure(served, error) from error
 
