@@ -48,11 +48,7 @@ def serve(settings: Settings) -> None:
 
 
 def build(settings: Settings) -> Application:
-    """Load the models and return the ASGI application; its lifespan starts and ends its work.
-
-    Raises:
-        ManygatesError: as `serve` does.
-    """
+    """Load the models and return the ASGI application, whose lifespan starts and ends its work; errors as `serve`."""
     # what Pillow thinks of files that clients send is answered to them; the log would fill with it
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     repository = Repository(settings)
@@ -81,10 +77,6 @@ def _grpc_beside(application: Application) -> AbstractAsyncContextManager[int]:
     return grpc_server.running(ours.service, ours.admission, ours.budget, ours.administration, ours.tracer)
 
 
-class _Stopped(BaseException):
-    """A signal to stop came before there was anything to drain."""
-
-
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
     """End the block on SIGTERM or Ctrl-C, as long as nothing in it has handlers of its own.
@@ -96,13 +88,10 @@ def _stopped_by_signals() -> Iterator[None]:
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Stopped
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    except _Stopped:
+    except KeyboardInterrupt:
         print("manygates was stopped before it served anything", file=sys.stderr, flush=True)
     finally:
         for number, handler in before.items():

@@ -72,9 +72,7 @@ class Engine(Predictor):
             precision: `int8` takes the quantised graphs.
             intra_op: how many cores one batch uses.
             wide: how many cores an image that comes alone uses; 1 needs no further session.
-            device: as `Opener`, like the next two.
-            allow_cpu_fallback: see there.
-            allow_spinning: see there.
+            device, allow_cpu_fallback, allow_spinning: as `Opener`.
             gate_source: where `random` draws its gates from; None is the operating system's entropy.
             exit_choice: which exit of a multi-exit model answers.
             any_exit: let `predict` be told for each image, on a multi-exit model; other models have nothing to tell.
@@ -172,8 +170,7 @@ class Engine(Predictor):
         """Run every graph at every batch size up to `max_batch` once, and check what comes back.
 
         Raises:
-            BundleError: if an answer has the wrong shape, its probabilities are none, or another exit answers than was
-                asked.
+            BundleError: if an answer has the wrong shape, its probabilities are none, or the wrong exit answers.
         """
         shape = (self.card.input.channels, self.card.input.height, self.card.input.width)
         sizes = [size for size in range(1, max_batch + 1) if size <= 8 or size == max_batch or size & (size - 1) == 0]

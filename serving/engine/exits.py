@@ -97,22 +97,14 @@ def always_last(limits: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def read_exit(text: str) -> int:
-    """Read the number of an exit.
-
-    Raises:
-        BadInput: if it is no whole number.
-    """
+    """Read the number of an exit; BadInput if it is no whole number."""
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise BadInput(f"exit is {shown(text)}, expected a whole number; the first exit is 1")
     return int(text)
 
 
 def read_confidence(text: str) -> float | tuple[float, ...]:
-    """Read one confidence, or several with commas between them: "0.9" or "0.9,0.8".
-
-    Raises:
-        BadInput: if there is anything else in it.
-    """
+    """Read one confidence, or several like "0.9,0.8"; BadInput if there is anything else in it."""
     try:
         if len(text) > _MAX_TEXT:
             raise ValueError(f"more than {_MAX_TEXT} characters")

@@ -221,15 +221,10 @@ def _differs(session: Any, scope: Scope, examples: list[Answer]) -> bool:
     for batch in batches:
         paths = np.stack([examples[number].path for number in owners[batch]])
         gates = paths if scope == "image" else paths[0]
-        if _apart(session.run(OUTPUTS, {INPUT: images[batch], GATES: gates}), [c[batch] for c in expected]):
-            return True
-    return False
-
-
-def _apart(answer: Any, expected: Any) -> bool:
-    for found, wanted in zip(answer, expected, strict=True):
-        bound = _TOLERANCE * float(np.abs(wanted).max()) + 1e-6
-        # written so that NaN differs
-        if found.shape != wanted.shape or not bool((np.abs(found - wanted) <= bound).all()):
-            return True
+        answer = session.run(OUTPUTS, {INPUT: images[batch], GATES: gates})
+        for found, wanted in zip(answer, (column[batch] for column in expected), strict=True):
+            bound = _TOLERANCE * float(np.abs(wanted).max()) + 1e-6
+            # NaN differs
+            if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=0, atol=bound):
+                return True
     return False

@@ -122,11 +122,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                 return
 
     def _admit(self, method: str, headers: dict[bytes, bytes], model: str | None = None) -> str | None:
-        """Ask for keys as HTTP does on the path of the same call; returns the name of the key.
-
-        Raises:
-            RequestError: 401 without a key that holds, 403 if it does not hold for this model.
-        """
+        """Ask for keys as HTTP does on the path of the same call (401, 403); returns the name of the key."""
         path = _HTTP_PATHS.get(method, _HTTP_PATHS["ServerReady"])
         return self._admission.check(path.format(model="-"), list(headers.items()), model)
 
@@ -261,11 +257,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
 
     @contextlib.contextmanager
     def _one_more(self, method: str, most: int) -> Iterator[None]:
-        """Count a call without an end.
-
-        Raises:
-            RequestError: 429 if there are `most` already.
-        """
+        """Count a call without an end; 429 if there are `most` already."""
         if self._open[method] >= most:
             raise busy(429, "too_many_streams", f"{most} calls of {method} are open; try again later")
         self._open[method] += 1

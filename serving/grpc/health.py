@@ -24,11 +24,7 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # grpc_health ha
         self._told: dict[str, int] = {}
 
     async def check(self, request: Any, context: Any) -> Any:
-        """Answer a `HealthCheckRequest` with what is so now.
-
-        Raises:
-            RequestError: 404 for a name that there is not.
-        """
+        """Answer a `HealthCheckRequest` with what is so now; 404 for a name that there is not."""
         await self.refresh()
         name = request.service
         if self._told.get(name, _STATUSES.SERVICE_UNKNOWN) == _STATUSES.SERVICE_UNKNOWN:

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,7 +21,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.engine.graphs import modes_of
 from serving.errors import Headers, RequestError, not_ready
 from serving.http.bodies import Bodies
-from serving.http.connection import Connection
 from serving.http.documented import documented
 from serving.http.edge import Edge
 from serving.http.inference import STOPPED, Inference
@@ -42,6 +41,14 @@ _ENDPOINTS = (
     "POST /classify",
     *(f"GET {path}" for path in ("/v2", "/v2/health/live", "/v2/health/ready", "/metrics", "/openapi.json")),
 )
+
+
+class Collecting(Protocol):
+    """A connection that is receiving a body outside of this application's way."""
+
+    def stop_collecting(self, error: RequestError) -> None:
+        """Answer with an error, and hang up."""
+
 
 ServeBeside = Callable[["Application"], AbstractAsyncContextManager[int]]
 """Serves another protocol while its block runs; the block is given the port."""
@@ -87,8 +94,8 @@ class Application:
         self._grpc = grpc
         self.grpc_port: int | None = None
         """Where gRPC listens, once it does."""
-        self.connections: set[Connection] = set()
-        """Those that are receiving the body of a plain inference request."""
+        self.collecting: set[Collecting] = set()
+        """The connections that are receiving the body of a plain inference request."""
         bodies = Bodies(self.settings, self.budget)
         self._inference = Inference(self.service, bodies)
         self._pictures = Pictures(self.service, self.admission, bodies)
@@ -157,7 +164,7 @@ class Application:
             await self.service.stop()
             if self.tracer is not None:
                 await asyncio.to_thread(self.tracer.close)
-            for connection in list(self.connections):
+            for connection in list(self.collecting):
                 connection.stop_collecting(not_ready(STOPPED))
             self._pictures.stop()
 

@@ -52,11 +52,7 @@ def renew(context: ssl.SSLContext, settings: Settings) -> None:
 
 
 def pems(settings: Settings) -> Pems | None:
-    """Return the contents of the files, checked like `ssl_context` does; None where the settings name no certificate.
-
-    Raises:
-        BadInput: as `ssl_context`.
-    """
+    """Return the contents of the files, checked as `ssl_context` does; None where the settings name no certificate."""
     return None if ssl_context(settings) is None else _pems(settings)
 
 

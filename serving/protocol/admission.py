@@ -23,11 +23,7 @@ class Admission:
     """Who may ask for what: everybody, or who has a key."""
 
     def __init__(self, settings: Settings) -> None:
-        """Read the files of keys.
-
-        Raises:
-            BadInput: if a file cannot be read or is malformed.
-        """
+        """Read the files of keys; BadInput if one cannot be read or is malformed."""
         self._keys = Keys.from_file(settings.api_keys_file) if settings.api_keys_file else None
         self._administrators = Keys.from_file(settings.admin_keys_file) if settings.admin_keys_file else None
 
@@ -79,11 +75,7 @@ class ByteBudget:
         return self.held + length <= self.limit
 
     def take(self, length: int) -> int:
-        """Account for bytes that have come; returns their number.
-
-        Raises:
-            RequestError: 503 if there is no room for them among those of the others.
-        """
+        """Account for bytes that have come, and return their number; 503 if there is no room for them."""
         if self.held + length > self.limit:
             raise self.exhausted()
         self.held += length

@@ -65,11 +65,7 @@ class Choices:
         return (*OUTPUTS, *([EXIT] if num_exits(self.card) > 1 else []), *([AGREEMENT] if votes else []))
 
     def asked(self, parameters: Parameters) -> Asked:
-        """Return what a request's parameters ask for.
-
-        Raises:
-            RequestError: 400 if they make no sense, or ask for what requests may not choose.
-        """
+        """Return what a request's parameters ask for; 400 if it makes no sense, or requests may not choose it."""
         if not parameters:
             return NOTHING_ASKED
         return Asked(
@@ -80,11 +76,7 @@ class Choices:
         )
 
     def check_output(self, name: object, asked: Asked) -> str:
-        """Return the name of an output that a request may have.
-
-        Raises:
-            RequestError: 400 if the model has none of this name, or not for this request.
-        """
+        """Return the name of an output that a request may have; 400 for any other."""
         if not isinstance(name, str) or name not in self.outputs:
             raise bad_request(f"unknown output {shown(name)}; {self.card.name} has {', '.join(self.outputs)}")
         plan = asked.plan or self.plan
@@ -122,11 +114,7 @@ class Choices:
         return None if plan == self.plan else plan
 
     def _exit_limits(self, parameters: Parameters) -> NDArray[np.float32] | None:
-        """Return the limits, float32 (exit - 1), that the parameters `exit` or `confidence` stand for; None without.
-
-        Raises:
-            RequestError: 400 if they make no sense, the model has only one exit, or requests may not choose.
-        """
+        """Return the limits, float32 (exit - 1), that `exit` or `confidence` stand for; None without either."""
         given = [name for name in (EXIT, "confidence") if parameters.get(name) is not None]
         if not given:
             return None
@@ -150,11 +138,7 @@ class Choices:
 
 
 def checked_parameters(parameters: Parameters, where: str) -> Parameters:
-    """Return the parameters of a request, or of a part of it.
-
-    Raises:
-        RequestError: 400 if they ask for an extension that we do not have.
-    """
+    """Return the parameters of a request, or of a part of it; 400 for an extension that we do not have."""
     for name in _UNSUPPORTED:
         if name in parameters:
             raise bad_request(f"{where} has the parameter {name!r}, which this server does not offer; remove it")

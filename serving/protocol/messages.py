@@ -27,11 +27,7 @@ def pool() -> DescriptorPool:
 
 @functools.cache
 def message(name: str) -> Any:
-    """Return the class of a message, such as `ModelInferRequest`.
-
-    Raises:
-        KeyError: if the protocol has none of this name.
-    """
+    """Return the class of a message, such as `ModelInferRequest`; KeyError for one that the protocol has not."""
     return GetMessageClass(pool().FindMessageTypeByName(f"inference.{name}"))
 
 

@@ -32,11 +32,7 @@ class Tensors:
         self._classes = len(card.classes)
 
     def rows(self, shape: Any) -> int:
-        """Return how many images a declared shape means.
-
-        Raises:
-            RequestError: 400 for any other shape than this model's, 413 for too many images.
-        """
+        """Return how many images a declared shape means; 400 for another model's shape, 413 for too many images."""
         whole = isinstance(shape, list) and all(type(size) is int for size in shape)
         if not whole or tuple(shape[1:]) != self.image_shape or shape[0] < 1:
             expected = f"[images, {', '.join(map(str, self.image_shape))}]"
@@ -67,11 +63,7 @@ class Tensors:
             )
 
     def check_datatype(self, datatype: object) -> str:
-        """Return the name of a datatype that pixels may have.
-
-        Raises:
-            RequestError: 400 for any other.
-        """
+        """Return the name of a datatype that pixels may have; 400 for any other."""
         if not isinstance(datatype, str) or datatype not in ITEM_BYTES:
             raise bad_request(
                 f"the input {INPUT!r} has datatype {shown(datatype)}, expected FP32 (pixels in [0, 1]) or UINT8 (0 to "

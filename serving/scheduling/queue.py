@@ -159,12 +159,7 @@ class Queue:
         bulk: bool,
         now: float,
     ) -> Ticket:
-        """Append a request; see `Scheduler.enter`.
-
-        Raises:
-            QueueFull: if `max_queue` images would be exceeded.
-            Draining: if the queue is not open.
-        """
+        """Append a request; see `Scheduler.enter`, also for the errors."""
         if not self.accepting:
             raise Draining
         rows = len(images)

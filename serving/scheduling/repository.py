@@ -71,11 +71,7 @@ class Repository:
     """The models that are served or could be."""
 
     def __init__(self, settings: Settings) -> None:
-        """Look for the models of `settings`; `load_all` loads them.
-
-        Raises:
-            BadInput: if the repository is no folder.
-        """
+        """Look for the models of `settings`; `load_all` loads them. BadInput if the repository is no folder."""
         self._settings = settings
         self._entries: list[Entry] = [Entry(settings=model) for model in settings.model_settings]
         # not resolved: a link is followed at every look, because a release may be made by changing it
@@ -186,11 +182,7 @@ class Repository:
             return gone
 
     async def unload(self, service: Service, name: str) -> None:
-        """Serve a model no longer; it can be loaded again.
-
-        Raises:
-            RequestError: 404 if it is not served.
-        """
+        """Serve a model no longer; it can be loaded again. 404 if it is not served."""
         async with self._lock:
             service.drop(name)
             service.metrics.loaded(name, "unloaded")
@@ -308,11 +300,7 @@ class Repository:
         return re.sub(r"(?:/[^\s/:;,()'\"]+){2,}", "…", text)
 
     def _fingerprint(self, entry: Entry) -> str:
-        """Return what changes when the bundle of an entry does; empty where that cannot be seen.
-
-        Raises:
-            ManygatesError: if it is not there, or cannot be read.
-        """
+        """Return what changes when the bundle of an entry does; empty where that cannot be seen."""
         try:
             self._check_inside(entry)
             source, _ = _versioned(entry.settings.source) if not entry.of_folder else (entry.settings.source, "")

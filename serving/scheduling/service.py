@@ -235,11 +235,7 @@ class Service:
         return sorted(self._served.get(name, {}), key=_age)
 
     def find(self, name: str | None, version: str | None = None) -> Served:
-        """Return a model; without a name the default, without a version the latest.
-
-        Raises:
-            RequestError: 404 for a name or version that is not served.
-        """
+        """Return a model; without a name the default, without a version the latest. 404 if it is not served."""
         if name is None and self._served:
             name = next(iter(self._served))
         versions = self._served.get(name or "")
@@ -297,11 +293,7 @@ class Service:
                 self._close(old)
 
     def drop(self, name: str, version: str | None = None) -> None:
-        """Serve a model, or one version of it, no longer; what it has taken is answered.
-
-        Raises:
-            RequestError: 404 if it is not served.
-        """
+        """Serve a model, or one version of it, no longer; what it has taken is answered. 404 if it is not served."""
         self.find(name, version)
         for gone in [version] if version else self.versions(name):
             served = self._served[name].pop(gone)

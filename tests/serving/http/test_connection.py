@@ -89,7 +89,7 @@ def serve(application_of, application_with, shared_server, serve_in_a_thread) ->
             finally:
                 for client in opened:
                     client.close()
-        waits_until(lambda: application.budget.held == 0 and not application.connections)
+        waits_until(lambda: application.budget.held == 0 and not application.collecting)
 
     return running
 
@@ -861,7 +861,7 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_body_holds_nothing(serve) -
             waits_until(lambda part=part: connect.application.budget.held == part)
             client.close()
             waits_until(lambda: connect.application.budget.held == 0)
-            assert connect.application.connections == set()
+            assert connect.application.collecting == set()
 
 
 def test_bodies_that_are_only_announced_take_no_ones_room(serve, ways: Counter[str]) -> None:

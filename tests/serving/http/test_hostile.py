@@ -217,7 +217,7 @@ def attack(shared_application, shared_server, serve_in_a_thread) -> Callable[...
                     client.close()
                 steady.end()
             assert steady.slowest < 3
-            eventually(lambda: not application.budget.held and not application.connections)
+            eventually(lambda: not application.budget.held and not application.collecting)
             eventually(lambda: not any(served.queue.waiting for served in application.service.everything()))
 
     return attacking
