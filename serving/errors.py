@@ -28,13 +28,7 @@ GRPC_CODES: Final = {
 
 
 class RequestError(Exception):
-    """A request that is answered with an error.
-
-    Attributes:
-        status: the HTTP status.
-        reason: one word or two for the metrics.
-        headers: to be sent along over HTTP.
-    """
+    """A request that is answered with an HTTP status, a reason of a word or two for the metrics, and some headers."""
 
     def __init__(self, status: int, reason: str, message: str, headers: Headers | None = None) -> None:
         super().__init__(message)

@@ -34,10 +34,7 @@ def allow_open_files(number: int) -> None:
 def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
     """Return a socket that listens on the address: whoever connects waits until the server has loaded its models.
 
-    `flag` is what an error tells to choose another port with.
-
-    Raises:
-        BadInput: if the address cannot be used.
+    BadInput if the address cannot be used; `flag` is what that tells to choose another port with.
     """
     if not 0 <= port <= 65535:
         raise BadInput(f"port {port} is out of range, expected 0 to 65535; 0 takes a free one")

@@ -81,11 +81,7 @@ def app(arguments: Mapping[str, Any]) -> Any:
 
 
 def replica_settings(settings: Settings) -> Settings:
-    """Return the settings of a replica: those given, with the bundled models if none is named.
-
-    Raises:
-        BadInput: if one of them is not possible behind Ray, or no model fits.
-    """
+    """Return a replica's settings, with the bundled models if none is named; BadInput for what Ray rules out."""
     defaults = Settings()
     for name, reason in _RAYS_OWN.items():
         if getattr(settings, name) != getattr(defaults, name):

@@ -22,14 +22,13 @@ from serving.http.connection import connections_of
 from serving.http.handshakes import limit_handshakes
 from serving.listener import allow_open_files, bind, url_of
 from serving.operations import log
+from serving.operations.log import logger
 from serving.operations.settings import Settings
 from serving.operations.tls import renew, ssl_context
 from serving.operations.tracing import make_tracer
 from serving.scheduling.repository import Repository, described
 from serving.scheduling.service import Model
 from zoo.errors import BadInput
-
-logger = logging.getLogger("manygates.serving")
 
 _SWITCH_SECONDS = 0.0005  # a worker with a finished batch would else wait 5 ms for the event loop to yield
 _OTHER_FILES = 128  # what is open besides connections: libraries, the log, the event loop, a model being loaded
@@ -59,11 +58,7 @@ def build(settings: Settings) -> Application:
 
 
 def compose(models: Sequence[Model], settings: Settings, repository: Repository | None = None) -> Application:
-    """Return the application of some models, with the tracer and with gRPC beside it if the settings want them.
-
-    Raises:
-        BadInput: if a library that they need is missing, or as `Application` does.
-    """
+    """Return the application of some models, with a tracer and gRPC if wanted; BadInput if a library is missing."""
     grpc = _grpc_beside if settings.grpc_port >= 0 else None
     return Application(models, settings, repository, tracer=make_tracer(settings), grpc=grpc)
 

@@ -135,15 +135,10 @@ class Engine(Predictor):
         plan: Plan | None = None,
         wide: bool = False,
     ) -> Prediction:
-        """Answer float32 (image, channel, height, width) in [0, 1]; in mode `random` each image gets its own path.
+        """Answer images as `Predictor` says; in mode `random` each gets its own path.
 
-        Args:
-            images: the images.
-            limits: float32 (image, exit - 1): an image is answered by the first exit whose largest probability is at
-                least its limit, else by the last. None takes `self.limits` for all of them. Others than +inf need an
-                engine that was loaded with `any_exit`.
-            plan: how to answer; None is `self.plan`. Its mode is one of `self.modes`.
-            wide: use every core, which is for an image that comes alone.
+        An image is answered by the first exit whose largest probability is at least its limit, else by the last. If no
+        limits are given, `self.limits` hold for all; others than +inf need an engine that was loaded with `any_exit`.
         """
         plan = plan or self.plan
         if self._early is None:

@@ -50,10 +50,8 @@ class ExitChoice:
     def limits(self, name: str, num_exits: int) -> NDArray[np.float32]:
         """Return the limits, float32 (exit - 1), that make the model `name` of `num_exits` exits answer so.
 
-        They are +inf before a chosen exit and -inf from it on; where nothing was chosen all are +inf.
-
-        Raises:
-            BadInput: if the model has no such exit or needs another number of confidences.
+        They are +inf before a chosen exit and -inf from it on; where nothing was chosen all are +inf. BadInput if the
+        model has no such exit or needs another number of confidences.
         """
         if self.confidence is not None:
             each = _each(self.confidence)
@@ -77,12 +75,7 @@ def num_exits(card: Card) -> int:
 
 
 def choose_exit(card: Card, choice: ExitChoice) -> NDArray[np.float32] | None:
-    """Return the limits by which a model answers, float32 (exit - 1), or None for a model with one exit.
-
-    Raises:
-        BadInput: if the model has one exit and something was chosen, no such exit, or needs another number of
-            confidences.
-    """
+    """Return the limits by which a model answers, float32 (exit - 1); None with one exit. BadInput if none fit."""
     if card.exits:
         return choice.limits(card.name, num_exits(card))
     if choice:

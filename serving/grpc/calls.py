@@ -7,7 +7,6 @@ its message is read.
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,8 +25,6 @@ from serving.protocol.messages import SERVICE, Malformed, check_infer_request, m
 from serving.protocol.open_inference import MAX_ID
 from serving.scheduling.administration import Administration
 from serving.scheduling.service import Service
-
-logger = logging.getLogger("manygates.serving")
 
 _MAX_SMALL_BYTES: Final = 65_536  # of a message without tensors
 _MAX_PARTS: Final = 10_000  # of an inference request; one has about twenty, or one per number if they are not packed

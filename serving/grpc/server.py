@@ -1,7 +1,6 @@
 """The Open Inference Protocol over gRPC, and gRPC's own health protocol, on the event loop of everything else."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -10,14 +9,13 @@ import grpc
 
 from serving.grpc.calls import Calls
 from serving.listener import address_of
+from serving.operations.log import logger
 from serving.operations.settings import Settings
 from serving.operations.tls import pems
 from serving.protocol.admission import Admission, ByteBudget
 from serving.scheduling.administration import Administration
 from serving.scheduling.service import Service
 from zoo.errors import BadInput
-
-logger = logging.getLogger("manygates.serving")
 
 _MOST: Final = 2**31 - 1  # a gRPC option is a 32-bit integer
 

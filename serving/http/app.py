@@ -6,7 +6,6 @@ be a tenth of the cost. Everything else is Starlette's.
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol
@@ -34,8 +33,6 @@ from serving.scheduling.repository import Repository
 from serving.scheduling.service import Model, Served, Service
 from zoo.errors import BadInput
 from zoo.vocabulary import VERSION
-
-logger = logging.getLogger("manygates.serving")
 
 _ENDPOINTS = (
     "POST /classify",

@@ -69,12 +69,7 @@ class Bodies:
             self._budget.give_back(held)
 
     async def read_json(self, scope: Scope, receive: Receive) -> dict[str, Any]:
-        """Read a small JSON object; no body is an empty one.
-
-        Raises:
-            RequestError: as `reading`, and 400 for anything but a JSON object.
-            ClientGone: if the client hangs up.
-        """
+        """Read a small JSON object; no body is an empty one. Errors as `reading`, and 400 for anything else."""
         async with self.reading(scope, receive, _MAX_SMALL_BODY, "send a few words of JSON, or nothing") as body:
             if not body:
                 return {}

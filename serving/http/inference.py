@@ -57,12 +57,7 @@ class Inference:
 async def predict(
     service: Service, served: Served, images: NDArray[Any], asked: Asked, scope: Scope, receive: Receive
 ) -> Prediction:
-    """Answer images; if the client hangs up before their turn has come, give up their place in the queue.
-
-    Raises:
-        ClientGone: if it does.
-        RequestError: as `Service.predict`.
-    """
+    """Answer images as `Service.predict`; if the client hangs up first, leave the queue and raise `ClientGone`."""
     answer = asyncio.ensure_future(service.predict(served, images, asked, scope.get("manygates.notes")))
     told = asyncio.ensure_future(receive())
     try:

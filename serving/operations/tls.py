@@ -42,11 +42,7 @@ def ssl_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def renew(context: ssl.SSLContext, settings: Settings) -> None:
-    """Read the certificate and its key again, for connections from now on; who signs clients stays as it was.
-
-    Raises:
-        BadInput: as `ssl_context`; the context is then as it was.
-    """
+    """Read the certificate and its key again, but not who signs clients. Errors, as of `ssl_context`, change nothing."""
     _rehearse(settings)
     _load_chain(context, settings)
 

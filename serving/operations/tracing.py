@@ -6,7 +6,6 @@ nothing for them and a path through the server needs no span in hand. Where they
 path through the gates an image took, what it showed, or which key was used.
 """
 
-import logging
 import os
 import threading
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from serving.errors import Headers
+from serving.operations.log import logger
 from serving.operations.settings import Settings
 from zoo.errors import BadInput
 from zoo.vocabulary import VERSION
@@ -23,8 +23,6 @@ from zoo.vocabulary import VERSION
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import SpanProcessor
-
-logger = logging.getLogger("manygates.serving")
 
 _CLOSE_SECONDS: Final = 5.0
 _MAX_HEADER: Final = 512
@@ -34,11 +32,7 @@ _CALLS: Final = frozenset(("infer", "classify", "live", "ready", "load", "unload
 
 
 def make_tracer(settings: Settings) -> "Tracer | None":
-    """Return what writes spans and sends them by OTLP over HTTP; None where the settings ask for none.
-
-    Raises:
-        BadInput: if the packages for it are not installed.
-    """
+    """Return what sends spans by OTLP over HTTP, if that is wanted; BadInput if its packages are not installed."""
     if settings.tracing == "off":
         return None
     try:
@@ -153,12 +147,9 @@ class Tracer:
 
     @contextmanager
     def request(self, method: str, path: str, headers: Headers) -> Iterator["RequestNotes"]:
-        """Write the span of an HTTP request that is answered inside the block.
+        """Write the span of an HTTP request that is answered inside the block; the names of headers are in lower case.
 
-        Args:
-            method: of HTTP.
-            path: which call it is; only the calls we have are told apart, so that a client can invent no names.
-            headers: `traceparent` and `tracestate` are read, in lower case.
+        Of the path only the calls we have are told apart, so that a client can invent no names.
         """
         notes = RequestNotes()
         started = time.perf_counter()

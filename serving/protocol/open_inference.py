@@ -112,11 +112,7 @@ class Codec:
         }
 
     def decode(self, body: bytes, header_length: bytes | None) -> InferRequest:
-        """Read and check a request.
-
-        Args:
-            body: the whole body.
-            header_length: the value of `Inference-Header-Content-Length`, if it was sent.
+        """Read and check a request: its whole body and the value of `Inference-Header-Content-Length`, if it was sent.
 
         Raises:
             RequestError: 400 with what is wrong, 413 for too many images.

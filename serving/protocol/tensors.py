@@ -72,11 +72,7 @@ class Tensors:
         return datatype
 
     def pixels(self, content: bytes, datatype: str, rows: int) -> NDArray[Any]:
-        """Return the checked pixels of a raw little-endian tensor, FP32 or UINT8, of the right size.
-
-        Raises:
-            RequestError: 400 for another type or size, or pixels outside [0, 1].
-        """
+        """Return the pixels of a raw little-endian tensor, FP32 or UINT8; 400 for another size, or if outside [0, 1]."""
         expected = rows * self.image_items * ITEM_BYTES[self.check_datatype(datatype)]
         if len(content) != expected:
             raise bad_request(
@@ -86,11 +82,7 @@ class Tensors:
         return self.view(content, 0, datatype, rows)
 
     def view(self, body: bytes, offset: int, datatype: str, rows: int) -> NDArray[Any]:
-        """Return the checked pixels of a raw tensor of the right size, which begins at `offset` of a body.
-
-        Raises:
-            RequestError: 400 for pixels outside [0, 1].
-        """
+        """Return the pixels of a raw tensor of the right size, from `offset` of a body on; 400 if outside [0, 1]."""
         shape = (rows, *self.image_shape)
         if datatype == "UINT8":
             return np.frombuffer(body, dtype=np.uint8, offset=offset).reshape(shape)
@@ -108,11 +100,7 @@ class Tensors:
 
 
 def pixels_of_json(data: Any, shape: tuple[int, ...], datatype: str) -> NDArray[np.float32]:
-    """Return the checked pixels of flat or nested numbers: float32 in [0, 1], of `shape`.
-
-    Raises:
-        RequestError: 400 for anything but as many numbers as `shape` says, all in the datatype's range.
-    """
+    """Return the pixels of flat or nested numbers, float32 in [0, 1] of `shape`; 400 if they do not fit it."""
     numbers = _numbers(data, shape)
     if datatype == "UINT8":
         # compared as Python's integers, which have no width to overflow

@@ -8,7 +8,6 @@ is next.
 """
 
 import asyncio
-import logging
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
@@ -19,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.answers import Plan, Prediction, Predictor
+from serving.operations.log import logger
 from serving.operations.metrics import ModelMetrics
-
-logger = logging.getLogger("manygates.serving")
 
 _BULK_EVERY: Final = 4
 _GUESS_SECONDS: Final = 0.001

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import logging
 import re
 import stat
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from serving.engine.engine import Engine
 from serving.engine.exits import ExitChoice
 from serving.engine.graphs import choose_mode, graph_files, modes_of
 from serving.errors import RequestError
+from serving.operations.log import logger
 from serving.operations.settings import ModelSettings, Settings
 from serving.protocol.open_inference import VERSION
 from serving.scheduling.service import Model, Service
@@ -29,8 +29,6 @@ from zoo.bundle.bundle import CARD_FILE
 from zoo.errors import BadInput, BundleError, ManygatesError
 from zoo.hub.source import LOCAL_PREFIX, find, resolve
 from zoo.vocabulary import NAME
-
-logger = logging.getLogger("manygates.serving")
 
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
 _MOMENT: Final = 0.1  # seconds; a bundle is replaced by two renames
@@ -138,10 +136,8 @@ class Repository:
     async def load(self, service: Service, name: str) -> list[str]:
         """Load a model of the index, all of its versions, again if they are served already.
 
-        A version that has gone from the repository is served no longer. What can be loaded is, whatever else fails.
-
-        Returns:
-            The versions that have gone.
+        A version that has gone from the repository is served no longer; returns those. What can be loaded is, whatever
+        else fails.
 
         Raises:
             RequestError: 404 if there is none of this name, 400 if a version cannot be loaded; it says which.

@@ -9,7 +9,6 @@ et al. 1996); within a model `serving.scheduling.queue` decides.
 """
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -21,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.answers import Prediction, Predictor
+from serving.operations.log import logger
 from serving.operations.tracing import RequestNotes
 from serving.protocol.choices import NOTHING_ASKED, Asked
 from serving.scheduling.queue import Batch, Done, Draining, Outcome, Queue, Ticket
-
-logger = logging.getLogger("manygates.serving")
 
 _LAST_BATCH_SECONDS: Final = 3.0
 """How long the end waits for a batch that is in a model."""

@@ -147,11 +147,7 @@ class Service:
     """The models that are served, their queues, and the workers that answer."""
 
     def __init__(self, models: Sequence[Model], settings: Settings) -> None:
-        """Prepare to serve `models`; the first is the default where a request names none.
-
-        Raises:
-            BadInput: if two have the same name and version.
-        """
+        """Prepare to serve `models`, the first as the default; BadInput if two have the same name and version."""
         self.settings = settings
         self.metrics = Metrics()
         self.scheduler = Scheduler(settings.workers)
@@ -224,11 +220,7 @@ class Service:
 
     def description(self) -> dict[str, Any]:
         """Return what the protocol calls the server's metadata."""
-        return {
-            "name": "manygates",
-            "version": vocabulary.VERSION,
-            "extensions": [*_EXTENSIONS],
-        }
+        return {"name": "manygates", "version": vocabulary.VERSION, "extensions": [*_EXTENSIONS]}
 
     def versions(self, name: str) -> list[str]:
         """Return the versions of a model that are served, oldest first."""
