@@ -1,10 +1,8 @@
 """The attack demo in a real browser: what a visitor does, sees and downloads."""
 
-import asyncio
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +15,8 @@ pytest.importorskip("gradio", reason="the demo needs gradio")
 pytest.importorskip("playwright", reason="playwright drives the browser")
 
 import torch
-import uvicorn
 from PIL import Image
-from starlette.applications import Starlette
 
-from serving.demo import page as demo
-from serving.listener import bind, url_of
 from zoo.bundle.bundle import write_bundle
 from zoo.bundle.card import Paths
 from zoo.gates.rgn import randomly_gate
@@ -81,30 +75,11 @@ def write_gates(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    models = [STANDARD, write_gates(tmp_path_factory.mktemp("models") / "noisy-gates")]
-    servers: list[uvicorn.Server] = []
-
-    async def serve() -> None:
-        # mounted where a loop runs: where none does, gradio makes eight and never closes them
-        config = uvicorn.Config(demo.mount(Starlette(), "/demo", models), log_level="error", ws="none")
-        config.timeout_graceful_shutdown = 1
-        servers.append(uvicorn.Server(config))
-        await servers[0].serve([listener])
-
-    with pytest.MonkeyPatch.context() as patch, bind("127.0.0.1", 0) as listener:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        thread = threading.Thread(target=lambda: asyncio.run(serve()))
-        thread.start()
-        try:
-            while thread.is_alive() and not (servers and servers[0].started):
-                time.sleep(0.02)
-            assert thread.is_alive()
-            yield f"{url_of(listener)}/demo/"
-        finally:
-            for server in servers:
-                server.should_exit = True
-            thread.join(timeout=10)
+def url(
+    tmp_path_factory: pytest.TempPathFactory, serve_page: Callable[[Sequence[str]], AbstractContextManager[str]]
+) -> Iterator[str]:
+    with serve_page([STANDARD, write_gates(tmp_path_factory.mktemp("models") / "noisy-gates")]) as server:
+        yield f"{server}/demo/"
 
 
 @pytest.fixture(scope="module")
