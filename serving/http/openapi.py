@@ -11,9 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
-from pydantic import BaseModel
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
-from pydantic_core import core_schema
+import msgspec
 from starlette.routing import BaseRoute, Route
 
 from serving.http.documented import Documentation
@@ -79,8 +77,7 @@ def document(service: Service, routes: Sequence[BaseRoute]) -> Json:
             (method,) = (route.methods or set()) - {"HEAD"}  # Starlette's own addition to GET
             operation = _operation(service, route, documentation, schemas)
             paths.setdefault(route.path, {})[method.lower()] = operation
-    for name in ("ClassifyQuery", "Choices"):  # which are parameters, and a part of others
-        schemas.pop(name, None)
+    del schemas["ClassifyQuery"]  # which is parameters
     settings = service.settings
     components: Json = {"schemas": schemas, "responses": {f"Error{status}": _error(status) for status in STATUSES}}
     if example := _pixels_example(service.everything()):
@@ -254,40 +251,20 @@ def _schema(name: str) -> Json:
 # --- schemas
 
 
-class _Generator(GenerateJsonSchema):
-    """Pydantic's, without titles, and with None for what is left out instead of null."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
-        return self.generate_inner(schema["schema"])
-
-    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        if schema.get("default", ...) is None:
-            return self.generate_inner(schema["schema"])
-        return super().default_schema(schema)
-
-
 def _schemas(service: Service) -> Json:
     """Return the schemas of all messages, narrowed to what this server takes and says."""
     messages = [
         each
-        for each in vars(rest_messages).values()
-        if inspect.isclass(each) and issubclass(each, BaseModel) and each.__module__ == rest_messages.__name__
+        for name, each in vars(rest_messages).items()
+        if inspect.isclass(each) and each.__module__ == rest_messages.__name__ and not name.startswith("_")
     ]
-    _, whole = models_json_schema(
-        [(each, "validation") for each in messages],
-        ref_template="#/components/schemas/{model}",
-        schema_generator=_Generator,
-    )
-    schemas: Json = whole["$defs"]
+    _, schemas = msgspec.json.schema_components(messages, ref_template="#/components/schemas/{name}")
     for schema in schemas.values():
-        schema.pop("title", None)
+        del schema["title"]
     served = service.everything()
     for name in ("InferParameters", "ClassifyQuery"):
         _narrow_choices(schemas[name]["properties"], served)
-    outputs = sorted({name for each in served for name in each.codec.choices.outputs}, key=_outputs_in_order(served))
+    outputs = list(dict.fromkeys(name for each in served for name in each.codec.choices.outputs))
     for name in ("WantedOutput", "Output", "BinaryOutput") if served else ():
         schemas[name]["properties"]["name"]["enum"] = outputs
     for name, binary in (("InferRequest", False), ("BinaryInferRequestHead", True)):
@@ -304,11 +281,6 @@ def _schemas(service: Service) -> Json:
         schemas["BinaryInferRequestHead"]["examples"] = [_binary_example(served[0])]
         schemas["InferResponse"]["examples"] = [_answer_example(served[0])]
     return schemas
-
-
-def _outputs_in_order(served: list[Served]) -> Any:
-    order = [name for each in served for name in each.codec.choices.outputs]
-    return order.index
 
 
 def _narrow_choices(properties: Json, served: list[Served]) -> None:
