@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 from starlette.routing import BaseRoute, Route
 
-from serving.http.documented import Documentation
+from serving.http.documented import Documented
 from serving.protocol import rest_messages
 from serving.protocol.open_inference import HEADER_LENGTH
 from serving.protocol.tensors import INPUT, ITEM_BYTES
@@ -67,7 +67,7 @@ def document(service: Service, routes: Sequence[BaseRoute]) -> Json:
 
     Args:
         service: whose models and settings it tells of.
-        routes: those whose handlers are `documented` are in it.
+        routes: those whose handlers are `Documented` are in it.
     """
     schemas = _schemas(service)
     paths: Json = {}
@@ -110,7 +110,7 @@ def document(service: Service, routes: Sequence[BaseRoute]) -> Json:
 # --- operations
 
 
-def _operation(service: Service, route: Route, documentation: Documentation, schemas: Json) -> Json:
+def _operation(service: Service, route: Route, documentation: Documented, schemas: Json) -> Json:
     summary, _, description = (inspect.getdoc(route.endpoint) or "").partition("\n")
     settings = service.settings
     changes = route.path.startswith("/v2/repository/models/")
@@ -139,7 +139,7 @@ def _operation(service: Service, route: Route, documentation: Documentation, sch
     return found
 
 
-def _parameters(service: Service, route: Route, documentation: Documentation, schemas: Json) -> list[Json]:
+def _parameters(service: Service, route: Route, documentation: Documented, schemas: Json) -> list[Json]:
     """Return what an operation takes beside a body; names of models and versions are those that are served."""
     served = service.everything()
     names: Json = {"enum": service.names} if served else {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"}
