@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from serving.demo import words
 from serving.demo.attack import Attack
@@ -18,6 +17,7 @@ from serving.demo.shelf import VOTES
 from zoo.bundle import findings, wording
 from zoo.bundle.card import Card, Result
 from zoo.bundle.headline import CLEAN, TRANSFER, WHITEBOX, accuracy_of, eps_shown, measured_eps
+from zoo.report.page import environment_of
 
 WIDTH, HEIGHT = 300, 70
 """Of the drawing of a trace, in its own units."""
@@ -36,25 +36,25 @@ def heading(letter: str, choice: str) -> str:
     return _render("heading", letter=letter, name=name, variant=variant)
 
 
-def card(of: Card, variant: str) -> str:
+def card(card: Card, variant: str) -> str:
     """Show what a card has measured of a variant, and what the robustness linter found."""
-    lint = next((lint for lint in of.lint if lint.variant == variant), None)
-    return _render("card", card=of, variant=variant, accuracies=accuracies(of, variant), lint=lint)
+    lint = next((lint for lint in card.lint if lint.variant == variant), None)
+    return _render("card", card=card, variant=variant, accuracies=accuracies(card, variant), lint=lint)
 
 
-def accuracies(of: Card, variant: str) -> list[tuple[str, Result | None]]:
+def accuracies(card: Card, variant: str) -> list[tuple[str, Result | None]]:
     """Return the accuracies that stand for a variant, by name; None where it was not measured.
 
     The radii are those of all variants, so that a missing measurement is seen. Of transfer it is the largest.
     """
-    white, transfer = (_eps_of(of, protocols) or _COMMON_EPS for protocols in (WHITEBOX, TRANSFER))
+    white, transfer = (_eps_of(card, protocols) or _COMMON_EPS for protocols in (WHITEBOX, TRANSFER))
     attacker = "random gates" if variant == "gated" else "white-box"
     wanted = [
         ("clean", CLEAN, Fraction(0)),
         *((f"{attacker}, eps {wording.eps_text(eps)}", WHITEBOX, eps) for eps in white),
         (f"transfer, eps {wording.eps_text(transfer[-1])}", TRANSFER, transfer[-1]),
     ]
-    return [(name, accuracy_of(of, protocols, eps, variant=variant)) for name, protocols, eps in wanted]
+    return [(name, accuracy_of(card, protocols, eps, variant=variant)) for name, protocols, eps in wanted]
 
 
 def summary(outcome: Outcome, attack: Attack) -> str:
@@ -82,8 +82,8 @@ def details(outcome: Outcome) -> str:
     )
 
 
-def _eps_of(of: Card, protocols: Sequence[str]) -> list[Fraction]:
-    return eps_shown(eps for variant in of.variants for eps in measured_eps(of, protocols, variant=variant))
+def _eps_of(card: Card, protocols: Sequence[str]) -> list[Fraction]:
+    return eps_shown(eps for variant in card.variants for eps in measured_eps(card, protocols, variant=variant))
 
 
 def _votes(outcome: Outcome) -> list[tuple[str, bool, tuple[int, int]]]:
@@ -114,18 +114,6 @@ def _render(template: str, **values: Any) -> str:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("serving.demo"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = environment_of("serving.demo")
     environment.globals.update(words=words, wording=wording, findings=findings)
     return environment
-
-
-def _shown(value: Any) -> Any:
-    """Make every text printable, because a card may be hostile; what is HTML already stays."""
-    return wording.plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value

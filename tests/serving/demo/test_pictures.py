@@ -28,6 +28,10 @@ def test_an_image_that_moves_is_refused_and_a_still_one_is_not(kind: str) -> Non
     pictures.check_still(encoded(kind, 1))
 
 
+def test_what_is_no_image_is_left_to_the_decoder() -> None:
+    pictures.check_still(b"no image")
+
+
 def test_levels_come_back_from_their_png() -> None:
     levels = np.random.default_rng(0).integers(0, 256, (3, 8, 8)).astype(np.uint8)
     with Image.open(io.BytesIO(pictures.png_of(levels))) as image:
