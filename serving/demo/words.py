@@ -101,7 +101,7 @@ def facts(outcome: Outcome, attack: Attack) -> list[tuple[str, str]]:
         ("Knowledge", knowledge(outcome)),
     ]
     if not outcome.label_given:
-        found.append(("Label", "none given, so success is leaving the answer to the clean image"))
+        found.append(("Label", "none given: the attack succeeds if the model leaves its own answer to the clean image"))
     return found
 
 
