@@ -104,7 +104,7 @@ def _ask_for_image(shelf: Shelf) -> dict[str, Any]:
         [("automatic (the clean answer)", AUTOMATIC), *((name, name) for name in shelf.classes)],
         value=AUTOMATIC,
         label="True label",
-        info="A model is fooled if the attack moves its answer away from this. Automatic: what each model answers to the clean image.",
+        info="A model whose answer leaves it is fooled. Automatic: what each model answers to the clean image.",
         elem_id="label",
     )
     for event in (image.upload, image.clear, drawings.click):  # another image has another label
