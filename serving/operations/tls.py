@@ -42,7 +42,7 @@ def ssl_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def renew(context: ssl.SSLContext, settings: Settings) -> None:
-    """Read the certificate and its key again, but not who signs clients. Errors, as of `ssl_context`, change nothing."""
+    """Read the certificate and its key again, not who signs clients. Errors, as of `ssl_context`, change nothing."""
     _rehearse(settings)
     _load_chain(context, settings)
 

@@ -72,7 +72,7 @@ class Tensors:
         return datatype
 
     def pixels(self, content: bytes, datatype: str, rows: int) -> NDArray[Any]:
-        """Return the pixels of a raw little-endian tensor, FP32 or UINT8; 400 for another size, or if outside [0, 1]."""
+        """Return the pixels of a raw little-endian tensor, FP32 or UINT8; 400 for another size, or outside [0, 1]."""
         expected = rows * self.image_items * ITEM_BYTES[self.check_datatype(datatype)]
         if len(content) != expected:
             raise bad_request(
