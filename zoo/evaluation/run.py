@@ -27,6 +27,7 @@ from zoo.data import datasets
 from zoo.data.datasets import Images
 from zoo.errors import BadInput
 from zoo.evaluation.int8_graph import Graph, Rounded, int8_graph
+from zoo.evaluation.intervals import rounded_interval, share
 from zoo.evaluation.ledger import Ledger
 from zoo.evaluation.request import Request
 from zoo.gates.derive import Ensemble, folded_copy
@@ -221,7 +222,6 @@ class Run:
         agreement: Agreement | None = None,
     ) -> Result:
         """Return the result as the card keeps it, with its 95 % interval; of several exits it says which was judged."""
-        low, high = wilson(accuracy, images)
         if (number := len(self.bundle.card.exits)) and self.request.protocol != "exits":
             note = "; ".join(filter(None, (note, f"the last of {number} exits")))
         return Result(
@@ -238,7 +238,7 @@ class Run:
             images=images,
             seed=self.request.seed,
             accuracy=round(accuracy, 6),
-            interval=(round(min(low, accuracy), 6), round(max(high, accuracy), 6)),
+            interval=rounded_interval(accuracy, images),
             agreement=agreement,
             note=note,
             checks=tuple(checks),
@@ -289,25 +289,10 @@ def correct(model: Model, pixels: Tensor, labels: Tensor) -> Tensor:
     return asked(model, pixels).argmax(1) == labels
 
 
-def share(kept: Tensor) -> float:
-    """Return the mean of a mask or of shares."""
-    return float(kept.double().mean())
-
-
-def wilson(accuracy: float, images: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share measured on `images` images."""
-    z = 1.959964
-    centre = (accuracy + z * z / (2 * images)) / (1 + z * z / images)
-    half = z / (1 + z * z / images) * math.sqrt(accuracy * (1 - accuracy) / images + z * z / (4 * images**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def agreement(equal: Tensor) -> Agreement:
     """Return on how many images (image,) bool the int8 graph gives the class of the weights."""
     found = share(equal)
-    low, high = wilson(found, len(equal))
-    interval = (round(min(low, found), 6), round(max(high, found), 6))
-    return Agreement(share=round(found, 6), interval=interval)
+    return Agreement(share=round(found, 6), interval=rounded_interval(found, len(equal)))
 
 
 def table(name: str, axes: tuple[str, str], rows: Sequence[str], columns: Sequence[str], values: Tensor) -> Table:

@@ -19,6 +19,7 @@ from zoo.bundle.record import record_results
 from zoo.data import datasets
 from zoo.errors import BadInput, ChecksumMismatch, DataMissing, MissingFile, UnknownName
 from zoo.evaluation import Request, evaluate, parse_eps
+from zoo.evaluation.intervals import wilson
 from zoo.evaluation.ledger import Ledger
 from zoo.evaluation.linter import bundle as linted
 from zoo.evaluation.protocols import autoattack as autoattacked
@@ -26,7 +27,7 @@ from zoo.evaluation.protocols import random_gates as gates
 from zoo.evaluation.protocols import transfer
 from zoo.evaluation.protocols import whitebox as evaluation_whitebox
 from zoo.evaluation.protocols.transfer import AdversarialSet, open_surrogate
-from zoo.evaluation.run import Run, terms_of, wilson
+from zoo.evaluation.run import Run, terms_of
 from zoo.weights.checkpoint import Architecture, save_network
 from zoo.weights.models import PLAIN_WEIGHTS, RGN_WEIGHTS, save_members
 

@@ -20,9 +20,13 @@ from zoo.bundle.card import Finding
 from zoo.bundle.findings import lines
 from zoo.errors import BadInput
 from zoo.evaluation.int8_graph import Rounded as Int8
-from zoo.evaluation.linter import checks as lint
+from zoo.evaluation.intervals import exceeds
+from zoo.evaluation.linter import evidence as evidence_module
 from zoo.evaluation.linter.bundle import lint_bundle
-from zoo.evaluation.linter.checks import CHECKS, lint_model, passed
+from zoo.evaluation.linter.checks import attacks
+from zoo.evaluation.linter.evidence import Evidence
+from zoo.evaluation.linter.lint import CHECKS, lint_model, passed
+from zoo.evaluation.linter.trace import Trace
 from zoo.hub.source import open_model
 
 EPS = 8 / 255
@@ -309,14 +313,16 @@ def test_a_part_of_the_image_without_a_gradient_raises_an_alarm(
     assert finding.verdict == "alarm", finding.figure
 
 
-def only(code: str, model: Model, images: Tensor | None = None, labels: Tensor | None = None) -> Finding:
+def only(
+    code: str, model: Model, images: Tensor | None = None, labels: Tensor | None = None, **options: object
+) -> Finding:
     """Return the finding of one check alone."""
-    check = next(check for check in CHECKS if check.code == code)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lint, "CHECKS", (check,))
-        images, labels = (IMAGES, LABELS) if images is None or labels is None else (images, labels)
-        (finding,) = lint_model(model, images, labels, eps=EPS, queries=QUERIES)
+    images, labels = (IMAGES, LABELS) if images is None or labels is None else (images, labels)
+    (finding,) = lint_model(model, images, labels, **{"eps": EPS, "queries": QUERIES, **options}, checks=[CHECK[code]])  # type: ignore[arg-type]
     return finding
+
+
+CHECK = {check.code: check for check in CHECKS}
 
 
 @pytest.mark.parametrize(
@@ -338,10 +344,8 @@ def test_a_class_that_is_masked_is_no_infinity_as_long_as_three_are_left(
 
 
 @pytest.mark.parametrize("eps", ["8/255", Fraction(8, 255), np.float32(8 / 255), torch.tensor(8 / 255)])
-def test_a_radius_is_taken_as_budgets_take_it(eps: Any, plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lint, "CHECKS", tuple(check for check in CHECKS if check.code == "S7"))
-    (finding,) = lint_model(plain, IMAGES[:8], LABELS[:8], eps=eps, queries=5)
-    (expected,) = lint_model(plain, IMAGES[:8], LABELS[:8], eps=EPS, queries=5)
+def test_a_radius_is_taken_as_budgets_take_it(eps: Any, plain: nn.Module) -> None:
+    finding, expected = (only("S7", plain, IMAGES[:8], LABELS[:8], eps=size, queries=5) for size in (eps, EPS))
     assert (finding.verdict, finding.figure) == (expected.verdict, expected.figure)
 
 
@@ -672,14 +676,16 @@ def test_a_sampler_of_a_model_that_is_not_random_is_no_alarm(robust: nn.Module) 
 
 
 def test_an_attack_that_leaves_the_ball_raises_an_alarm(plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lint, "fgsm", lambda model, images, labels, budget: (images + 2 * budget.eps).clamp(0, 1))
+    monkeypatch.setattr(
+        evidence_module, "fgsm", lambda model, images, labels, budget: (images + 2 * budget.eps).clamp(0, 1)
+    )
     assert alarms(linted(plain)) == {"S7"}
 
 
 def test_an_attack_that_makes_nan_raises_an_alarm_and_does_not_count_as_success(
     robust: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lint, "fgsm", lambda model, images, labels, budget: images * torch.nan)
+    monkeypatch.setattr(evidence_module, "fgsm", lambda model, images, labels, budget: images * torch.nan)
     findings = linted(robust)
     assert alarms(findings) == {"S7"}
     assert "FGSM breaks 0" in findings["S2"].figure
@@ -692,19 +698,19 @@ def test_an_attack_that_moves_images_without_a_budget_raises_an_alarm(
         adversarial = pgd(model, images, labels, budget, **options)  # type: ignore[arg-type]
         return adversarial if budget.eps else (adversarial + 1 / 255).clamp(0, 1)
 
-    monkeypatch.setattr(lint, "pgd", careless)
+    monkeypatch.setattr(attacks, "pgd", careless)
     assert alarms(linted(plain)) == {"S1"}
 
 
-def traced(wrong: Tensor, losses: Tensor | None = None) -> lint.Trace:
+def traced(wrong: Tensor, losses: Tensor | None = None) -> Trace:
     losses = torch.zeros(wrong.shape) if losses is None else losses
-    return lint.Trace(wrong=wrong, losses=losses, first=IMAGES, last=IMAGES)
+    return Trace(wrong=wrong, losses=losses, first=IMAGES, last=IMAGES)
 
 
 @pytest.fixture
-def evidence(plain: nn.Module) -> lint.Evidence:
+def evidence(plain: nn.Module) -> Evidence:
     """The evidence on a network that answers every image correctly, to which tests add made-up attacks."""
-    return lint.Evidence(
+    return Evidence(
         lambda images: F.one_hot(LABELS, 4).float()[: len(images)] * 5 - 1,
         IMAGES,
         LABELS,
@@ -717,13 +723,13 @@ def evidence(plain: nn.Module) -> lint.Evidence:
     )
 
 
-def ask(code: str, evidence: lint.Evidence) -> bool | None:
-    return next(check for check in CHECKS if check.code == code).ask(evidence)[0]
+def ask(code: str, evidence: Evidence) -> bool | None:
+    return CHECK[code].ask(evidence)[0]
 
 
 @pytest.mark.parametrize(("broken", "alarm"), [(0, False), (2, False), (12, True)])
 def test_what_one_step_alone_breaks_is_judged_image_by_image(
-    evidence: lint.Evidence, broken: int, alarm: bool, monkeypatch: pytest.MonkeyPatch
+    evidence: Evidence, broken: int, alarm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evidence.trace = traced(torch.zeros(40, 60, dtype=torch.bool))
     evidence.one_step = IMAGES
@@ -733,7 +739,7 @@ def test_what_one_step_alone_breaks_is_judged_image_by_image(
 
 @pytest.mark.parametrize(("late", "second", "alarm"), [(0, 0, False), (1, 1, False), (6, 0, True), (0, 6, True)])
 def test_images_broken_only_by_more_steps_or_another_start_raise_an_alarm(
-    evidence: lint.Evidence, late: int, second: int, alarm: bool
+    evidence: Evidence, late: int, second: int, alarm: bool
 ) -> None:
     wrong = torch.zeros(40, 60, dtype=torch.bool)
     wrong[30:, :late] = True
@@ -743,7 +749,7 @@ def test_images_broken_only_by_more_steps_or_another_start_raise_an_alarm(
 
 
 @pytest.mark.parametrize(("power", "alarm"), [(0.1, False), (1.0, True)])
-def test_a_loss_that_still_rises_at_the_end_raises_an_alarm(evidence: lint.Evidence, power: float, alarm: bool) -> None:
+def test_a_loss_that_still_rises_at_the_end_raises_an_alarm(evidence: Evidence, power: float, alarm: bool) -> None:
     losses = torch.arange(1, 41.0).pow(power)[:, None].expand(40, 60)
     evidence.trace = traced(torch.zeros(40, 60, dtype=torch.bool), losses)
     evidence.second_start = torch.zeros(60, dtype=torch.bool)
@@ -755,7 +761,7 @@ def test_a_loss_that_still_rises_at_the_end_raises_an_alarm(evidence: lint.Evide
     [([1.0, 0.5, 0.0], False), ([0.5, 0.52, 0.0], False), ([0.2, 0.6, 0.0], True), ([0.9, 0.8, 0.7], True)],
 )
 def test_a_curve_that_rises_or_ends_above_chance_raises_an_alarm(
-    evidence: lint.Evidence, curve: list[float], alarm: bool
+    evidence: Evidence, curve: list[float], alarm: bool
 ) -> None:
     evidence.curve = list(zip((0.1, 0.2, 0.5), curve, strict=True))
     assert ask("S4", evidence) == alarm
@@ -763,7 +769,7 @@ def test_a_curve_that_rises_or_ends_above_chance_raises_an_alarm(
 
 @pytest.mark.parametrize(("lost", "alarm"), [(0, False), (1, False), (6, True)])
 def test_images_that_were_adversarial_on_the_way_only_raise_an_alarm(
-    evidence: lint.Evidence, lost: int, alarm: bool, monkeypatch: pytest.MonkeyPatch
+    evidence: Evidence, lost: int, alarm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = torch.ones(40, 60, dtype=torch.bool)
     wrong[-1, :lost] = False
@@ -773,9 +779,9 @@ def test_images_that_were_adversarial_on_the_way_only_raise_an_alarm(
 
 
 def test_a_threshold_is_exceeded_only_with_the_whole_interval() -> None:
-    assert not lint._exceeds(2, 50, 0.02)
-    assert lint._exceeds(5, 100, 0.02)
-    assert not lint._exceeds(0, 0, 0.02)
+    assert not exceeds(2, 50, 0.02)
+    assert exceeds(5, 100, 0.02)
+    assert not exceeds(0, 0, 0.02)
 
 
 # --- odd models, odd input, and what is left behind ---
@@ -809,7 +815,7 @@ def test_one_image_is_enough(plain: nn.Module) -> None:
 
 
 def test_more_images_than_a_batch_are_attacked_in_parts(plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lint, "BATCH", 16)
+    monkeypatch.setattr(evidence_module, "BATCH", 16)
     assert alarms(linted(plain, surrogate=plain)) == set()
 
 

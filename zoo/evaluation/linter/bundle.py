@@ -18,7 +18,8 @@ from zoo.bundle.card import Card, Finding, Lint
 from zoo.data import datasets
 from zoo.evaluation.int8_graph import check_int8
 from zoo.evaluation.ledger import Ledger
-from zoo.evaluation.linter.checks import QUERIES, lint_model
+from zoo.evaluation.linter.evidence import QUERIES
+from zoo.evaluation.linter.lint import lint_model
 from zoo.evaluation.protocols.transfer import check_surrogates, open_surrogate
 from zoo.evaluation.request import Request
 from zoo.evaluation.run import Run

@@ -11,7 +11,8 @@ from zoo.attacks.autoattack import ATTACKS, autoattack
 from zoo.attacks.budget import LinfBudget
 from zoo.bundle.card import Check, Result
 from zoo.data import datasets
-from zoo.evaluation.run import Run, correct, share, table
+from zoo.evaluation.intervals import share
+from zoo.evaluation.run import Run, correct, table
 
 BATCH = 100
 SQUARE = ATTACKS.index("square")

@@ -13,7 +13,8 @@ from zoo.attacks.rays import rays
 from zoo.attacks.square import square
 from zoo.bundle.card import Check, Result
 from zoo.data import datasets
-from zoo.evaluation.run import BATCH, Run, correct, share
+from zoo.evaluation.intervals import share
+from zoo.evaluation.run import BATCH, Run, correct
 
 QUERIES = 1000
 

@@ -9,7 +9,8 @@ from zoo.data import datasets
 from zoo.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, find_official, official, official_labels
 from zoo.data.datasets import Images
 from zoo.errors import BadInput
-from zoo.evaluation.run import Run, share, table
+from zoo.evaluation.intervals import share
+from zoo.evaluation.run import Run, table
 
 
 def corruptions(run: Run) -> list[Result]:

@@ -30,8 +30,9 @@ from zoo.attacks.square import square
 from zoo.bundle.card import Check, Result
 from zoo.data.datasets import Images
 from zoo.errors import BadInput
+from zoo.evaluation.intervals import share
 from zoo.evaluation.protocols.transfer import STEPS, adversarial_set, open_surrogate
-from zoo.evaluation.run import GROUP, Run, share, table
+from zoo.evaluation.run import GROUP, Run, table
 from zoo.gates.derive import mean_probability
 from zoo.gates.rgn import RandomGatedNetwork
 

@@ -32,8 +32,9 @@ from zoo.cache import cache_dir
 from zoo.data import datasets
 from zoo.data.datasets import Images
 from zoo.errors import BadInput, ChecksumMismatch, ManygatesError, MissingFile
+from zoo.evaluation.intervals import share
 from zoo.evaluation.ledger import digest_of
-from zoo.evaluation.run import BATCH, Run, ready, share, table
+from zoo.evaluation.run import BATCH, Run, ready, table
 from zoo.files import sha256_of, write_bytes_atomic, write_json_atomic
 from zoo.gates.derive import Ensemble
 from zoo.hub.source import open_model

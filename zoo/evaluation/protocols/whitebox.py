@@ -17,7 +17,8 @@ from zoo.bundle.card import Check, Result, Table
 from zoo.data import datasets
 from zoo.data.datasets import Images
 from zoo.evaluation.int8_graph import shown
-from zoo.evaluation.run import GROUP, Run, agreement, correct, share, table
+from zoo.evaluation.intervals import share
+from zoo.evaluation.run import GROUP, Run, agreement, correct, table
 
 CHECKED_IMAGES = 100
 CLEAN_DRAWS = 10
