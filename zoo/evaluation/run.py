@@ -26,7 +26,7 @@ from zoo.bundle.card import Agreement, Check, Result, Table
 from zoo.data import datasets
 from zoo.data.datasets import Images
 from zoo.errors import BadInput
-from zoo.evaluation.int8_graph import Graph, Rounded, int8_graph
+from zoo.evaluation.int8_graph import Graph, Int8Network, int8_graph
 from zoo.evaluation.intervals import rounded_interval, share
 from zoo.evaluation.ledger import Ledger
 from zoo.evaluation.request import Request
@@ -50,6 +50,7 @@ class Run:
     request: Request
     device: torch.device
     ledger: Ledger
+    """What is measured already."""
 
     def images(self, default: int | None) -> Images:
         """Return the fixed subset of the test set: `request.images`, else `default`, at most all."""
@@ -60,8 +61,7 @@ class Run:
     @cached_property
     def members(self) -> list[nn.Module]:
         """The deployed plain networks, BatchNorms folded as in their graphs, laid out for the fastest convolutions."""
-        found = [ready(member, self.device) for member in member_networks(self.bundle, self.request.variant)]
-        return found
+        return [ready(member, self.device) for member in member_networks(self.bundle, self.request.variant)]
 
     @cached_property
     def network(self) -> nn.Module:
@@ -70,10 +70,10 @@ class Run:
         Raises:
             BadInput: random gates.
         """
-        return Rounded(self.weights, self.graph) if self.rounds else self.weights
+        return Int8Network(self.weights, self.graph) if self.int8 else self.weights
 
     @property
-    def rounds(self) -> bool:
+    def int8(self) -> bool:
         """Whether the int8 graph is judged."""
         return self.request.precision == "int8"
 
@@ -108,7 +108,7 @@ class Run:
     def along(self, path: Sequence[int]) -> Model:
         """Return what random gates deploy along a path, as float32 weights or as int8 graph."""
         weights = path_model(self.rgn, path)
-        return Rounded(weights, self.graph, path) if self.rounds else weights
+        return Int8Network(weights, self.graph, path) if self.int8 else weights
 
     def fresh_paths(self, rng: random.Random) -> Sampler:
         """Return a sampler of what random gates deploy along fresh paths."""
@@ -142,12 +142,13 @@ class Run:
         distinct = list(dict.fromkeys(chosen))[:wanted]
         return [paths.format_path(path) for path in distinct], [path_model(self.rgn, path) for path in distinct]
 
-    def check_deterministic(self, pixels: Tensor, labels: Tensor) -> None:
+    def check_deterministic(self, images: Images) -> None:
         """Check that the deployed network answers alike twice, and with logits.
 
         Raises:
             BadInput: it does not, so that a deterministic protocol would mistake luck for robustness.
         """
+        pixels = datasets.as_float(images.pixels)
         first, second = (asked(self.network, pixels) for _ in range(2))
         if not torch.equal(first, second):
             raise BadInput(
@@ -155,19 +156,19 @@ class Run:
                 f"{float((first - second).abs().max()):.2g}), so it is random; {self.request.protocol} is for "
                 "deterministic models, use --protocol random-gates"
             )
-        check_logits(first, labels)
+        check_logits(first, images.labels)
 
-    def judged(self, stage: str, images: Images, judge: Judge, *, size: int = BATCH) -> Tensor:
+    def judged(self, stage: str, images: Images, judge: Judge, *, size: int | None = None) -> Tensor:
         """Judge all images in batches, with a progress bar; a batch that is in the ledger is not judged again.
 
         Args:
             stage: what is being done; unique within the evaluation, and part of every generator's seed.
             images: what to judge.
             judge: see `Judge`; draws only from `generator(stage, batch)`, so that going on changes nothing.
-            size: images per batch.
+            size: images per batch, `BATCH` if None.
         """
         parts = []
-        batches = list(images.batches(size))
+        batches = list(images.batches(size or BATCH))
         for number, (pixels, labels) in enumerate(
             tqdm(batches, desc=stage, disable=not sys.stderr.isatty(), leave=False)
         ):
@@ -251,12 +252,12 @@ class Run:
 def terms_of(bundle: Bundle, request: Request, device: torch.device) -> dict[str, object]:
     """Return everything that determines the numbers of an evaluation, for its ledger."""
     card = bundle.card
-    asked = {key: value for key, value in asdict(request).items() if key != "command"}
-    asked["eps"] = [str(eps) for eps in request.eps]
+    terms = {key: value for key, value in asdict(request).items() if key != "command"}
+    terms["eps"] = [str(eps) for eps in request.eps]
     for key in ("adversarial_set", "corrupted"):
-        asked[key] = str(asked[key])
+        terms[key] = str(terms[key])
     return {
-        "request": asked,
+        "request": terms,
         "weights": card.files[weights_file(card)].sha256,
         "graph": card.files[int8_file(request.variant)].sha256 if request.precision == "int8" else None,
         "paths": [card.paths.single, *card.paths.ensemble],
@@ -284,7 +285,7 @@ def correct(model: Model, pixels: Tensor, labels: Tensor) -> Tensor:
     """Return where the model answers with the label (batch,) bool.
 
     Raises:
-        BadInput: it answers NaN; see `inputs.asked`.
+        BadInput: it answers NaN; see `zoo.attacks.checks.asked`.
     """
     return asked(model, pixels).argmax(1) == labels
 

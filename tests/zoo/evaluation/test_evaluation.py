@@ -18,16 +18,14 @@ from zoo.bundle.card import Card, Check, Finding, InputFormat, NetworkSummary, P
 from zoo.bundle.record import record_results
 from zoo.data import datasets
 from zoo.errors import BadInput, ChecksumMismatch, DataMissing, MissingFile, UnknownName
-from zoo.evaluation import Request, evaluate, parse_eps
+from zoo.evaluation import Request, adversarial_set, evaluate, ledger_of, parse_eps
+from zoo.evaluation.adversarial_set import AdversarialSet
 from zoo.evaluation.intervals import wilson
 from zoo.evaluation.ledger import Ledger
 from zoo.evaluation.linter import bundle as linted
-from zoo.evaluation.protocols import autoattack as autoattacked
+from zoo.evaluation.protocols import autoattack, gate_attacks, whitebox
 from zoo.evaluation.protocols import random_gates as gates
-from zoo.evaluation.protocols import transfer
-from zoo.evaluation.protocols import whitebox as evaluation_whitebox
-from zoo.evaluation.protocols.transfer import AdversarialSet, open_surrogate
-from zoo.evaluation.run import Run, terms_of
+from zoo.evaluation.surrogates import open_surrogate
 from zoo.weights.checkpoint import Architecture, save_network
 from zoo.weights.models import PLAIN_WEIGHTS, RGN_WEIGHTS, save_members
 
@@ -402,10 +400,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_was_and_finds_the_same_numbe
     bundle = plain(tmp_path, "mean_colour")
     request = Request(protocol="whitebox", eps=(Fraction(29, 255),), images=ALL, steps=5, restarts=2)
     monkeypatch.setattr("zoo.evaluation.run.BATCH", 30)
-    monkeypatch.setattr(Run.judged, "__kwdefaults__", {"size": 30})
     (expected,) = evaluate(bundle, request)
     attacks: list[int] = []
-    whole = evaluation_whitebox.pgd
+    whole = whitebox.pgd
 
     def counted(*given: Any, **options: Any) -> Tensor:
         if (given[3].restarts, given[3].steps) == (2, 5):  # the protocol's own attack, not one of its checks
@@ -414,35 +411,36 @@ def test_an_interrupted_evaluation_goes_on_where_it_was_and_finds_the_same_numbe
                 raise KeyboardInterrupt
         return whole(*given, **options)
 
-    monkeypatch.setattr(evaluation_whitebox, "pgd", counted)
+    monkeypatch.setattr(whitebox, "pgd", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(bundle, request)
-    assert evaluation.resumable(bundle, request) == 2
+    assert len(ledger_of(bundle, request)) == 2
     (found,) = evaluate(bundle, request)
     assert attacks == [30] * 5, "two of the four batches were done, and the third begun"
     assert found == expected
-    assert evaluation.resumable(bundle, request) == 0, "what is done is forgotten, so asking again measures again"
+    assert len(ledger_of(bundle, request)) == 0, "what is done is forgotten, so asking again measures again"
 
 
 def test_a_torn_line_of_the_ledger_is_measured_again(tmp_path: Path) -> None:
-    ledger = Ledger({"a": 1}, tmp_path)
+    file = tmp_path / "a.jsonl"
+    ledger = Ledger(file)
     ledger.put("stage/0", torch.tensor([True, False]))
     ledger.put("stage/1", torch.tensor([0.5, 0.25]))
-    content = ledger.file.read_text()
-    ledger.file.write_text(content[:-20])
-    again = Ledger({"a": 1}, tmp_path)
+    file.write_text(file.read_text()[:-20])
+    again = Ledger(file)
     assert len(again) == 1
     kept = again.get("stage/0")
     assert kept is not None
     assert torch.equal(kept, torch.tensor([True, False]))
-    assert len(Ledger({"a": 2}, tmp_path)) == 0
+    assert len(Ledger(tmp_path / "b.jsonl")) == 0
 
 
 def test_a_ledger_on_a_full_disk_keeps_whole_lines_only(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
-    ledger = Ledger({"a": 1}, tmp_path)
+    file = tmp_path / "a.jsonl"
+    ledger = Ledger(file)
     ledger.put("first", torch.arange(4))
-    kept = ledger.file.read_bytes()
+    kept = file.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) + 20, hard))
     try:
@@ -450,16 +448,16 @@ def test_a_ledger_on_a_full_disk_keeps_whole_lines_only(tmp_path: Path) -> None:
             ledger.put("second", torch.arange(4))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert told.value.filename == str(ledger.file)
-    assert ledger.file.read_bytes() == kept
+    assert told.value.filename == str(file)
+    assert file.read_bytes() == kept
     ledger.put("third", torch.arange(2))
-    assert len(Ledger({"a": 1}, tmp_path)) == 2
+    assert len(Ledger(file)) == 2
 
 
 def test_other_terms_are_another_evaluation(linear: Bundle) -> None:
-    def file_of(**changes: object) -> Path:
+    def file_of(**changes: object) -> Path | None:
         request = replace(Request(protocol="whitebox", images=ALL), **changes)  # type: ignore[arg-type]
-        return Ledger(terms_of(linear, request, torch.device("cpu"))).file
+        return ledger_of(linear, request).file
 
     assert file_of() == file_of(command="said otherwise")
     others = [{"seed": 1}, {"images": 40}, {"steps": 7}, {"eps": (Fraction(1, 100),)}, {"protocol": "autoattack"}]
@@ -538,7 +536,7 @@ def random_gates(bundle: Bundle, **changes: object) -> Result:
 def test_random_gates_that_are_all_alike_are_exactly_as_robust_as_one_path(
     alike: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gates, "SQUARE_QUERIES", 4)
+    monkeypatch.setattr(gate_attacks, "SQUARE_QUERIES", 4)
     result = random_gates(alike)
     (single,) = evaluate(alike, Request(protocol="whitebox", eps=(Fraction(29, 255),), images=20, steps=10, restarts=1))
     assert result.accuracy == single.accuracy
@@ -557,7 +555,7 @@ def test_random_gates_that_are_all_alike_are_exactly_as_robust_as_one_path(
 def test_an_attacker_who_retries_gets_through_where_half_the_paths_are_wrong(
     gated: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gates, "_attacks", lambda run: {name: lambda on: on.images for name in NO_ATTACKS})
+    monkeypatch.setattr(gates, "attacks_on", lambda run: {name: lambda on: on.images for name in NO_ATTACKS})
     result = random_gates(gated, draws=40)
     (table,) = result.tables
     clean = dict(zip(table.columns, table.values[0], strict=True))
@@ -624,7 +622,7 @@ def build_tiny(name: str) -> nn.Module:
 def test_an_adversarial_set_that_was_interrupted_is_gone_on_with(
     linear: Bundle, surrogate: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, made = transfer.pgd, []
+    whole, made = adversarial_set.pgd, []
 
     def counted(*given: Any, **options: Any) -> Tensor:
         made.append(len(given[1]))
@@ -633,7 +631,7 @@ def test_an_adversarial_set_that_was_interrupted_is_gone_on_with(
         return whole(*given, **options)
 
     (expected,) = blackbox(linear, surrogate, images=ALL, adversarial_set=tmp_path / "whole")
-    monkeypatch.setattr(transfer, "pgd", counted)
+    monkeypatch.setattr(adversarial_set, "pgd", counted)
     with pytest.raises(KeyboardInterrupt):
         blackbox(linear, surrogate, images=ALL, adversarial_set=tmp_path / "set")
     (found,) = blackbox(linear, surrogate, images=ALL, adversarial_set=tmp_path / "set")
@@ -648,7 +646,7 @@ def test_an_adversarial_set_is_made_once_and_used_again(
 ) -> None:
     folder = tmp_path / "set"
     first = blackbox(linear, surrogate, adversarial_set=folder)
-    monkeypatch.setattr("zoo.evaluation.protocols.transfer.pgd", None)  # nothing is attacked again
+    monkeypatch.setattr("zoo.evaluation.adversarial_set.pgd", None)  # nothing is attacked again
     assert blackbox(linear, surrogate, adversarial_set=folder) == first
     other = plain(tmp_path / "other", "contrary")
     (contrary,) = blackbox(other, surrogate, adversarial_set=folder)
@@ -773,8 +771,7 @@ def test_an_attack_that_has_not_converged_is_found_out(linear: Bundle) -> None:
 
 def test_a_warning_of_autoattack_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = plain(tmp_path, "mean_colour")
-    monkeypatch.setattr(autoattacked, "BATCH", 40)
-    monkeypatch.setattr(Run.judged, "__kwdefaults__", {"size": 40})
+    monkeypatch.setattr(autoattack, "BATCH", 40)
     calls: list[int] = []
 
     def fake(model: object, images: Tensor, labels: Tensor, budget: object, *, seed: int) -> AutoAttackResult:
@@ -785,7 +782,7 @@ def test_a_warning_of_autoattack_survives_an_interruption(tmp_path: Path, monkey
         flags = ("the model is random",) if len(calls) == 1 else ()
         return AutoAttackResult(adversarial=images, clean=right, robust=dict.fromkeys(ATTACKS, right), flags=flags)
 
-    monkeypatch.setattr(autoattacked, "autoattack", fake)
+    monkeypatch.setattr(autoattack, "autoattack", fake)
     request = Request(protocol="autoattack", eps=(Fraction(1, 100),), images=ALL)
     with pytest.raises(KeyboardInterrupt):
         evaluate(bundle, request)
@@ -806,7 +803,7 @@ def test_square_that_breaks_what_gradients_leave_is_found_out(
         after = dict.fromkeys(ATTACKS[:-1], number >= 23) | {"square": number >= 23 + alone}
         return AutoAttackResult(adversarial=images, clean=number >= 0, robust=after, flags=())
 
-    monkeypatch.setattr(autoattacked, "autoattack", fake)
+    monkeypatch.setattr(autoattack, "autoattack", fake)
     request = Request(protocol="autoattack", eps=(Fraction(1, 100),), images=100)
     (result,) = evaluate(plain(tmp_path, "mean_colour"), request)
     assert failed(result) == said

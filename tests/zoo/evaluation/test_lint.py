@@ -19,7 +19,7 @@ from zoo.attacks.checks import Model
 from zoo.bundle.card import Finding
 from zoo.bundle.findings import lines
 from zoo.errors import BadInput
-from zoo.evaluation.int8_graph import Rounded as Int8
+from zoo.evaluation.int8_graph import Int8Network
 from zoo.evaluation.intervals import exceeds
 from zoo.evaluation.linter import evidence as evidence_module
 from zoo.evaluation.linter.bundle import lint_bundle
@@ -549,7 +549,7 @@ def int8(weights: nn.Module, answers: nn.Module) -> Model:
         with torch.no_grad():
             return answers(images)
 
-    return Int8(weights, graph)
+    return Int8Network(weights, graph)
 
 
 def test_a_graph_that_rounds_its_weights_with_care_raises_no_alarm(plain: nn.Module) -> None:

@@ -20,9 +20,9 @@ from zoo.evaluation.int8_graph import check_int8
 from zoo.evaluation.ledger import Ledger
 from zoo.evaluation.linter.evidence import QUERIES
 from zoo.evaluation.linter.lint import lint_model
-from zoo.evaluation.protocols.transfer import check_surrogates, open_surrogate
 from zoo.evaluation.request import Request
 from zoo.evaluation.run import Run
+from zoo.evaluation.surrogates import check_surrogates, open_surrogate
 from zoo.runtime import session
 from zoo.weights.models import check_variant
 
@@ -74,15 +74,15 @@ def lint_bundle(
         seed=seed,
         surrogates=() if surrogate is None else (surrogate,),
     )
-    run = Run(bundle=bundle, request=request, device=torch.device(device), ledger=Ledger({"lint": "keeps none"}))
+    run = Run(bundle=bundle, request=request, device=torch.device(device), ledger=Ledger())
     chosen = run.images(IMAGES)
     other: Model | None = None
     if surrogate is not None:
         opened = open_surrogate(surrogate)
-        check_surrogates(run, [opened])
+        check_surrogates(bundle, [opened])
         other = opened.deployed(run.device)
     sampler = run.fresh_paths(run.rng("lint", 0)) if variant == "gated" else None
-    graph_file = int8_file(variant) if run.rounds else f"{variant}.onnx"
+    graph_file = int8_file(variant) if run.int8 else f"{variant}.onnx"
     model: Model = run.network if sampler is None else lambda pixels: sampler()(pixels)
     findings = lint_model(
         model,

@@ -23,6 +23,6 @@ class Check:
     ask: Callable[[Evidence], Answer]
 
 
-def check(code: str, name: str, *, meaning: str) -> Callable[[Callable[[Evidence], Answer]], Check]:
+def check(code: str, name: str, meaning: str) -> Callable[[Callable[[Evidence], Answer]], Check]:
     """Return a decorator that makes a check of a function of the evidence."""
     return lambda ask: Check(code=code, name=name, meaning=meaning, ask=ask)

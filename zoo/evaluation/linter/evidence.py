@@ -23,7 +23,7 @@ from zoo.attacks.losses import Loss
 from zoo.attacks.random_gates import Sampler, eot_pgd
 from zoo.attacks.square import square
 from zoo.errors import BadInput
-from zoo.evaluation.int8_graph import Rounded, shown
+from zoo.evaluation.int8_graph import Int8Network, attack_weights
 from zoo.evaluation.linter.differentiable import Form, differentiable
 from zoo.evaluation.linter.side_effects import backward_passes, state_of
 from zoo.evaluation.linter.trace import Trace, trace_pgd
@@ -120,7 +120,7 @@ class Evidence:
         self.form = Form.of(self.outputs, dtype, differentiates=self.passes > 0)
         drawn = model if sampler is None else sampler()
         self.net = self._draw(drawn)
-        self.weights = differentiable(see(drawn.weights), self.form) if isinstance(drawn, Rounded) else None
+        self.weights = differentiable(see(drawn.weights), self.form) if isinstance(drawn, Int8Network) else None
         self.surrogate = None if surrogate is None else differentiable(see(surrogate, chance="tolerated"), self.form)
         right = logits_of(self.net, images).argmax(1) == labels
         if not bool(right.any()):
@@ -334,9 +334,9 @@ class Evidence:
         """
         assert self.weights is not None
         budget, generator = self._usual(LONG_STEPS, restarts=2), self.generator("weights")
-        found = [shown(self.weights, self.net, *batch, budget, generator) for batch in self.batches()]
-        theirs, ours, last = (torch.cat(each) for each in zip(*found, strict=True))
-        return theirs, ours, last
+        found = [attack_weights(self.weights, self.net, *batch, budget, generator) for batch in self.batches()]
+        weights_kept, graph_kept, last = (torch.cat(each) for each in zip(*found, strict=True))
+        return weights_kept, graph_kept, last
 
     @cached_property
     def curve(self) -> list[tuple[float, float]]:

@@ -34,10 +34,8 @@ PLANTED_IMAGES, INNER_POINTS = 32, 32
 @check(
     "S1",
     "eps 0 equals clean accuracy",
-    meaning=(
-        "The attack or its evaluation is broken: without a budget nothing may change; compare the preprocessing "
-        "of the two."
-    ),
+    "The attack or its evaluation is broken: without a budget nothing may change; compare the preprocessing "
+    "of the two.",
 )
 def zero_eps(evidence: Evidence) -> Answer:
     """Attack without a budget: nothing may move, and no answer may change."""
@@ -53,10 +51,8 @@ def zero_eps(evidence: Evidence) -> Answer:
 @check(
     "S2",
     "many steps beat one step",
-    meaning=(
-        "The loss surface is rugged or the steps are wrong, so gradients lead astray; try other step sizes, "
-        "smoothed gradients and attacks without gradients."
-    ),
+    "The loss surface is rugged or the steps are wrong, so gradients lead astray; try other step sizes, "
+    "smoothed gradients and attacks without gradients.",
 )
 def many_steps(evidence: Evidence) -> Answer:
     """Count what FGSM breaks and PGD does not."""
@@ -71,10 +67,8 @@ def many_steps(evidence: Evidence) -> Answer:
 @check(
     "S3",
     "more steps and starts change nothing",
-    meaning=(
-        "The attack had not converged, so the accuracy it reports is too high; spend more steps and restarts "
-        "until nothing changes."
-    ),
+    "The attack had not converged, so the accuracy it reports is too high; spend more steps and restarts "
+    "until nothing changes.",
 )
 def converged(evidence: Evidence) -> Answer:
     """Count what twice the steps or a second start break, and look at the end of the loss of what is left."""
@@ -100,10 +94,8 @@ def converged(evidence: Evidence) -> Answer:
 @check(
     "S4",
     "accuracy falls with eps to chance",
-    meaning=(
-        "A larger ball holds the smaller one, and at 0.5 every ball holds plain grey: an attack that does not "
-        "gain from room is failing; look at G1 to G4."
-    ),
+    "A larger ball holds the smaller one, and at 0.5 every ball holds plain grey: an attack that does not "
+    "gain from room is failing; look at G1 to G4.",
 )
 def eps_curve(evidence: Evidence) -> Answer:
     """Attack at growing eps, up to the one whose ball holds plain grey."""
@@ -121,10 +113,8 @@ def eps_curve(evidence: Evidence) -> Answer:
 @check(
     "S5",
     "an unbounded attack succeeds",
-    meaning=(
-        "With every image allowed no model can be right, so the attack does not see the model's gradients; look "
-        "at G1 to G4 and use attacks without gradients."
-    ),
+    "With every image allowed no model can be right, so the attack does not see the model's gradients; look "
+    "at G1 to G4 and use attacks without gradients.",
 )
 def unbounded(evidence: Evidence) -> Answer:
     """Attack at eps 1, where the ball holds every image."""
@@ -138,10 +128,8 @@ def unbounded(evidence: Evidence) -> Answer:
 @check(
     "S6",
     "what was adversarial stays so",
-    meaning=(
-        "The attack found adversarial images and lost them again; keep the first broken or the best iterate, and "
-        "see R1 and B1 if they are not adversarial when asked again."
-    ),
+    "The attack found adversarial images and lost them again; keep the first broken or the best iterate, and "
+    "see R1 and B1 if they are not adversarial when asked again.",
 )
 def adversarial_stays(evidence: Evidence) -> Answer:
     """Count images that were adversarial on the way and are not at the end, or not when asked again."""
@@ -158,10 +146,8 @@ def adversarial_stays(evidence: Evidence) -> Answer:
 @check(
     "S7",
     "images stay in the ball and in range",
-    meaning=(
-        "Images outside the ball, outside [0, 1] or with NaN are no adversarial examples, and numbers from them "
-        "count for nothing; see G1 for NaN."
-    ),
+    "Images outside the ball, outside [0, 1] or with NaN are no adversarial examples, and numbers from them "
+    "count for nothing; see G1 for NaN.",
 )
 def inside_the_ball(evidence: Evidence) -> Answer:
     """Measure how far images moved, and whether they are still adversarial in 8 bits."""
@@ -189,10 +175,8 @@ def inside_the_ball(evidence: Evidence) -> Answer:
 @check(
     "W1",
     "gradients beat guessing",
-    meaning=(
-        "An attack that knows less did better, the classic sign of masked gradients; report the black-box number "
-        "and attack through the masking (BPDA)."
-    ),
+    "An attack that knows less did better, the classic sign of masked gradients; report the black-box number "
+    "and attack through the masking (BPDA).",
 )
 def beats_guessing(evidence: Evidence) -> Answer:
     """Attack what gradients left by queries, by noise and by transfer."""
@@ -214,10 +198,8 @@ def beats_guessing(evidence: Evidence) -> Answer:
 @check(
     "X1",
     "a planted adversarial example is found",
-    meaning=(
-        "The attack misses examples that are known to exist, so that it finds none proves nothing; strengthen it "
-        "until it finds these."
-    ),
+    "The attack misses examples that are known to exist, so that it finds none proves nothing; strengthen it "
+    "until it finds these.",
 )
 def planted(evidence: Evidence) -> Answer:
     """Plant a class where only one random corner of the ball is known to lie, and let PGD look for it.

@@ -13,7 +13,7 @@ from zoo.evaluation.thresholds import COUPLED, FEWEST_FINITE, ROUNDING_STEPS
 @check(
     "O1",
     "outputs are logits",
-    meaning="A softmax in the way flattens gradients, and infinities end them; attack what stands before it.",
+    "A softmax in the way flattens gradients, and infinities end them; attack what stands before it.",
 )
 def logits(evidence: Evidence) -> Answer:
     """Look for probabilities, NaN and infinities in the first answers."""
@@ -33,10 +33,8 @@ def logits(evidence: Evidence) -> Answer:
 @check(
     "R1",
     "the same images get the same answer",
-    meaning=(
-        "Randomness is mistaken for robustness: a deterministic attack on a random model fails by chance; give a "
-        "sampler and report attacks that average over draws."
-    ),
+    "Randomness is mistaken for robustness: a deterministic attack on a random model fails by chance; give a "
+    "sampler and report attacks that average over draws.",
 )
 def repeats(evidence: Evidence) -> Answer:
     """Ask about the same images again and again."""
@@ -53,10 +51,8 @@ def repeats(evidence: Evidence) -> Answer:
 @check(
     "B1",
     "an answer does not depend on the batch",
-    meaning=(
-        "Batch statistics or another coupling at test time: the attack sees another function than a user who "
-        "sends one image; freeze the statistics."
-    ),
+    "Batch statistics or another coupling at test time: the attack sees another function than a user who "
+    "sends one image; freeze the statistics.",
 )
 def batch(evidence: Evidence) -> Answer:
     """Ask about images alone, together, and among others."""
@@ -83,10 +79,8 @@ def batch(evidence: Evidence) -> Answer:
 @check(
     "M1",
     "attacks leave the model as it was",
-    meaning=(
-        "A forward changes weights, buffers, modes, gradients or global random states, so that the model measured "
-        "is not the one that was given; make the forward free of side effects."
-    ),
+    "A forward changes weights, buffers, modes, gradients or global random states, so that the model measured "
+    "is not the one that was given; make the forward free of side effects.",
 )
 def unchanged(evidence: Evidence) -> Answer:
     """Compare the model's state, and the random states, with those before the attacks."""
@@ -109,10 +103,8 @@ def unchanged(evidence: Evidence) -> Answer:
 @check(
     "D1",
     "no gradients inside the forward",
-    meaning=(
-        "The model optimises at test time, and plain gradients do not see through that; attack through the "
-        "optimisation, and report the static model beside it (Croce et al. 2022)."
-    ),
+    "The model optimises at test time, and plain gradients do not see through that; attack through the "
+    "optimisation, and report the static model beside it (Croce et al. 2022).",
 )
 def inner_gradients(evidence: Evidence) -> Answer:
     """Count backward passes in a forward."""

@@ -22,10 +22,8 @@ NO_GRAPH = "the model is no int8 graph"
 @check(
     "T1",
     "the surrogate fools itself",
-    meaning=(
-        "Examples that do not even fool the surrogate say nothing about transfer; take a plain surrogate or a "
-        "stronger attack on it."
-    ),
+    "Examples that do not even fool the surrogate say nothing about transfer; take a plain surrogate or a "
+    "stronger attack on it.",
 )
 def surrogate(evidence: Evidence) -> Answer:
     """Count the surrogate's own images that an attack on it does not break."""
@@ -42,10 +40,8 @@ def surrogate(evidence: Evidence) -> Answer:
 @check(
     "P1",
     "what is served is what was attacked",
-    meaning=(
-        "The deployed graph is another function than the attacked one, so its robustness was not measured; export "
-        "again and compare the preprocessing."
-    ),
+    "The deployed graph is another function than the attacked one, so its robustness was not measured; export "
+    "again and compare the preprocessing.",
 )
 def served(evidence: Evidence) -> Answer:
     """Compare the answers of what is served with those of the model, to clean and adversarial images."""
@@ -79,21 +75,19 @@ def served(evidence: Evidence) -> Answer:
 @check(
     "Q1",
     "what fools the weights fools their rounding",
-    meaning=(
-        "Rounding moved the border and took nothing from the attacker, who has only to aim at the graph: its "
-        "transferred accuracy flatters it; attack through the rounding, and calibrate on more images."
-    ),
+    "Rounding moved the border and took nothing from the attacker, who has only to aim at the graph: its "
+    "transferred accuracy flatters it; attack through the rounding, and calibrate on more images.",
 )
 def rounding_keeps(evidence: Evidence) -> Answer:
     """Count what an attack on the weights breaks there and not on the graph."""
     if evidence.weights is None:
         return None, NO_GRAPH
-    theirs, ours, last = evidence.on_weights
-    alone = count(~theirs & ours)
+    weights_kept, graph_kept, last = evidence.on_weights
+    alone = count(~weights_kept & graph_kept)
     same = logits_of(evidence.net, last).argmax(1) == logits_of(evidence.weights, last).argmax(1)
     return exceeds(alone, evidence.number, ROUNDED_AWAY), (
-        f"PGD-{LONG_STEPS} on the weights, 2 starts, breaks {count(~theirs)} of {evidence.number} on the weights and "
-        f"{count(~ours)} on the graph, {alone} on the weights alone; both say the same of {count(same)} "
+        f"PGD-{LONG_STEPS} on the weights, 2 starts, breaks {count(~weights_kept)} of {evidence.number} on the weights "
+        f"and {count(~graph_kept)} on the graph, {alone} on the weights alone; both say the same of {count(same)} "
         f"({evidence.ball})"
     )
 
@@ -101,21 +95,19 @@ def rounding_keeps(evidence: Evidence) -> Answer:
 @check(
     "Q2",
     "asking the graph finds no more than its weights",
-    meaning=(
-        "An attacker who knows less did better: attacks on the weights miss what the rounded graph does; report "
-        "the black-box number and attack through the rounding."
-    ),
+    "An attacker who knows less did better: attacks on the weights miss what the rounded graph does; report "
+    "the black-box number and attack through the rounding.",
 )
 def graph_asked(evidence: Evidence) -> Answer:
     """Ask the graph about the images that no attack on the weights broke on it; other gradients do not count here."""
     if evidence.weights is None:
         return None, NO_GRAPH
-    _, ours, _ = evidence.on_weights
-    broken = evidence.wrong(evidence.asked_by_square(ours, "square on the graph")) & ours
-    noise = (evidence.corner_logits.argmax(2) != evidence.labels).any(0) & ours
+    _, graph_kept, _ = evidence.on_weights
+    broken = evidence.wrong(evidence.asked_by_square(graph_kept, "square on the graph")) & graph_kept
+    noise = (evidence.corner_logits.argmax(2) != evidence.labels).any(0) & graph_kept
     alone = count(broken | noise)
     return exceeds(alone, evidence.number, BLACK_BOX_ALONE), (
-        f"what breaks the weights breaks {count(~ours)} of {evidence.number} on the graph; {alone} more broken by "
-        f"asking it: Square ({evidence.queries} queries) {count(broken)}, random noise ({2 * NOISES} draws) "
+        f"what breaks the weights breaks {count(~graph_kept)} of {evidence.number} on the graph; {alone} more broken "
+        f"by asking it: Square ({evidence.queries} queries) {count(broken)}, random noise ({2 * NOISES} draws) "
         f"{count(noise)} ({evidence.ball})"
     )

@@ -15,7 +15,7 @@ NO_SAMPLER = "no sampler given: the model is deterministic, or R1 alarms"
 @check(
     "E1",
     "averaging over draws changes nothing",
-    meaning="Attacks with one draw per step are too weak for this random model; report EOT with draws until flat.",
+    "Attacks with one draw per step are too weak for this random model; report EOT with draws until flat.",
 )
 def averaging(evidence: Evidence) -> Answer:
     """Compare attacks that average over one draw and over many."""
@@ -31,7 +31,7 @@ def averaging(evidence: Evidence) -> Answer:
 @check(
     "E2",
     "self-reported equals fresh-draw accuracy",
-    meaning="An attack that judges itself by its own draws reports luck; judge what it returns on fresh draws.",
+    "An attack that judges itself by its own draws reports luck; judge what it returns on fresh draws.",
 )
 def self_report(evidence: Evidence) -> Answer:
     """Compare what an attack reports by its own draws with fresh ones."""
@@ -48,10 +48,8 @@ def self_report(evidence: Evidence) -> Answer:
 @check(
     "E3",
     "a known draw is attacked like a plain network",
-    meaning=(
-        "A path that is known should be the easiest prey: if it is not, its own gradients are masked, and "
-        "randomness only covers that; lint one fixed draw as a plain network."
-    ),
+    "A path that is known should be the easiest prey: if it is not, its own gradients are masked, and "
+    "randomness only covers that; lint one fixed draw as a plain network.",
 )
 def known_draw(evidence: Evidence) -> Answer:
     """Compare PGD on one draw with EOT over all."""

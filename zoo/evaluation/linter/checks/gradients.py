@@ -26,10 +26,8 @@ MOST_GROUPS = 4
 @check(
     "G1",
     "gradients are neither zero nor NaN",
-    meaning=(
-        "The model blocks its gradient: rounding, detaching, saturation (if cross-entropy alone is zero); replace "
-        "the blocking part by the identity on the way back, or attack logits before it."
-    ),
+    "The model blocks its gradient: rounding, detaching, saturation (if cross-entropy alone is zero); replace "
+    "the blocking part by the identity on the way back, or attack logits before it.",
 )
 def gradients_exist(evidence: Evidence) -> Answer:
     """Count gradients that are zero or NaN, of two losses."""
@@ -46,10 +44,8 @@ def gradients_exist(evidence: Evidence) -> Answer:
 @check(
     "G2",
     "losses agree at every scale of logits",
-    meaning=(
-        "Logits so large, or so shaped, that cross-entropy has no useful gradient, or one that leads to a class "
-        "that cannot be reached; report the margin or DLR loss, towards each class in turn (AutoAttack)."
-    ),
+    "Logits so large, or so shaped, that cross-entropy has no useful gradient, or one that leads to a class "
+    "that cannot be reached; report the margin or DLR loss, towards each class in turn (AutoAttack).",
 )
 def other_losses(evidence: Evidence) -> Answer:
     """Count what other losses, and other target classes, break beyond cross-entropy."""
@@ -64,10 +60,8 @@ def other_losses(evidence: Evidence) -> Answer:
 @check(
     "G3",
     "gradients explain finite differences",
-    meaning=(
-        "The gradient is not the slope of the model: a step function or a false backward pass lies in between; "
-        "use BPDA or attacks without gradients."
-    ),
+    "The gradient is not the slope of the model: a step function or a false backward pass lies in between; "
+    "use BPDA or attacks without gradients.",
 )
 def finite_differences(evidence: Evidence) -> Answer:
     """The change of the margin along a segment is the integral of its gradient, for every honest function.
@@ -115,11 +109,9 @@ def finite_differences(evidence: Evidence) -> Answer:
 @check(
     "G4",
     "gradients cover every kind of direction",
-    meaning=(
-        "The answer depends on something that gradients do not see, such as fine detail, one channel or a "
-        "detached branch: a step function lies in the way of a part of the image; use BPDA there, or attacks "
-        "without gradients."
-    ),
+    "The answer depends on something that gradients do not see, such as fine detail, one channel or a "
+    "detached branch: a step function lies in the way of a part of the image; use BPDA there, or attacks "
+    "without gradients.",
 )
 def kinds_of_direction(evidence: Evidence) -> Answer:
     """The same as G3 for each kind of direction, so that none without a gradient hides behind the others.
