@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from manygates import __version__
 from manygates.output import DONE, INTERRUPTED, WRONG, say
+from zoo.vocabulary import VERSION
 
 _PACKAGES = ("zoo", "training", "serving")
 _OF_TRAINING = ("torch", "onnx", "safetensors", "pyarrow", "tqdm")
@@ -31,7 +31,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
         description="Adversarially robust image classifiers built on random gated networks.",
         epilog="MODEL: a catalogue name, local-dir:PATH or hf-hub:org/name[@revision]. RUN: a training run's folder.",
     )
-    root.add_argument("--version", action="version", version=f"manygates {__version__}")
+    root.add_argument("--version", action="version", version=f"manygates {VERSION}")
     subparsers = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for family in (models, train, export, evaluate, report, attack, serve):
         for name, added in family.COMMANDS.items():

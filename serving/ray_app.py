@@ -94,8 +94,8 @@ def replica_settings(settings: Settings) -> Settings:
             raise BadInput(f"{name} is {getattr(settings, name)!r}, which a Ray Serve deployment has not: {reason}")
     if settings.model_settings or settings.model_repository:
         return settings
-    from serving.engine.engine import VARIANT_OF_MODE
     from zoo.hub.source import list_bundled
+    from zoo.vocabulary import VARIANT_OF_MODE
 
     variant = VARIANT_OF_MODE[settings.mode or "single"]
     models = tuple(card.name for card in list_bundled() if variant in card.variants)

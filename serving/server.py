@@ -2,8 +2,6 @@
 
 import asyncio
 import functools
-import importlib
-import ipaddress
 import logging
 import os
 import signal
@@ -13,17 +11,22 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from types import FrameType
 
 import uvicorn
 
 from serving.http.app import Application
-from serving.http.connection import SPARE_CONNECTIONS, connections_of, limit_handshakes
+from serving.http.bounded import SPARE_CONNECTIONS
+from serving.http.connection import connections_of
+from serving.http.handshakes import limit_handshakes
+from serving.listener import allow_open_files, bind, url_of
 from serving.operations import log
 from serving.operations.settings import Settings
 from serving.operations.tls import renew, ssl_context
+from serving.operations.tracing import make_tracer
 from serving.scheduling.repository import Repository, described
+from serving.scheduling.service import Model
 from zoo.errors import BadInput
 
 logger = logging.getLogger("manygates.serving")
@@ -53,10 +56,34 @@ def build(settings: Settings) -> Application:
     # what Pillow thinks of files that clients send is answered to them; the log would fill with it
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     repository = Repository(settings)
-    application = Application(repository.load_all(), settings, repository)
+    application = compose(repository.load_all(), settings, repository)
     if settings.demo:
         _mount_demo(application, [model.source for model in settings.model_settings])
     return application
+
+
+def compose(models: Sequence[Model], settings: Settings, repository: Repository | None = None) -> Application:
+    """Return the application of some models, with the tracer and with gRPC beside it if the settings want them.
+
+    Raises:
+        BadInput: if a library that they need is missing, or as `Application` does.
+    """
+    grpc = _grpc_beside if settings.grpc_port >= 0 else None
+    return Application(models, settings, repository, tracer=make_tracer(settings), grpc=grpc)
+
+
+def _grpc_beside(application: Application) -> AbstractAsyncContextManager[int]:
+    try:
+        from serving.grpc import server as grpc_server  # few need its libraries
+    except ModuleNotFoundError as error:
+        raise BadInput(f"gRPC needs {error.name!r}; install it with `pip install 'manygates[serve]'`") from error
+    return grpc_server.running(
+        application.service,
+        application.admission,
+        application.budget,
+        application.administration,
+        application.tracer,
+    )
 
 
 class _Stopped(BaseException):
@@ -90,16 +117,15 @@ def _stopped_by_signals() -> Iterator[None]:
 def _serve(settings: Settings) -> None:
     protocols = 1 if settings.grpc_port < 0 else 2
     allow_open_files(protocols * settings.max_connections + SPARE_CONNECTIONS + _OTHER_FILES)
-    # before loading: a port in use should not cost the time to load
     log.configure(settings.log_format, settings.log_level)
     takes_signals = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
     if takes_signals:  # it would end the process; what it asks to read again is about to be read
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    listener = bind(settings.host, settings.port)
+    listener = bind(settings.host, settings.port)  # before loading: a port in use should not cost the time to load
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         if settings.grpc_port > 0:
-            # only tried: the library that will take it takes no sockets
+            # only a trial: gRPC takes no sockets that are bound already
             bind(settings.host, settings.grpc_port, "--grpc-port").close()
         ssl_context(settings)  # before loading as well: a wrong file should not cost the time to load
         application = build(settings)
@@ -119,8 +145,8 @@ def _serve(settings: Settings) -> None:
     if missing := application.repository.missing() if application.repository else "":
         logger.warning("not ready: %s", missing)
     server.run(sockets=[listener])
-    if application.service.scheduler.stuck and threading.current_thread() is threading.main_thread():
-        # a thread that the interpreter finds in a model at its end makes it abort
+    if application.stuck and threading.current_thread() is threading.main_thread():
+        # a thread that the interpreter finds in a model at its end makes it abort, and one in a picture makes it wait
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -131,63 +157,6 @@ def _log_models(application: Application) -> None:
     """Say what is served; a function of its own, so that no frame keeps a model that is replaced."""
     for served in application.service.everything():
         logger.info("serving %s", described(served.model))
-
-
-def allow_open_files(number: int) -> None:
-    """Raise this process's limit of open files to `number` if it is lower and may be raised; warn if it may not."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= number:
-        return
-    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):  # some systems have further limits of their own
-        wanted = soft
-    if wanted < number:
-        logger.warning(
-            "this process may open %d files, and max_connections needs %d: connections beyond that will wait; raise "
-            "the limit (ulimit -n) or lower MANYGATES_SERVE_MAX_CONNECTIONS",
-            wanted,
-            number,
-        )
-
-
-def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
-    """Return a socket that listens on the address: whoever connects waits until the server has loaded its models.
-
-    `flag` is what an error tells to choose another port with.
-
-    Raises:
-        BadInput: if the address cannot be used.
-    """
-    if not 0 <= port <= 65535:
-        raise BadInput(f"port {port} is out of range, expected 0 to 65535; 0 takes a free one")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        # two processes may both bind with SO_REUSEADDR; only listening tells
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise BadInput(
-            f"cannot listen on {host} port {port} ({error.strerror or error}); choose another with --host or {flag}, "
-            "or stop what uses it"
-        ) from error
-    listener.setblocking(False)
-    return listener
-
-
-def url_of(listener: socket.socket, scheme: str = "http") -> str:
-    """Return the URL under which a bound socket is reached."""
-    host, port = listener.getsockname()[:2]
-    address = ipaddress.ip_address(host.partition("%")[0])
-    return f"{scheme}://[{host}]:{port}" if address.version == 6 else f"{scheme}://{host}:{port}"
 
 
 class Server(uvicorn.Server):
@@ -204,7 +173,6 @@ class Server(uvicorn.Server):
                 header_timeout=settings.header_timeout,
                 body_timeout=settings.body_timeout,
                 max_body_bytes=settings.max_body_bytes,
-                max_total_body_bytes=settings.max_total_body_bytes,
             ),
             lifespan="on",
             log_config=None,  # `serving.operations.log` has configured its loggers as well
@@ -287,8 +255,8 @@ class Server(uvicorn.Server):
 
 def _mount_demo(application: Application, models: Sequence[str]) -> None:
     try:
-        demo = importlib.import_module("serving.demo.page")  # not above: it is an extra, and may load torch
+        from serving.demo.page import mount  # not above: it is an extra, and loads torch
     except ModuleNotFoundError as error:
         raise BadInput(f"the demo needs {error.name!r}; install it with `pip install 'manygates[demo]'`") from error
     most = application.settings.max_image_pixels
-    application.rest = demo.mount(application.starlette, "/demo", list(models), max_pixels=most)
+    application.rest = mount(application.starlette, "/demo", list(models), max_pixels=most)

@@ -78,7 +78,7 @@ def test_every_command_in_a_description_is_one_that_the_command_line_takes(place
 
 def test_what_docs_tell_to_set_is_a_setting_or_documented_as_one_of_others() -> None:
     text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
-    known = {f"MANYGATES_SERVE_{field.name.upper()}" for field in setting_fields()} | {"MANYGATES_SERVE_CONFIG"}
+    known = {f"MANYGATES_SERVE_{name.upper()}" for name in setting_fields()} | {"MANYGATES_SERVE_CONFIG"}
     named = set(re.findall(r"MANYGATES_SERVE_[A-Z_]+[A-Z]", text))
     assert named
     assert named <= known

@@ -7,7 +7,8 @@ is none (1.31 does). Whoever wants the reports sets ORT_DISABLE_TELEMETRY=0.
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import numpy as np
 
@@ -23,15 +24,37 @@ if os.environ["ORT_DISABLE_TELEMETRY"] != "0":
     runtime.disable_telemetry_events()  # of builds that know no such variable
 
 
+CPU: Final = "CPUExecutionProvider"
+
+
+def quantization() -> Any:
+    """Return ONNX Runtime's quantiser: a package of its own, and a large one, which only an export needs."""
+    import onnxruntime.quantization
+
+    return onnxruntime.quantization
+
+
 class GraphError(BundleError):
     """A graph that ONNX Runtime cannot load or run."""
 
 
-def session(content: bytes, *, threads: int | None = None) -> Any:
-    """Open a graph on the CPU, quietly; on all cores if `threads` is None.
+def session(
+    content: bytes,
+    *,
+    threads: int | None = None,
+    providers: Sequence[str] = (CPU,),
+    configure: Callable[[Any], None] | None = None,
+) -> Any:
+    """Open a graph, quietly.
+
+    Args:
+        content: the graph; it may not keep its weights in other files.
+        threads: how many cores one call uses; None is all.
+        providers: what computes, in the order of preference.
+        configure: changes the session's options before it is opened.
 
     Raises:
-        BundleError: ONNX Runtime cannot load it.
+        GraphError: ONNX Runtime cannot load it.
     """
     options = runtime.SessionOptions()
     options.log_severity_level = 3
@@ -39,8 +62,10 @@ def session(content: bytes, *, threads: int | None = None) -> Any:
         options.intra_op_num_threads = threads
     # A graph may name files to read its weights from; in this "folder" there can be none, inside it or above it.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    if configure is not None:
+        configure(options)
     try:
-        return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(content, options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         raise GraphError(f"ONNX Runtime cannot load the graph ({error}); export it again") from error
 

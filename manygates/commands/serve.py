@@ -19,7 +19,8 @@ NONE_BUNDLED = "no model is bundled with this installation; name one, such as lo
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    from serving.operations.settings import CONFIG_VARIABLE, add_flags
+    from serving.operations.settings_help import add_flags
+    from serving.operations.sources import CONFIG_VARIABLE
 
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help=f"settings in TOML; {CONFIG_VARIABLE} by default; flags go first"
@@ -30,11 +31,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from serving.operations.settings import Settings, flags_in
+    from serving.operations.settings import Settings
+    from serving.operations.settings_help import flags_in, to_toml
 
     settings = Settings.resolve(flags_in(arguments), os.environ, arguments.config)
     if arguments.print_config:
-        sys.stdout.write(settings.to_toml())
+        sys.stdout.write(to_toml(settings))
         return DONE
     from serving.server import serve
 

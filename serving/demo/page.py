@@ -36,7 +36,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 from torch import Tensor, nn
 
-from serving.server import bind, url_of
+from serving.listener import bind, url_of
 from zoo import paths
 from zoo.attacks import LinfBudget, as_it_is, fgsm, pgd, to_grid
 from zoo.bundle.bundle import Bundle

@@ -8,68 +8,36 @@ A multi-exit network in mode `single` answers with its last exit, in batches lik
 `serving.engine.exits`. Then each image runs alone, because images that leave at different exits share no later stage.
 """
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.answers import Plan, Prediction, Predictor
 from serving.engine.exits import LAST_EXIT, ExitChoice, always_last, choose_exit, num_exits
 from serving.engine.gates import GateSource, SystemGates, open_gated
+from serving.engine.graphs import (
+    AGREEMENT,
+    EXIT,
+    INPUT,
+    LIMITS,
+    OUTPUTS,
+    PROVIDERS,
+    Opener,
+    check_signature,
+    choose_mode,
+    graph_file,
+    graph_files,
+)
 from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle
-from zoo.bundle.card import Card
-from zoo.errors import BadInput, BundleError, UnknownName
-from zoo.runtime import runtime as _runtime
+from zoo.errors import BadInput, BundleError
+from zoo.vocabulary import Device, Mode, Precision
 
-Mode = Literal["single", "ensemble", "random"]
-Device = Literal["cpu", "cuda"]
-Precision = Literal["fp32", "int8"]
 GateScope = Literal["image", "batch"]
 
-VARIANT_OF_MODE: dict[str, str] = {"single": "single", "ensemble": "ensemble", "random": "gated"}
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_INPUT, _GATES, _LIMITS, _OUTPUTS = "images", "gates", "limits", ["probabilities", "logits"]
-_EXIT, _AGREEMENT = "exit", "agreement"
 
-
-class Prediction(NamedTuple):
-    """What a model says about some images, row by row."""
-
-    probabilities: NDArray[np.float32]
-    """(image, class); each row sums to 1."""
-    logits: NDArray[np.float32]
-    """(image, class)."""
-    exits: NDArray[np.int64] | None = None
-    """(image,): which exit answered, counted from 1; None where the model has only one."""
-    agreement: NDArray[np.float32] | None = None
-    """(image,): the share of draws or members whose largest class is the answer's; None where only one path votes."""
-
-
-class Predictor(Protocol):
-    """Anything that answers images; called from several threads at once."""
-
-    def predict(self, images: NDArray[np.float32]) -> Prediction:
-        """Answer float32 (image, channel, height, width) in [0, 1] with one row per image, in the same order.
-
-        `limits`, float32 (image, exit - 1), comes second where requests may choose their exit. A predictor whose
-        attribute `modes` is there is told the `plan` where requests may choose it, and one whose attribute `wide` is
-        true whether an image came alone; see `Engine.predict`.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How an image is answered: what all images of one batch have in common."""
-
-    mode: Mode
-    draws: int = 1
-    """Paths drawn per image in mode `random`, whose probabilities are averaged."""
-
-
-class Engine:
+class Engine(Predictor):
     """A bundle loaded into ONNX Runtime; a `Predictor`.
 
     One session per graph, shared by all threads, each of which computes on one core: that is as fast as a session per
@@ -136,7 +104,7 @@ class Engine:
         self.gate_scope: GateScope = gate_scope
         self.wide = wide > 1 and device == "cpu"
         """Whether `predict` may be told to use every core for one image."""
-        self.provider = _PROVIDERS[device]
+        self.provider = PROVIDERS[device]
         """What computes: after a fall-back not what was asked for."""
         self._num_gates = len(self.card.architecture.gated_layers)
         self.num_exits = num_exits(self.card)
@@ -145,46 +113,26 @@ class Engine:
         self._draw_gates = gate_source or SystemGates(self._num_gates, self.card.architecture.candidates)
         if self.card.input.range != (0.0, 1.0):
             raise BundleError(f"{self.card.name}: pixels are in {self.card.input.range}, the server needs [0.0, 1.0]")
-        names = graph_files(self.card, self.modes, exit_choice, any_exit=any_exit, precision=precision)
+        self._open = Opener(device=device, allow_cpu_fallback=allow_cpu_fallback, allow_spinning=allow_spinning)
+        self._threads, self._wide_threads = intra_op, wide
         self._whole: dict[Mode, _Graph] = {}
         self._early: Any = None
         self.forms: dict[str, str] = {}
         """How the gated graph runs, by its file: `blocked`, or `portable` and why."""
-        for name in names:
+        for name in graph_files(self.card, self.modes, exit_choice, any_exit=any_exit, precision=precision):
             graph = bundle.read(name)
-            shown = f"{self.card.name}/{name}"
-
-            def opener(threads: int, silent: bool, shown: str = shown) -> Callable[[bytes, bool], Any]:
-                def opened(content: bytes, optimise: bool = True) -> Any:
-                    options = _session_options(
-                        intra_op=threads, allow_spinning=allow_spinning, silent=silent, optimise=optimise
-                    )
-                    session = _open_session(content, options, device, allow_cpu_fallback, shown)
-                    self.provider = session.get_providers()[0]
-                    return session
-
-                return opened
-
             if name == EARLY_EXIT_FILE:
-                self._early = opener(intra_op, False)(graph, True)
-                _check_signature(self._early, self.card, name, shown)
+                self._early = self._checked(graph, name)
             elif name == graph_file("random", precision):
-                self._whole["random"] = self._gated(graph, name, opener(intra_op, True))
+                self._whole["random"] = self._gated(graph, name)
             else:
-                narrow = opener(intra_op, False)(graph, True)
-                _check_signature(narrow, self.card, name, shown)
-                broad = opener(wide, False)(graph, True) if self.wide else narrow
-                outputs = [*_OUTPUTS, _AGREEMENT] if _has_output(narrow, _AGREEMENT) else _OUTPUTS
-                chosen: Mode = "ensemble" if name == graph_file("ensemble", precision) else "single"
-                self._whole[chosen] = _Graph(_runner(narrow, outputs), _runner(broad, outputs))
+                mode_of_graph: Mode = "ensemble" if name == graph_file("ensemble", precision) else "single"
+                self._whole[mode_of_graph] = self._plain(graph, name)
 
     @property
     def agreement_modes(self) -> tuple[Mode, ...]:
         """The modes in which several paths vote, so that their agreement can be told."""
-        told: list[Mode] = []
-        if "ensemble" in self._whole and self._whole["ensemble"].votes:
-            told.append("ensemble")
-        return (*told, "random") if "random" in self._whole else tuple(told)
+        return tuple(mode for mode, graph in self._whole.items() if graph.votes)
 
     def predict(
         self,
@@ -250,19 +198,34 @@ class Engine:
                     "export it again"
                 )
 
-    def _gated(self, graph: bytes, name: str, narrow: Callable[[bytes, bool], Any]) -> "_Graph":
+    def _checked(self, graph: bytes, name: str, *, silent: bool = False) -> Any:
+        """Open a graph on the cores of one batch, and compare its signature with the card."""
         shown = f"{self.card.name}/{name}"
+        opened = self._open(graph, shown, threads=self._threads, silent=silent)
+        check_signature(opened, self.card, name, shown)
+        self.provider = opened.get_providers()[0]
+        return opened
 
-        def checked(content: bytes, optimise: bool = True) -> Any:
-            session = narrow(content, optimise)
+    def _plain(self, graph: bytes, name: str) -> "_Graph":
+        narrow = self._checked(graph, name)
+        broad = narrow
+        if self.wide:
+            broad = self._open(graph, f"{self.card.name}/{name}", threads=self._wide_threads)
+        votes = any(entry.name == AGREEMENT for entry in narrow.get_outputs())
+        outputs = [*OUTPUTS, AGREEMENT] if votes else OUTPUTS
+        return _Graph(_runner(narrow, outputs), _runner(broad, outputs), votes)
+
+    def _gated(self, graph: bytes, name: str) -> "_Graph":
+        def opener(content: bytes, optimise: bool = True) -> Any:
             if content is graph:
-                _check_signature(session, self.card, name, shown)
-            return session
+                return self._checked(graph, name, silent=True)
+            shown = f"{self.card.name}/{name}"
+            return self._open(content, shown, threads=self._threads, silent=True, optimise=optimise)
 
-        opened = open_gated(graph, self.card, open_session=checked, scope=self.gate_scope)
+        opened = open_gated(graph, self.card, open_session=opener, scope=self.gate_scope)
         self.forms[name] = opened.form if not opened.reason else f"{opened.form}: {opened.reason}"
         # a lone image gains nothing from more cores where weights are gathered, so it takes the same graph
-        return _Graph(opened.run, opened.run)
+        return _Graph(opened.run, opened.run, votes=True)
 
     def _run_whole(self, images: NDArray[np.float32], plan: Plan, wide: bool) -> Prediction:
         graph = self._whole[plan.mode]
@@ -275,7 +238,7 @@ class Engine:
         return Prediction(answers[0], answers[1], np.full(len(images), self.num_exits, dtype=np.int64))
 
     def _run_early(self, image: NDArray[np.float32], limits: NDArray[np.float32]) -> Prediction:
-        probabilities, logits, exits = self._early.run([*_OUTPUTS, _EXIT], {_INPUT: image, _LIMITS: limits})
+        probabilities, logits, exits = self._early.run([*OUTPUTS, EXIT], {INPUT: image, LIMITS: limits})
         return Prediction(probabilities, logits, exits + 1)
 
     def _run_randomly(self, run: Any, images: NDArray[np.float32], draws: int) -> Prediction:
@@ -295,7 +258,7 @@ class Engine:
 
     def _check_answer(self, answer: Prediction, size: int) -> None:
         expected = (size, len(self.card.classes))
-        for name, values in zip(_OUTPUTS, answer[:2], strict=True):
+        for name, values in zip(OUTPUTS, answer[:2], strict=True):
             if values.shape != expected:
                 raise BundleError(
                     f"{self.card.name}: {name} of {size} images have shape {values.shape}, expected {expected}; the "
@@ -325,160 +288,12 @@ class _Graph(NamedTuple):
 
     narrow: Any
     broad: Any
-
-    @property
-    def votes(self) -> bool:
-        """Whether it tells its members' agreement."""
-        return bool(getattr(self.narrow, "votes", False))
+    votes: bool
+    """Whether it can tell the agreement of several paths."""
 
 
-def _runner(session: Any, outputs: list[str]) -> Any:
+def _runner(opened: Any, outputs: list[str]) -> Any:
     def run(images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        return session.run(outputs, {_INPUT: images})  # type: ignore[no-any-return]
+        return opened.run(outputs, {INPUT: images})  # type: ignore[no-any-return]
 
-    run.votes = _AGREEMENT in outputs  # type: ignore[attr-defined]
     return run
-
-
-def _has_output(session: Any, name: str) -> bool:
-    return any(entry.name == name for entry in session.get_outputs())
-
-
-def modes_of(card: Card) -> list[str]:
-    """Return the modes that a model can be served in."""
-    return [mode for mode, variant in VARIANT_OF_MODE.items() if variant in card.variants]
-
-
-def choose_mode(card: Card, mode: str | None) -> Mode:
-    """Return `mode` if the model has it; None takes `single`, or the first there is.
-
-    Raises:
-        UnknownName: if it is no mode.
-        BadInput: if the model lacks the variant for it, or has no graph at all.
-    """
-    available = modes_of(card)
-    if mode is not None and mode not in VARIANT_OF_MODE:
-        raise UnknownName(mode, VARIANT_OF_MODE, kind="mode")
-    if not available:
-        raise BadInput(f"{card.name} has no graph to serve (no variants); run `manygates export` on it first")
-    if mode is not None and mode not in available:
-        raise BadInput(
-            f"{card.name} cannot be served in mode {mode!r}: it has no variant {VARIANT_OF_MODE[mode]!r}, "
-            f"only the modes {', '.join(available)}"
-        )
-    return mode or available[0]  # type: ignore[return-value]  # both are keys of VARIANT_OF_MODE
-
-
-def graph_file(mode: Mode, precision: Precision = "fp32") -> str:
-    """Return the name of the file that `mode` runs."""
-    return f"{VARIANT_OF_MODE[mode]}.onnx" if precision == "fp32" else f"{VARIANT_OF_MODE[mode]}.int8.onnx"
-
-
-def graph_files(
-    card: Card,
-    modes: Sequence[Mode],
-    exit_choice: ExitChoice = LAST_EXIT,
-    *,
-    any_exit: bool = False,
-    precision: Precision = "fp32",
-) -> list[str]:
-    """Return the names of the files that are run: the modes', and the one that stops at an exit if one may answer.
-
-    Raises:
-        BadInput: if the model has no such exit, or no graph of that precision.
-    """
-    whole = [graph_file(mode, precision) for mode in modes]
-    missing = [name for name in whole if precision == "int8" and name not in card.files]
-    if missing:
-        raise BadInput(
-            f"{card.name} has no {missing[0]}; add it with `manygates export --int8`, or serve it with precision fp32"
-        )
-    limits = choose_exit(card, exit_choice)
-    if limits is None:
-        return whole
-    late = bool(always_last(limits))
-    return (whole if late or any_exit else []) + ([] if late and not any_exit else [EARLY_EXIT_FILE])
-
-
-def _session_options(*, intra_op: int, allow_spinning: bool, silent: bool, optimise: bool) -> Any:
-    options = _runtime.SessionOptions()
-    if not optimise:
-        options.graph_optimization_level = _runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = intra_op
-    options.inter_op_num_threads = 1
-    # 3 is errors, 4 only what ends the process: errors of a gated graph name the gates; they are raised as well
-    options.log_severity_level = 4 if silent else 3
-    # batch sizes vary, so a memory plan per shape is rarely used again; a compiled graph takes its images one by one
-    options.enable_mem_pattern = not optimise
-    # a graph may name files to read its weights from; in this "folder" there can be none, inside it or above it
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    # threads of a wide session wait for each other some hundred times an image: they spin then, and stop with the image
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if allow_spinning or intra_op > 1 else "0")
-    options.add_session_config_entry("session.force_spinning_stop", "0" if allow_spinning else "1")
-    return options
-
-
-def _open_session(graph: bytes, options: Any, device: Device, allow_cpu_fallback: bool, name: str) -> Any:
-    wanted = _PROVIDERS[device]
-    providers = [wanted] if device == "cpu" else [wanted, _PROVIDERS["cpu"]]
-    if device == "cuda" and hasattr(_runtime, "preload_dlls"):
-        _runtime.preload_dlls()  # those that pip installed, which no loader would find
-    available = _runtime.get_available_providers()
-    if wanted not in available:
-        if not allow_cpu_fallback:
-            raise BadInput(f"{wanted} is not in this ONNX Runtime (only {', '.join(available)}); {_FALLBACK_HINT}")
-        providers = [_PROVIDERS["cpu"]]
-    try:
-        session = _runtime.InferenceSession(graph, options, providers=providers)
-    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
-        raise BundleError(f"{name} cannot be loaded by ONNX Runtime ({error}); export it again") from error
-    if wanted not in session.get_providers() and not allow_cpu_fallback:
-        raise BadInput(
-            f"{wanted} could not be started, ONNX Runtime fell back to {', '.join(session.get_providers())}; "
-            f"{_FALLBACK_HINT}"
-        )
-    return session
-
-
-_FALLBACK_HINT = "install the CUDA libraries it names, or allow the fall-back to the processor"
-
-
-def _check_signature(session: Any, card: Card, graph_name: str, name: str) -> None:
-    """The graph has the inputs and outputs that every exported graph has, with the card's sizes."""
-    images = card.input
-    gated, early = graph_name.startswith(VARIANT_OF_MODE["random"]), graph_name == EARLY_EXIT_FILE
-    wanted: dict[str, tuple[str, list[int | None]]] = {
-        _INPUT: ("tensor(float)", [1 if early else None, images.channels, images.height, images.width])
-    }
-    if early:
-        wanted[_LIMITS] = ("tensor(float)", [num_exits(card) - 1])
-    if gated:
-        wanted[_GATES] = ("tensor(int64)", [len(card.architecture.gated_layers)])
-    found = {entry.name: (entry.type, entry.shape) for entry in session.get_inputs()}
-    if found.keys() != wanted.keys():
-        raise BundleError(f"{name} has the inputs {sorted(found)}, expected {sorted(wanted)}; export it again")
-    for key, (kind, shape) in wanted.items():
-        found_kind, found_shape = found[key]
-        fits = len(found_shape) == len(shape) and all(
-            expected is None or size == expected or not isinstance(size, int)
-            for size, expected in zip(found_shape, shape, strict=True)
-        )
-        if found_kind != kind or not fits or (key == _INPUT and not early and isinstance(found_shape[0], int)):
-            raise BundleError(
-                f"{name}: the input {key!r} is {found_kind} {found_shape}, expected {kind} "
-                f"{['batch' if size is None else size for size in shape]}; export it again"
-            )
-    outputs = {entry.name: entry.type for entry in session.get_outputs()}
-    expected_outputs = {*_OUTPUTS, _EXIT} if early else {*_OUTPUTS}
-    if not outputs.keys() >= expected_outputs or (early and outputs[_EXIT] != "tensor(int64)"):
-        raise BundleError(
-            f"{name} has the outputs {sorted(outputs)}, expected {sorted(expected_outputs)} (exit as int64); "
-            "export it again"
-        )
-    if gated:
-        # a graph takes any gate, so a card that counts other candidates would leave some out or prefer the last one
-        said = session.get_modelmeta().custom_metadata_map
-        expected = {"gates": len(card.architecture.gated_layers), "candidates": card.architecture.candidates}
-        for key, number in expected.items():
-            if key in said and said[key] != str(number):
-                raise BundleError(f"{name} has {said[key]!r} {key}, its card says {number}; export it again")

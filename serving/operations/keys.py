@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from serving.errors import RequestError
+from zoo import vocabulary
 from zoo.errors import BadInput
 
 logger = logging.getLogger("manygates.serving")
@@ -31,7 +32,6 @@ _LOOK_SECONDS: Final = 1.0
 _MAX_FILE_BYTES: Final = 2**20
 _KEY: Final = re.compile(r"[A-Za-z0-9._~+/=-]{16,512}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BEARER: Final = re.compile(rb"[Bb]earer +([A-Za-z0-9._~+/=-]{1,512}) *")
 _NOTHING: Final = (0, 0, 0)
 
@@ -68,7 +68,7 @@ class Keys:
 
     @property
     def generation(self) -> int:
-        """Grows when the keys change; asking looks for a change, at most every second. What was cached is then void."""
+        """Grows when the keys change, after which nothing cached holds; asking looks for that, at most every second."""
         if time.monotonic() >= self._look_at:
             self._look()
         return self._generation
@@ -137,7 +137,7 @@ class Keys:
 
 
 def _version(file: Path) -> tuple[int, int, int]:
-    """Return what changes when a file does; also where a link is turned to another one."""
+    """Return what changes when the file does, or when a link points to another one."""
     try:
         found = file.stat()
     except OSError:
@@ -194,7 +194,7 @@ def _key(line: str, where: str, unnamed: str) -> _Key:
     models = None
     if len(parts) == 3:
         models = frozenset(model.strip() for model in parts[2].split(","))
-        if not all(_MODEL.fullmatch(model) for model in models):
+        if not all(vocabulary.NAME.fullmatch(model) for model in models):
             raise BadInput(f"{where} has models that are no names, expected MODEL,MODEL after the second ':'")
     return _Key(name, hashlib.sha256(secret.encode()).digest(), models)
 

@@ -1,51 +1,111 @@
 """What `/metrics` tells Prometheus.
 
-Requests are counted in plain integers, which costs a tenth of what the library's thread-safe counters do, and become
-its metric families when somebody asks. That is safe because everything here runs on the event loop's thread.
-
 Nothing here says which path answered a request: `path_draws` counts draws, all alike.
 """
 
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from collections import Counter as Tally
+from collections.abc import Callable
+from typing import Any, Final, Generic, TypeVar, cast
 
-import numpy as np
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
-from serving.engine.engine import Plan, Prediction
+from serving.answers import Plan, Prediction
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS: Final = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 _BATCHES: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_TOLD: Final = ("modes", "precision", "provider", "gated")
+
+_Family = TypeVar("_Family", Counter, Histogram)
+
+# a second series for each of ours, which says when it began
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
-class Distribution:
-    """A histogram: how many values fell into which bucket, and their sum."""
+class Metrics:
+    """The metrics of one server, in a registry of their own."""
 
-    __slots__ = ("bounds", "counts", "total")
+    def __init__(self) -> None:
+        model = ("model", "version")
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
 
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
+        def counter(name: str, meaning: str, *labels: str) -> Counter:
+            return Counter(f"manygates_{name}", meaning, labels, registry=registry)
 
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+        def gauge(name: str, meaning: str, *labels: str) -> Gauge:
+            return Gauge(f"manygates_{name}", meaning, labels, registry=registry)
 
-    def buckets(self) -> list[tuple[str, float]]:
-        """Return (upper bound, values up to it) as Prometheus wants them: cumulative, and the last without bound."""
-        names = [*(str(bound) for bound in self.bounds), "+Inf"]
-        return list(zip(names, np.cumsum(self.counts).tolist(), strict=True))
+        def histogram(name: str, meaning: str, bounds: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"manygates_{name}", meaning, labels, registry=registry, buckets=bounds)
+
+        self.requests = counter("requests", "Requests answered with success.", *model, "endpoint", "mode")
+        self.images = counter("images", "Images answered.", *model, "mode")
+        self.draws = counter("path_draws", "Random paths drawn.", *model)
+        self.exits = counter("exit_answers", "Images that an exit of a multi-exit model answered.", *model, "exit")
+        self.request_seconds = histogram("request_seconds", "From the whole body to the answer.", _SECONDS, *model)
+        self.queue_seconds = histogram("queue_seconds", "A request's wait for its first batch.", _SECONDS, *model)
+        self.compute_seconds = histogram("compute_seconds", "A batch's time in the model.", _SECONDS, *model, "mode")
+        self.batch_images = histogram("batch_images", "Images in a batch.", _BATCHES, *model, "mode")
+        self.waiting = gauge("queue_images", "Images waiting now.", *model)
+        self.ready = gauge("model_ready", "1 if the model takes requests.", *model)
+        self.info = gauge("model_info", "What serves a model: always 1.", *model, "mode", *_TOLD)
+        self._failures = counter("request_failures", "Requests answered with an error.", "model", "reason")
+        self._loads = counter("model_loads", "Models loaded while the server runs, by outcome.", "model", "outcome")
+        self._of_models = (
+            *(self.requests, self.images, self.draws, self.exits, self.waiting, self.ready, self.info),
+            *(self.request_seconds, self.queue_seconds, self.compute_seconds, self.batch_images),
+        )
+        self._registry = registry
+        self._models: dict[tuple[str, str], ModelMetrics] = {}
+
+    def add(self, model: "ModelMetrics") -> None:
+        """Tell of one more model; in place of an older one of this name and version, whose counts go on."""
+        if model.labels in self._models:
+            model.failures = self._models[model.labels].failures
+            self._forget(model, self.info)
+        self._models[model.labels] = model
+        model.attach(self)
+
+    def remove(self, model: "ModelMetrics") -> None:
+        """Tell no more of a model that was unloaded."""
+        if self._models.get(model.labels) is model:
+            del self._models[model.labels]
+            self._forget(model, *self._of_models)
+
+    def failed(self, model: str, reason: str) -> None:
+        """Count an error; `model` is empty where the request named none that is known."""
+        self._failures.labels(model, reason).inc()
+        for known in self._models.values():
+            if known.labels[0] == model:
+                known.failures += 1
+                break
+
+    def loaded(self, model: str, outcome: str) -> None:
+        """Count a model that was loaded, reloaded or unloaded while the server runs, or failed to be."""
+        self._loads.labels(model, outcome).inc()
+
+    def text(self) -> bytes:
+        """Return everything in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+    @staticmethod
+    def _forget(model: "ModelMetrics", *families: Counter | Gauge | Histogram) -> None:
+        name, version = model.labels
+        for family in families:
+            family.remove_by_labels({"model": name, "version": version})
 
 
 class ModelMetrics:
-    """What one version of a model has done; a `BatchObserver`."""
+    """What one version of a model has done; a `BatchObserver`. `Metrics.add` comes before anything is counted."""
 
     def __init__(
         self,
@@ -59,7 +119,7 @@ class ModelMetrics:
         ready: Callable[[], bool],
         info: dict[str, str] | None = None,
     ) -> None:
-        """Begin to count.
+        """Describe what is counted.
 
         Args:
             model: its name, a label.
@@ -71,69 +131,74 @@ class ModelMetrics:
             ready: tells whether it takes requests.
             info: what else is told of it, such as the provider that computes.
         """
-        self.model = model
-        self.version = version
+        self.labels = (model, version)
         self.plan = plan
-        self.shared_gates = shared_gates
-        self.num_exits = num_exits
-        self.waiting = waiting
-        self.ready = ready
-        self.info = info or {}
-        self.requests: Counter[tuple[str, str]] = Counter()
-        """By endpoint and mode."""
-        self.totals: Counter[str] = Counter()
-        """`failures` of requests and `draws` of paths."""
-        self.images: Counter[str] = Counter()
-        """By mode."""
-        self.exits: Counter[int] = Counter()
-        self.request_seconds = Distribution(_SECONDS)
-        self.queue_seconds = Distribution(_SECONDS)
-        self.compute_seconds: dict[str, Distribution] = {}
-        self.batch_images: dict[str, Distribution] = {}
+        self.failures = 0
+        """Requests for this model that were answered with an error."""
+        self._shared_gates = shared_gates
+        self._num_exits = num_exits
+        self._waiting = waiting
+        self._ready = ready
+        self._info = info or {}
+
+    def attach(self, metrics: Metrics) -> None:
+        """Begin to count in a server's metrics, where the counts of an older one of this name and version go on."""
+        self._metrics = metrics
+        self._requests = _Series(metrics.requests, self.labels)
+        self._images = _Series(metrics.images, self.labels)
+        self._draws = _Series(metrics.draws, self.labels)
+        self._exits = _Series(metrics.exits, self.labels)
+        self._compute_seconds = _Series(metrics.compute_seconds, self.labels)
+        self._batch_images = _Series(metrics.batch_images, self.labels)
+        self._request_seconds = metrics.request_seconds.labels(*self.labels)
+        self._queue_seconds = metrics.queue_seconds.labels(*self.labels)
+        metrics.waiting.labels(*self.labels).set_function(self._waiting)
+        metrics.ready.labels(*self.labels).set_function(self._ready)
+        metrics.info.labels(*self.labels, self.plan.mode, *(self._info.get(name, "") for name in _TOLD)).set(1)
+        if self.plan.mode == "random":
+            self._draws[()].inc(0)
+        for number in range(1, self._num_exits + 1) if self._num_exits > 1 else ():
+            self._exits[(str(number),)].inc(0)
 
     def answered(self, endpoint: str, plan: Plan | None, seconds: float) -> None:
         """A request was answered with success."""
-        self.requests[endpoint, (plan or self.plan).mode] += 1
-        self.request_seconds.observe(seconds)
+        self._requests[endpoint, (plan or self.plan).mode].inc()
+        self._request_seconds.observe(seconds)
 
     def request_started(self, queue_seconds: float) -> None:
         """A request's first row left the queue."""
-        self.queue_seconds.observe(queue_seconds)
+        self._queue_seconds.observe(queue_seconds)
 
     def batch_finished(self, answer: Prediction, compute_seconds: float, plan: Plan | None = None) -> None:
         """A batch of images was answered."""
         rows = len(answer.probabilities)
         plan = plan or self.plan
-        mode = plan.mode
-        if mode not in self.compute_seconds:
-            self.compute_seconds[mode] = Distribution(_SECONDS)
-            self.batch_images[mode] = Distribution(_BATCHES)
-        self.compute_seconds[mode].observe(compute_seconds)
-        self.batch_images[mode].observe(rows)
-        self.images[mode] += rows
-        if mode == "random":
-            self.totals["draws"] += plan.draws * (1 if self.shared_gates else rows)
+        mode = (plan.mode,)
+        self._compute_seconds[mode].observe(compute_seconds)
+        self._batch_images[mode].observe(rows)
+        self._images[mode].inc(rows)
+        if plan.mode == "random":
+            self._draws[()].inc(plan.draws * (1 if self._shared_gates else rows))
         if answer.exits is not None:
-            self.exits.update(answer.exits.tolist())
+            for number, images in Tally(answer.exits.tolist()).items():
+                self._exits[(str(number),)].inc(images)
 
     def statistics(self) -> dict[str, object]:
         """Return what the protocol's statistics extension tells of a model; times in nanoseconds."""
-        success = sum(self.requests.values())
-        computed = list(self.compute_seconds.values())
-        batches = sum(sum(distribution.counts) for distribution in computed)
-        compute = int(1e9 * sum(distribution.total for distribution in computed))
+        metrics = self._metrics
         nothing = {"count": 0, "ns": 0}
+        computed = self._count_and_time(metrics.compute_seconds)
         return {
-            "name": self.model,
-            "version": self.version,
-            "inference_count": sum(self.images.values()),
-            "execution_count": batches,
+            "name": self.labels[0],
+            "version": self.labels[1],
+            "inference_count": int(self._sum(metrics.images, "_total")),
+            "execution_count": computed["count"],
             "inference_stats": {
-                "success": {"count": success, "ns": int(1e9 * self.request_seconds.total)},
-                "fail": {"count": self.totals["failures"], "ns": 0},
-                "queue": {"count": sum(self.queue_seconds.counts), "ns": int(1e9 * self.queue_seconds.total)},
+                "success": self._count_and_time(metrics.request_seconds),
+                "fail": {"count": self.failures, "ns": 0},
+                "queue": self._count_and_time(metrics.queue_seconds),
                 "compute_input": nothing,
-                "compute_infer": {"count": batches, "ns": compute},
+                "compute_infer": computed,
                 "compute_output": nothing,
                 "cache_hit": nothing,
                 "cache_miss": nothing,
@@ -141,158 +206,22 @@ class ModelMetrics:
             "batch_stats": [],
         }
 
-    @property
-    def labels(self) -> list[str]:
-        """The values of the labels that every metric has."""
-        return [self.model, self.version]
+    def _count_and_time(self, family: Histogram) -> dict[str, int]:
+        return {"count": int(self._sum(family, "_count")), "ns": int(1e9 * self._sum(family, "_sum"))}
+
+    def _sum(self, family: Counter | Histogram, suffix: str) -> float:
+        samples = (sample for metric in family.collect() for sample in metric.samples if sample.name.endswith(suffix))
+        return sum(s.value for s in samples if (s.labels["model"], s.labels["version"]) == self.labels)
 
 
-class Metrics(Collector):
-    """The metrics of one server, in a registry of their own."""
+class _Series(dict[tuple[str, ...], _Family], Generic[_Family]):
+    """One model's series of a family by their further labels; finding one here costs a third of asking the family."""
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
-        self._models: list[ModelMetrics] = []
-        self._failures: Counter[tuple[str, str]] = Counter()
-        """Of requests that no version of a model can be blamed for, by model and reason."""
-        self._loads: Counter[tuple[str, str]] = Counter()
-        """By model and outcome."""
+    def __init__(self, family: _Family, labels: tuple[str, str]) -> None:
+        super().__init__()
+        self._family: Any = family
+        self._labels = labels
 
-    def add(self, model: ModelMetrics) -> None:
-        """Tell of one more model; in place of an older one of this name and version, whose counts go on."""
-        for old in self._models:
-            if old.labels == model.labels:
-                # the same objects: the older one still answers what it has taken
-                for name in ("requests", "totals", "images", "exits"):
-                    setattr(model, name, getattr(old, name))
-                for name in ("request_seconds", "queue_seconds", "compute_seconds", "batch_images"):
-                    setattr(model, name, getattr(old, name))
-        self._models = [old for old in self._models if old.labels != model.labels]
-        self._models.append(model)
-
-    def remove(self, model: ModelMetrics) -> None:
-        """Tell no more of a model that was unloaded."""
-        if model in self._models:
-            self._models.remove(model)
-
-    def failed(self, model: str, reason: str) -> None:
-        """Count an error; `model` is empty where the request named none that is known."""
-        self._failures[model, reason] += 1
-        for known in self._models:
-            if known.model == model:
-                known.totals["failures"] += 1
-                break
-
-    def loaded(self, model: str, outcome: str) -> None:
-        """Count a model that was loaded, reloaded or unloaded while the server runs, or failed to be."""
-        self._loads[model, outcome] += 1
-
-    def text(self) -> bytes:
-        """Return everything in Prometheus's text format."""
-        return generate_latest(self._registry)
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the metric families, as the library's registry asks for them."""
-        yield self._counter(
-            "requests",
-            "Requests answered with success.",
-            ("endpoint", "mode"),
-            (([*model.labels, *key], count) for model in self._models for key, count in model.requests.items()),
-        )
-        failures = CounterMetricFamily(
-            "manygates_request_failures", "Requests answered with an error.", labels=["model", "reason"]
-        )
-        for key, count in self._failures.items():
-            failures.add_metric(list(key), count)
-        yield failures
-        yield self._counter("images", "Images answered.", ("mode",), self._by_mode("images"))
-        yield self._counter(
-            "path_draws",
-            "Random paths drawn.",
-            (),
-            (
-                (model.labels, model.totals["draws"])
-                for model in self._models
-                if "random" in (model.plan.mode, *model.images)
-            ),
-        )
-        yield self._counter(
-            "exit_answers",
-            "Images that an exit of a multi-exit model answered.",
-            ("exit",),
-            (
-                ([*model.labels, str(number)], model.exits[number])
-                for model in self._models
-                for number in range(1, model.num_exits + 1)
-                if model.num_exits > 1
-            ),
-        )
-        yield self._histogram(
-            "request_seconds",
-            "From the whole body to the answer.",
-            (),
-            ((model.labels, model.request_seconds) for model in self._models),
-        )
-        yield self._histogram(
-            "queue_seconds",
-            "A request's wait for its first batch.",
-            (),
-            ((model.labels, model.queue_seconds) for model in self._models),
-        )
-        yield self._histogram(
-            "compute_seconds", "A batch's time in the model.", ("mode",), self._spread("compute_seconds")
-        )
-        yield self._histogram("batch_images", "Images in a batch.", ("mode",), self._spread("batch_images"))
-        yield self._gauge("queue_images", "Images waiting now.", lambda model: model.waiting())
-        yield self._gauge("model_ready", "1 if the model takes requests.", lambda model: float(model.ready()))
-        information = GaugeMetricFamily(
-            "manygates_model_info",
-            "What serves a model: always 1.",
-            labels=["model", "version", "mode", "modes", "precision", "provider", "gated"],
-        )
-        for model in self._models:
-            told = [model.info.get(name, "") for name in ("modes", "precision", "provider", "gated")]
-            information.add_metric([*model.labels, model.plan.mode, *told], 1)
-        yield information
-        loads = CounterMetricFamily(
-            "manygates_model_loads", "Models loaded while the server runs, by outcome.", labels=["model", "outcome"]
-        )
-        for key, count in self._loads.items():
-            loads.add_metric(list(key), count)
-        yield loads
-
-    def _by_mode(self, name: str) -> Iterator[tuple[list[str], float]]:
-        for model in self._models:
-            for mode, count in getattr(model, name).items():
-                yield [*model.labels, mode], count
-
-    def _spread(self, name: str) -> Iterator[tuple[list[str], Distribution]]:
-        for model in self._models:
-            for mode, distribution in getattr(model, name).items():
-                yield [*model.labels, mode], distribution
-
-    @staticmethod
-    def _counter(
-        name: str, help_text: str, labels: tuple[str, ...], values: Iterable[tuple[list[str], float]]
-    ) -> CounterMetricFamily:
-        family = CounterMetricFamily(f"manygates_{name}", help_text, labels=["model", "version", *labels])
-        for key, count in values:
-            family.add_metric(key, count)
-        return family
-
-    @staticmethod
-    def _histogram(
-        name: str, help_text: str, labels: tuple[str, ...], values: Iterable[tuple[list[str], Distribution]]
-    ) -> HistogramMetricFamily:
-        family = HistogramMetricFamily(f"manygates_{name}", help_text, labels=["model", "version", *labels])
-        for key, distribution in values:
-            family.add_metric(key, distribution.buckets(), distribution.total)
-        return family
-
-    def _gauge(self, name: str, help_text: str, value: Callable[[ModelMetrics], float]) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(f"manygates_{name}", help_text, labels=["model", "version"])
-        for model in self._models:
-            family.add_metric(model.labels, value(model))
-        return family
+    def __missing__(self, key: tuple[str, ...]) -> _Family:
+        self[key] = series = self._family.labels(*self._labels, *key)
+        return cast(_Family, series)

@@ -4,15 +4,9 @@ import os
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from serving.operations.settings import Settings
 from zoo.errors import BadInput
-
-_NOT_YET: Final = 9
-_EXPIRED: Final = 10
-_PURPOSE: Final = 26
-"""OpenSSL's numbers of what may be wrong with a certificate (X509_V_ERR_…)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +122,10 @@ def _load_client_ca(context: ssl.SSLContext, file: str) -> None:
 
 
 def _rehearse(settings: Settings) -> None:
-    """Make a connection to ourselves, in memory, by a client who trusts this very certificate."""
+    """Connect to ourselves, in memory, as a client who trusts this very certificate.
+
+    Loading a certificate reads neither its dates nor its purpose, and `ssl` has no other way to ask for them.
+    """
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _load_chain(server, settings)
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -146,13 +143,9 @@ def _rehearse(settings: Settings) -> None:
                     ends.remove(end)
                 except ssl.SSLWantReadError:
                     continue
-    except ssl.SSLCertVerificationError as error:
-        what = {_EXPIRED: "has expired", _NOT_YET: "is not valid yet", _PURPOSE: "is not one for servers"}.get(
-            error.verify_code, f"is refused ({error.verify_message})"
-        )
-        raise BadInput(f"tls_certificate is {settings.tls_certificate!r}, which {what}; renew it") from error
     except ssl.SSLError as error:
+        reason = getattr(error, "verify_message", error.reason) or error
         raise BadInput(
-            f"no TLS connection is possible with tls_certificate {settings.tls_certificate!r} "
-            f"({error.reason or error}); make another, such as one with an EC or a 2048-bit RSA key"
+            f"no client can connect with tls_certificate {settings.tls_certificate!r} ({reason}); renew it, with an EC "
+            "or a 2048-bit RSA key"
         ) from error

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
 from serving.errors import Headers
@@ -75,7 +75,7 @@ class Tracer:
     """Writes a span for each request to a processor of OpenTelemetry's."""
 
     def __init__(self, processor: "SpanProcessor") -> None:
-        """Prepare to write; which requests are written is the sampler's choice (OTEL_TRACES_SAMPLER; all else)."""
+        """Prepare to write; the sampler chooses which requests are written (OTEL_TRACES_SAMPLER; all by default)."""
         from opentelemetry import trace
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -132,24 +132,21 @@ class Tracer:
         # the clock of requests counts from anywhere, that of spans from 1970
         offset = time.time_ns() - int(time.perf_counter() * 1e9)
         begin, end = int(started * 1e9) + offset, int(ended * 1e9) + offset
-        attributes: dict[str, str | int] = {"network.protocol.name": protocol}
-        if protocol == "http":
-            attributes["http.response.status_code"] = status
-            if method is not None:
-                attributes["http.request.method"] = method if method in _METHODS else "_OTHER"
-        more = {
+        attributes: dict[str, str | int | None] = {
+            "network.protocol.name": protocol,
+            "http.response.status_code": status if protocol == "http" else None,
+            "http.request.method": method if method is None or method in _METHODS else "_OTHER",
             "manygates.model": model,
             "manygates.mode": mode,
             "manygates.rows": rows,
             "manygates.request_id": request_id,
             "error.type": reason,
         }
-        attributes.update({key: value for key, value in more.items() if value is not None})
         span = self._tracer.start_span(
             name,
             self._parent(traceparent, tracestate),
             kind=trace.SpanKind.SERVER,
-            attributes=attributes,
+            attributes={key: value for key, value in attributes.items() if value is not None},
             start_time=begin,
         )
         if status >= 500:
@@ -184,17 +181,10 @@ class Tracer:
                 called if called in _CALLS else "other",
                 started=started,
                 ended=time.perf_counter(),
-                status=notes.status,
-                model=notes.model,
-                mode=notes.mode,
-                rows=notes.rows,
-                queue_seconds=notes.queue_seconds,
-                compute_seconds=notes.compute_seconds,
-                request_id=notes.request_id,
-                reason=notes.reason,
                 method=method,
                 traceparent=given.get(b"traceparent"),
                 tracestate=given.get(b"tracestate"),
+                **asdict(notes),
             )
 
     def close(self, seconds: float = _CLOSE_SECONDS) -> None:

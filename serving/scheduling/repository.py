@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import Final
 
 from serving.cores import usable_cores
-from serving.engine.engine import Engine, choose_mode, graph_files, modes_of
-from serving.engine.exits import LAST_EXIT
+from serving.engine.engine import Engine
+from serving.engine.exits import ExitChoice
+from serving.engine.graphs import choose_mode, graph_files, modes_of
 from serving.errors import RequestError
-from serving.operations.settings import ModelSettings, ModelTable, Settings
+from serving.operations.settings import ModelSettings, Settings
 from serving.protocol.open_inference import VERSION
 from serving.scheduling.service import Model, Service
 from zoo.bundle.bundle import CARD_FILE
 from zoo.errors import BadInput, BundleError, ManygatesError
 from zoo.hub.source import LOCAL_PREFIX, find, resolve
+from zoo.vocabulary import NAME
 
 logger = logging.getLogger("manygates.serving")
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
 _MOMENT: Final = 0.1  # seconds; a bundle is replaced by two renames
 
@@ -328,7 +329,7 @@ class Repository:
             return True
         try:
             identity = self._folder.stat()
-            places = [place for place in sorted(self._folder.iterdir()) if _NAME.fullmatch(place.name)]
+            places = [place for place in sorted(self._folder.iterdir()) if NAME.fullmatch(place.name)]
         except OSError as error:
             return self._note_away(error.strerror or str(error))
         known = {entry.settings.source for entry in self._entries}
@@ -344,7 +345,7 @@ class Repository:
         for place, folder, version in found:
             source = f"{LOCAL_PREFIX}{folder}"
             if source not in known and self._is_inside(folder):  # no link to somewhere else
-                own = self._settings.settings_of(ModelTable(source=source, name=place.name))
+                own = self._settings.settings_of({"source": source, "name": place.name})
                 entry = Entry(settings=own, name=place.name, version=version, of_folder=True, late=late)
                 self._entries.append(entry)
         return True
@@ -425,7 +426,9 @@ def load(model: ModelSettings, settings: Settings, *, version: str = VERSION) ->
     if model.precision == "int8":
         more = [mode for mode in more if graph_files(card, [mode])[0].replace(".onnx", ".int8.onnx") in card.files]
     any_exit = settings.allow_exit_choice
-    needed = graph_files(card, (chosen, *more), model.exit_choice, any_exit=any_exit, precision=model.precision)
+    confidence = model.confidence[0] if len(model.confidence) == 1 else model.confidence or None
+    choice = ExitChoice(exit=model.exit or None, confidence=confidence)
+    needed = graph_files(card, (chosen, *more), choice, any_exit=any_exit, precision=model.precision)
     engine = Engine(
         place.open(needed),
         chosen,
@@ -438,7 +441,7 @@ def load(model: ModelSettings, settings: Settings, *, version: str = VERSION) ->
         device=settings.device,
         allow_cpu_fallback=settings.allow_cpu_fallback,
         allow_spinning=settings.allow_spinning,
-        exit_choice=model.exit_choice if model.exit_choice else LAST_EXIT,
+        exit_choice=choice,
         any_exit=any_exit,
     )
     engine.warm_up(settings.max_batch)

@@ -16,28 +16,27 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine.engine import GateScope, Mode, Plan, Prediction, Predictor
+from serving.answers import Plan, Prediction, Predictor
+from serving.engine.engine import GateScope
 from serving.engine.exits import num_exits
 from serving.engine.gates import give_memory_back
 from serving.errors import RequestError, busy
 from serving.operations.metrics import Metrics, ModelMetrics
 from serving.operations.settings import Settings
-from serving.protocol.open_inference import NOTHING_ASKED, VERSION, Asked, Codec
+from serving.protocol.choices import NOTHING_ASKED, Asked
+from serving.protocol.open_inference import VERSION, Codec
+from serving.scheduling.queue import Done, Draining, Queue, QueueFull, Ticket
 from serving.scheduling.scheduler import (
     GONE,
     DeadlineExceeded,
-    Done,
-    Draining,
     PredictionFailed,
-    Queue,
-    QueueFull,
     Scheduler,
-    Ticket,
     Timings,
     WaitedTooLong,
 )
 from zoo.bundle.card import Card
 from zoo.errors import BadInput, UnknownName
+from zoo.vocabulary import Mode
 
 logger = logging.getLogger("manygates.serving")
 
@@ -91,7 +90,6 @@ class Served:
             info={"modes": " ".join(model.modes), **dict(model.details)},
         )
         self.queue = Queue(
-            service.scheduler,
             model.predictor,
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
@@ -128,7 +126,7 @@ class Served:
 
     def release(self) -> None:
         """Let go of the model once it is closed, however long a quiet connection remembers what it asked last."""
-        self.queue.release()
+        self.queue.predictor = GONE
         self.model = dataclasses.replace(self.model, predictor=GONE)
 
     def configuration(self) -> dict[str, Any]:
@@ -227,7 +225,7 @@ class Service:
         self.close_by(time.monotonic())
         self.hurried.set()
         for served in (*self.everything(), *self._closing.values()):
-            served.queue.abandon()
+            self.scheduler.abandon(served.queue)
 
     def current(self, served: Served) -> Served:
         """Return what is served under this model's name and version now; itself if nothing is."""
@@ -270,6 +268,14 @@ class Service:
             raise RequestError(404, "unknown_version", f"{name} has no version {version[:40]!r}, only {known}")
         return versions[version]
 
+    def is_ready(self, name: str, version: str = "") -> bool:
+        """Tell whether a model takes requests; one that there is not does not, so that clients can wait for it."""
+        try:
+            served = self.find(name, version)
+        except RequestError:
+            return False
+        return served.ready
+
     def everything(self) -> list[Served]:
         """Return every version of every model."""
         return [self._served[name][version] for name in self._served for version in self.versions(name)]
@@ -279,13 +285,13 @@ class Service:
         self.scheduler.start()
         self._started = True
         for served in self.everything():
-            served.queue.open()
+            self.scheduler.open(served.queue)
 
     async def stop(self) -> None:
         """Finish the requests in flight for at most the settings' time to drain, and stop the workers."""
         self._draining = True
         seconds = self.time_to_drain
-        await asyncio.gather(*(served.queue.close(seconds) for served in self.everything()))
+        await asyncio.gather(*(self.scheduler.close(served.queue, seconds) for served in self.everything()))
         if self._closing:
             await asyncio.gather(*self._closing)
         self.scheduler.stop()
@@ -298,7 +304,7 @@ class Service:
         old = self._served.get(model.card.name, {}).get(model.version)
         served = Served(model, self)
         if self._started:
-            served.queue.open()
+            self.scheduler.open(served.queue)
         self._put(served)
         if old is not None:
             old.replaced = True
@@ -331,7 +337,9 @@ class Service:
         limits = served.model.limits if asked.limits is None else asked.limits
         if limits is not None:
             limits = np.broadcast_to(limits, (len(images), len(limits)))
-        return served.queue.enter(images, done, limits, asked.plan, timeout=asked.timeout, bulk=asked.bulk)
+        return self.scheduler.enter(
+            served.queue, images, done, limits, asked.plan, timeout=asked.timeout, bulk=asked.bulk
+        )
 
     async def predict(
         self, served: Served, images: NDArray[Any], asked: Asked = NOTHING_ASKED, timings: Timings | None = None
@@ -346,8 +354,8 @@ class Service:
         if limits is not None:
             limits = np.broadcast_to(limits, (len(images), len(limits)))
         try:
-            return await served.queue.submit(
-                images, limits, asked.plan, timeout=asked.timeout, bulk=asked.bulk, timings=timings
+            return await self.scheduler.submit(
+                served.queue, images, limits, asked.plan, timeout=asked.timeout, bulk=asked.bulk, timings=timings
             )
         except (QueueFull, WaitedTooLong, DeadlineExceeded, Draining, PredictionFailed) as error:
             raise self.failure(served, error) from error
@@ -382,7 +390,7 @@ class Service:
         task.add_done_callback(self._closed)
 
     async def _retire(self, served: Served) -> None:
-        await served.queue.close(self.settings.drain_timeout)
+        await self.scheduler.close(served.queue, self.settings.drain_timeout)
         served.release()
 
     def _closed(self, task: asyncio.Task[None]) -> None:

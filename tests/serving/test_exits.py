@@ -17,13 +17,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from serving.engine.engine import Engine, Prediction, graph_files
+from serving.answers import Prediction, Predictor
+from serving.engine.engine import Engine
 from serving.engine.exits import LAST_EXIT, ExitChoice, read_confidence, read_exit
+from serving.engine.graphs import graph_files
 from serving.errors import RequestError
 from serving.http.app import Application
 from serving.operations.settings import Settings
 from serving.protocol.open_inference import Codec
-from serving.scheduling.scheduler import Queue, Scheduler
+from serving.scheduling.queue import Queue
+from serving.scheduling.scheduler import Scheduler
 from serving.scheduling.service import Model
 from serving.server import build, serve
 from zoo.bundle.bundle import Bundle, write_bundle
@@ -426,30 +429,30 @@ def test_a_graph_whose_exits_are_not_the_cards_is_refused(
 def test_limits_travel_with_their_images_through_shared_and_cut_batches() -> None:
     batches: list[np.ndarray] = []
 
-    class Mirror:
+    class Mirror(Predictor):
         """Answers each image with its own first pixel and limit."""
 
-        def predict(self, images: np.ndarray, limits: np.ndarray | None = None) -> Prediction:
+        def predict(self, images: np.ndarray, limits: np.ndarray | None = None, *_: Any, **__: Any) -> Prediction:
             assert limits is not None
             batches.append(limits)
             marks = images[:, 0, 0]
             return Prediction(limits, marks, marks[:, 0].astype(np.int64))
 
-    async def one(queue: Queue, mark: int, rows: int) -> None:
+    async def one(scheduler: Scheduler, queue: Queue, mark: int, rows: int) -> None:
         images = np.full((rows, 1, 1, 1), mark, dtype=np.float32)
         limits = np.arange(rows, dtype=np.float32)[:, np.newaxis] + 100 * mark
-        answer = await queue.submit(images, limits)
+        answer = await scheduler.submit(queue, images, limits)
         assert answer.probabilities.tolist() == limits.tolist()
         assert answer.exits is not None
         assert answer.exits.tolist() == [mark] * rows
 
     async def main() -> None:
         scheduler = Scheduler(2)
-        queue = Queue(scheduler, Mirror(), max_batch=8, max_queue=10_000)
+        queue = Queue(Mirror(), max_batch=8, max_queue=10_000)
         scheduler.start()
-        queue.open()
-        await asyncio.gather(*(one(queue, mark, (1, 2, 20)[mark % 3]) for mark in range(60)))
-        await queue.close(5)
+        scheduler.open(queue)
+        await asyncio.gather(*(one(scheduler, queue, mark, (1, 2, 20)[mark % 3]) for mark in range(60)))
+        await scheduler.close(queue, 5)
         scheduler.stop()
 
     asyncio.run(main())

@@ -20,9 +20,11 @@ import onnxruntime
 import pytest
 
 from serving import server
+from serving.answers import Prediction, Predictor
 from serving.http.app import Application
+from serving.listener import bind
 from serving.operations.settings import Settings
-from serving.server import bind, serve
+from serving.server import serve
 from zoo.bundle.bundle import Bundle
 from zoo.errors import BadInput, ChecksumMismatch, ManygatesError, UnknownName
 
@@ -168,10 +170,8 @@ def test_whoever_connects_while_the_models_are_loaded_is_answered_when_they_are(
 def test_requests_in_flight_at_sigterm_are_answered(application_of, monkeypatch) -> None:
     entered, opened = threading.Event(), threading.Event()
 
-    class Gate:
-        def predict(self, images: np.ndarray) -> Any:
-            from serving.engine.engine import Prediction
-
+    class Gate(Predictor):
+        def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Any:
             entered.set()
             assert opened.wait(10)
             return Prediction(np.full((len(images), 3), 1 / 3, np.float32), np.zeros((len(images), 3), np.float32))
@@ -249,38 +249,36 @@ def test_only_the_graph_that_is_served_is_needed(bundle_dir: Path, load_model) -
     assert Bundle.open(bundle_dir, only=()).has_variant("gated")
 
 
-def test_the_demo_is_mounted_beside_the_calls(tiny_application, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_is_mounted_beside_the_calls(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from starlette.responses import PlainTextResponse
     from starlette.routing import Route
 
     def mount(app: Any, path: str, models: list[str], **limits: int) -> Any:
-        assert limits == {"max_pixels": 4_000_000}
-        app.router.routes.append(Route(path, lambda request: PlainTextResponse(f"demo of {models}")))
+        assert limits == {"max_pixels": 5_000_000}
+        app.router.routes.append(Route(f"{path}/", lambda request: PlainTextResponse(f"demo of {models}")))
         return app
 
     demo = types.ModuleType("serving.demo.page")
     demo.mount = mount  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "serving.demo.page", demo)
-    application = tiny_application()
-    server._mount_demo(application, ["tiny"])
+    source = f"local-dir:{bundle_dir}"
+    application = server.build(Settings(models=(source,), threads=1, demo=True, max_image_pixels=5_000_000))
 
     async def main() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://server") as client:
-            assert (await client.get("/demo")).text == "demo of ['tiny']"
+            assert (await client.get("/demo/")).text == f"demo of {[source]}"
             assert (await client.get("/v2/health/live")).status_code == 200
 
     asyncio.run(main())
 
 
 def test_a_missing_demo_is_an_error_that_says_what_to_install(
-    tiny_application, monkeypatch: pytest.MonkeyPatch
+    bundle_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_gradio(name: str) -> Any:
-        raise ModuleNotFoundError("No module named 'gradio'", name="gradio")
-
-    monkeypatch.setattr(server.importlib, "import_module", no_gradio)
+    monkeypatch.delitem(sys.modules, "serving.demo.page", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(BadInput, match=r"needs 'gradio'; install it with `pip install 'manygates\[demo\]'`"):
-        server._mount_demo(tiny_application(), ["tiny"])
+        server.build(Settings(models=(f"local-dir:{bundle_dir}",), threads=1, demo=True))
 
 
 def test_many_clients_at_once_over_real_sockets_get_their_own_answers(

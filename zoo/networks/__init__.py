@@ -7,13 +7,15 @@ with several exits returns a tuple of them, first exit first, and says how many 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from zoo.errors import BadInput, UnknownName
 from zoo.networks.bottleneck_resnet import CifarResNet50
+from zoo.networks.image_format import CIFAR_FORMAT as CIFAR_FORMAT
+from zoo.networks.image_format import MNIST_FORMAT as MNIST_FORMAT
+from zoo.networks.image_format import ImageFormat as ImageFormat
 from zoo.networks.lenet import LeNet
 from zoo.networks.msdnet import MSDNet
 from zoo.networks.preact_resnet import PreActResNet18
@@ -22,27 +24,6 @@ from zoo.networks.small_cnn import SmallCNN
 from zoo.networks.two_layer import TwoLayerCNN
 from zoo.networks.vgg import VGG16
 from zoo.networks.wide_resnet import WideResNet
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageFormat:
-    """What a network's input looks like. `mean` and `std` are per channel, in pixel units."""
-
-    channels: int = 3
-    height: int = 32
-    width: int = 32
-    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
-    std: tuple[float, ...] = (0.2023, 0.1994, 0.2010)
-
-    def __post_init__(self) -> None:
-        if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise BadInput(f"need one mean and std per channel ({self.channels}), got mean={self.mean} std={self.std}")
-        if min(self.std) <= 0:
-            raise BadInput(f"std must be positive, got {self.std}")
-
-
-CIFAR_FORMAT = ImageFormat()
-MNIST_FORMAT = ImageFormat(channels=1, height=28, width=28, mean=(0.1307,), std=(0.3081,))
 
 
 def _resnet(depth: int) -> Callable[..., nn.Module]:

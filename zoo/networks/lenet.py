@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import BadInput
+from zoo.networks.image_format import ImageFormat
 from zoo.networks.normalise import Normalise
-
-if TYPE_CHECKING:
-    from zoo.networks import ImageFormat
 
 
 class LeNet(nn.Module):

@@ -8,17 +8,14 @@ twice, each time with a transition that halves the channels (the paper's network
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import BadInput
+from zoo.networks.image_format import ImageFormat
 from zoo.networks.normalise import Normalise
 from zoo.networks.resnet import initialise
-
-if TYPE_CHECKING:
-    from zoo.networks import ImageFormat
 
 SCALES = 3
 WIDENING = (1, 2, 4)

@@ -5,15 +5,11 @@ Its trunk is the network of TRADES; the layer sizes in the comments are those of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
 from zoo.errors import BadInput
+from zoo.networks.image_format import ImageFormat
 from zoo.networks.normalise import Normalise
-
-if TYPE_CHECKING:
-    from zoo.networks import ImageFormat
 
 HIDDEN = 200
 

@@ -5,16 +5,12 @@ The paper says "two convolutional layers" without their sizes; those here are ou
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import BadInput
+from zoo.networks.image_format import ImageFormat
 from zoo.networks.normalise import Normalise
-
-if TYPE_CHECKING:
-    from zoo.networks import ImageFormat
 
 
 class TwoLayerCNN(nn.Module):

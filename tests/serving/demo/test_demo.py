@@ -31,7 +31,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from serving.demo import page as demo
-from serving.server import bind, url_of
+from serving.listener import bind, url_of
 from zoo import networks
 from zoo.bundle import card as cards
 from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle, write_bundle
@@ -76,7 +76,7 @@ def make_bundle(
         method="standard",
         license="apache-2.0",
         dataset=dataset,
-        architecture=cards.Architecture(
+        architecture=cards.NetworkSummary(
             name=network,
             options={},
             gated_layers=layers,

@@ -22,7 +22,7 @@ from PIL import Image
 from starlette.applications import Starlette
 
 from serving.demo import page as demo
-from serving.server import bind, url_of
+from serving.listener import bind, url_of
 from zoo.bundle.bundle import write_bundle
 from zoo.bundle.card import Paths
 from zoo.gates.rgn import randomly_gate

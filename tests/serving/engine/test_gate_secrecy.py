@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving.engine import engine
+from serving.engine import graphs
 from serving.engine.engine import Engine
 from serving.http.app import Application
 from serving.operations.settings import Settings
@@ -50,8 +50,8 @@ class Spy:
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """The gates that sessions opened in this test are fed, call by call."""
     found: list[np.ndarray] = []
-    opened = engine._open_session
-    monkeypatch.setattr(engine, "_open_session", lambda *arguments: Spy(opened(*arguments), found))
+    opened = graphs.session
+    monkeypatch.setattr(graphs, "session", lambda *content, **options: Spy(opened(*content, **options), found))
     return found
 
 
@@ -260,7 +260,7 @@ STREAMS = """
 import os, sys, threading
 from pathlib import Path
 import numpy as np
-from serving.engine import engine
+from serving.engine import graphs
 from serving.engine.engine import Engine
 from zoo.bundle.bundle import Bundle
 
@@ -274,8 +274,8 @@ class Spy:
             streams.setdefault(threading.current_thread().name, []).append(inputs["gates"].copy())
         return self.session.run(outputs, inputs, *more)
 
-opened = engine._open_session
-engine._open_session = lambda *arguments: Spy(opened(*arguments))
+opened = graphs.session
+graphs.session = lambda *content, **options: Spy(opened(*content, **options))
 streams = {}
 predictor = Engine(Bundle.open(Path(sys.argv[1])), "random")
 images = np.zeros((64, 3, 4, 4), np.float32)

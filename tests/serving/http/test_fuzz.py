@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.engine.engine import Plan, Prediction
+from serving.answers import Plan, Prediction
 from serving.errors import RequestError
 from serving.protocol.open_inference import Codec, InferRequest
 from zoo.bundle.card import Card, Exit, Paths

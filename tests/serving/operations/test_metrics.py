@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.engine.engine import Plan, Prediction
+from serving.answers import Plan, Prediction, Predictor
 from serving.http.app import Application
-from serving.operations.metrics import Distribution, Metrics, ModelMetrics
+from serving.operations.metrics import Metrics, ModelMetrics
 from serving.operations.settings import Settings
 from serving.scheduling.service import Model
 
@@ -43,18 +43,6 @@ def metrics_of(model: str = "tiny", version: str = "1", **changes: Any) -> Model
 
 def prediction(rows: int, **fields: Any) -> Prediction:
     return Prediction(np.zeros((rows, 3), np.float32), np.zeros((rows, 3), np.float32), **fields)
-
-
-@pytest.mark.parametrize("values", [[], [0.0], [1.0, 1.0, 1.5, 2.0, 99.0], list(np.random.default_rng(0).random(500))])
-def test_buckets_count_what_is_up_to_their_bound_and_never_fall(values: list[float]) -> None:
-    bounds = (0.25, 0.5, 1.0, 2.0)
-    distribution = Distribution(bounds)
-    for each in values:
-        distribution.observe(each)
-    buckets = distribution.buckets()
-    assert [name for name, _ in buckets] == ["0.25", "0.5", "1.0", "2.0", "+Inf"]
-    assert [count for _, count in buckets] == [sum(v <= bound for v in values) for bound in (*bounds, np.inf)]
-    assert distribution.total == pytest.approx(sum(values))
 
 
 def test_every_histogram_has_monotone_buckets_of_which_the_last_is_its_count() -> None:
@@ -216,8 +204,8 @@ def test_the_servers_metrics_are_read_by_prometheus_and_fit_its_statistics(
 
 
 def test_a_model_is_ready_while_it_takes_requests(card: Any) -> None:
-    class Fixed:
-        def predict(self, images: np.ndarray) -> Prediction:
+    class Fixed(Predictor):
+        def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Prediction:
             return prediction(len(images))
 
     application = Application([Model(card=card, mode="single", predictor=Fixed())], Settings(threads=1))

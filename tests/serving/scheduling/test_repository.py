@@ -15,8 +15,9 @@ import httpx
 import numpy as np
 import pytest
 
+from serving.answers import Prediction, Predictor
 from serving.http.app import Application
-from serving.operations.settings import ModelTable, Settings
+from serving.operations.settings import Settings
 from serving.scheduling import repository
 from serving.scheduling.repository import Repository
 from serving.scheduling.service import Model, Service
@@ -488,7 +489,7 @@ def test_a_name_is_served_once(write, tmp_path: Path) -> None:
     both = (f"local-dir:{first}", f"local-dir:{second}")
     with pytest.raises(BadInput, match="'tiny' is to be served twice; name each model once, or give it a name"):
         build(Settings(threads=1, models=both))
-    named = build(Settings(threads=1, models=both, model_tables=(ModelTable(source=both[1], name="other"),)))
+    named = build(Settings(threads=1, models=both, model_tables=[{"source": both[1], "name": "other"}]))
     assert named.service.names == ["tiny", "other"]
 
     folder = write("repository/tiny", 3).parent
@@ -905,13 +906,11 @@ def test_requests_in_flight_while_a_model_is_loaded_again_are_all_answered_by_th
 def test_what_a_replaced_or_unloaded_model_has_taken_is_answered(card, load_model) -> None:
     opened, entered = threading.Event(), threading.Event()
 
-    class Slow:
+    class Slow(Predictor):
         def __init__(self, mark: float) -> None:
             self.mark = mark
 
-        def predict(self, images: np.ndarray) -> Any:
-            from serving.engine.engine import Prediction
-
+        def predict(self, images: np.ndarray, *_: Any, **__: Any) -> Any:
             entered.set()
             assert opened.wait(10)
             return Prediction(np.full((len(images), 3), self.mark, np.float32), np.zeros((len(images), 3), np.float32))

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.engine.engine import Plan, Prediction
+from serving.answers import Plan, Prediction, Predictor
 from serving.errors import GRPC_CODES, RequestError
 from serving.operations.settings import Settings
-from serving.protocol.open_inference import Asked
-from serving.scheduling.scheduler import Outcome
+from serving.protocol.choices import Asked
+from serving.scheduling.queue import Outcome
 from serving.scheduling.service import Model, Service
 from zoo.bundle.card import Card
 from zoo.errors import BadInput
 
 
-class Fixed:
+class Fixed(Predictor):
     """Answers every image with its number, and remembers what it was told."""
 
     modes = ("single", "random")
@@ -31,7 +31,7 @@ class Fixed:
         self.number = number
         self.plans: list[Plan | None] = []
 
-    def predict(self, images: np.ndarray, plan: Plan | None = None) -> Prediction:
+    def predict(self, images: np.ndarray, *_: Any, plan: Plan | None = None, **__: Any) -> Prediction:
         self.plans.append(plan)
         return Prediction(np.full((len(images), 3), self.number, np.float32), np.zeros((len(images), 3), np.float32))
 
@@ -41,14 +41,14 @@ class Gate(Fixed):
         super().__init__()
         self.entered, self.opened = threading.Event(), threading.Event()
 
-    def predict(self, images: np.ndarray, plan: Plan | None = None) -> Prediction:
+    def predict(self, images: np.ndarray, *_: Any, plan: Plan | None = None, **__: Any) -> Prediction:
         self.entered.set()
         assert self.opened.wait(10)
         return super().predict(images, plan)
 
 
 class Broken(Fixed):
-    def predict(self, images: np.ndarray, plan: Plan | None = None) -> Prediction:
+    def predict(self, images: np.ndarray, *_: Any, plan: Plan | None = None, **__: Any) -> Prediction:
         raise RuntimeError("secret detail")
 
 
@@ -294,7 +294,7 @@ def test_readiness_is_of_every_model_and_goes_when_the_drain_begins(model) -> No
 
     async def body() -> None:
         assert service.ready
-        await service.find("other").queue.close(0)
+        await service.scheduler.close(service.find("other").queue, 0)
         assert not service.ready
         service.put(model(name="other"))
         assert service.ready
@@ -326,7 +326,7 @@ def test_a_model_is_replaced_under_load_without_a_failure_and_each_answer_is_of_
     run(service, body)
     assert len(numbers) == 8 * 150
     assert set(numbers) <= set(range(20))
-    assert len(service.scheduler._queues) == 0
+    assert service.scheduler.queues == ()
 
 
 def test_stopping_answers_what_was_taken_also_by_models_that_were_replaced_or_dropped(model) -> None:
