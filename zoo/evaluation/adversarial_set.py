@@ -103,7 +103,7 @@ class AdversarialSet:
             "steps": steps,
             "seed": seed,
         }
-        # the name of a surrogate is for the reader; its weights decide
+        # the weights of a surrogate decide; its name is for the reader
         identity = {**self.terms, "surrogates": [surrogate.weights for surrogate in surrogates]}
         self.digest = digest_of(identity)
         self.folder = folder or cache_dir() / "transfer" / self.digest[:24]

@@ -1,4 +1,4 @@
-"""What an evaluation has measured so far, on disk: interrupted, it goes on where it was, and finds the same numbers.
+"""What an evaluation has measured so far, on disk. An interrupted one goes on where it stopped, with the same numbers.
 
 The ledger is a file of JSON lines, which `zoo.evaluation.registry.ledger_of` names. Each line holds one batch of one
 stage. It is removed when the evaluation is done, so asking again measures again.

@@ -43,7 +43,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "queries": queries.measure,
 }
 WEIGHTS_ONLY = ("transfer-matrix", "diversity", "exits")
-"""They compare the networks behind a variant, of which an int8 graph has none of its own."""
+"""They compare the networks behind a variant. An int8 graph has none of its own."""
 
 
 def evaluate(
@@ -51,14 +51,14 @@ def evaluate(
 ) -> list[Result]:
     """Measure one protocol; one result per eps where the protocol has one.
 
-    An evaluation that was interrupted goes on where it was, batch by batch, with the same result.
+    An interrupted evaluation goes on with the batch where it stopped, and finds the same result.
 
     Args:
         bundle: the model; only its weights are read, and its int8 graph with that precision.
         request: what to measure.
         device: where to compute.
         fresh: begin again even if an interrupted evaluation on the same terms is there.
-        ledger: of this evaluation, from `ledger_of`, for who wants to see it; opened here if None.
+        ledger: of this evaluation, from `ledger_of`, if the caller shows how far it came; opened here if None.
 
     Raises:
         UnknownName: no such protocol.

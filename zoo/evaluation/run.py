@@ -36,7 +36,7 @@ from zoo.weights.models import load_rgn, member_networks, weights_file
 
 BATCH = 250
 GROUP = 50
-"""Images that share a path where random gates are judged: the mean over draws is the same, and it takes less time."""
+"""Images that share a path where random gates are judged. The mean over draws is the same, and it takes less time."""
 
 Judge = Callable[[Tensor, Tensor, int], Tensor]
 """(images in [0, 1], labels, number of the batch) -> values with the images as their first dimension."""
@@ -60,12 +60,12 @@ class Run:
 
     @cached_property
     def members(self) -> list[nn.Module]:
-        """The deployed plain networks, BatchNorms folded as in their graphs, laid out for the fastest convolutions."""
+        """The deployed plain networks, as `ready` returns them."""
         return [ready(member, self.device) for member in member_networks(self.bundle, self.request.variant)]
 
     @cached_property
     def network(self) -> nn.Module:
-        """What a deterministic variant deploys, as float32 weights or as int8 graph; of several exits the last.
+        """The deployed network of a deterministic variant, float32 weights or int8 graph; of several exits the last.
 
         Raises:
             BadInput: random gates.
@@ -164,7 +164,7 @@ class Run:
         Args:
             stage: what is being done; unique within the evaluation, and part of every generator's seed.
             images: what to judge.
-            judge: see `Judge`; draws only from `generator(stage, batch)`, so that going on changes nothing.
+            judge: see `Judge`; it draws from `generator(stage, batch)` alone, so that resuming changes nothing.
             size: images per batch, `BATCH` if None.
         """
         parts = []
@@ -181,9 +181,9 @@ class Run:
         return torch.cat(parts)
 
     def answers(self, stage: str) -> tuple[Judge, int]:
-        """Return how to judge whether the deployed variant answers images correctly, and in batches of what size.
+        """Return a judge of whether the deployed variant answers images correctly, and the size of its batches.
 
-        A deterministic variant is asked; random gates answer each group of images along one fresh path.
+        Random gates answer each batch along one fresh path.
         """
         if self.request.variant != "gated":
             network = self.network

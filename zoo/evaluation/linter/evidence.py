@@ -43,7 +43,7 @@ QUERIES = 300
 NOISES = 16
 """Pairs of random corners of the ball, x + eps u and x - eps u."""
 REPEATED_IMAGES, REPEATS = 8, 8
-"""R1 asks so often, because a model of two paths answers alike half the time."""
+"""R1 asks so often because a model of two paths gives the same answer half the time."""
 NEAREST = 3
 """G2 goes towards so many classes, in the order of their logits."""
 EOT_IMAGES, EOT_STEPS, EOT_DRAWS, FRESH_DRAWS = 50, 10, 16, 20
@@ -293,9 +293,9 @@ class Evidence:
     @cached_property
     def squares(self) -> Tensor:
         """The Square attack's answer to the images that no gradient attack breaks; the others unchanged."""
-        return self.asked_by_square(~self.white_box, "square")
+        return self.attacked_by_square(~self.white_box, "square")
 
-    def asked_by_square(self, mask: Tensor, name: str) -> Tensor:
+    def attacked_by_square(self, mask: Tensor, name: str) -> Tensor:
         """Return what the Square attack makes of the images of a mask; the others unchanged."""
         result, budget, generator = self.images.clone(), LinfBudget(eps=self.eps), self.generator(name)
         for part in parts(mask.nonzero()[:, 0]):

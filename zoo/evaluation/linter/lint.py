@@ -60,7 +60,7 @@ CHECKS: tuple[Check, ...] = (
     comparisons.rounding_keeps,
     comparisons.graph_asked,
 )
-"""In this order a model is asked; a model that draws from global random numbers answers accordingly."""
+"""In this order. A model that draws from the global random numbers depends on it."""
 
 
 def lint_model(

@@ -43,12 +43,12 @@ def _measure_at(run: Run, eps: Fraction, images: Images) -> Result:
         if not budget.eps or not bool(right.any()):
             return left
         found = autoattack(network, pixels, labels, budget, seed=run.generator(stage, batch).initial_seed() % 2**31)
-        # kept beside the batch, so that going on after an interruption forgets no warning
+        # kept beside the batch, so that a resumed evaluation forgets no warning
         flags = "\n".join(flag for flag in found.flags if SQUARE_FLAG not in flag)
         run.ledger.put(f"{stage} warnings/{batch}", torch.tensor(list(f"\n{flags}".encode()), dtype=torch.uint8))
         for column, attack in enumerate(ATTACKS, start=1):
             left[:, column] = left[:, column - 1] & found.robust[attack]
-        # judged once more on what comes back, in the ball and by our own hand
+        # judged once more here, on the images that the library returns
         left[:, -1] &= correct(network, found.adversarial, labels)
         return left
 

@@ -43,7 +43,7 @@ def measure(run: Run) -> list[Result]:
 
     In the table "budgeted" an image leaves at the first exit that is sure enough (`zoo.gates.early_exit`), and what
     an answer costs is the mean over images. Limits are chosen on clean held-out training images, for clean and for
-    attacked test images alike: who serves a model does not know which of them come.
+    attacked test images alike: a server does not know which of them come.
     """
     network = _network(run)
     images = run.images(1000)

@@ -23,8 +23,8 @@ QUERIES = 1000
 def measure(run: Run) -> list[Result]:
     """Square and RayS on the deployed network, 1,000 queries per image each, 1,000 images; two results per eps.
 
-    An image counts if it is answered correctly without an attack and as the attack left it. These need no gradients, so
-    they also see a model as it is that has none: the int8 graphs.
+    An image counts if it is answered correctly without an attack and after it. These attacks need no gradients, so they
+    attack an int8 graph, which has none, as it is.
     """
     images = run.images(1000)
     run.check_deterministic(images[slice(0, BATCH)])

@@ -1,8 +1,8 @@
 """Random gates under attack: every attack that is known to matter for a randomised defence, judged on fresh draws.
 
-What an attacker is given is everything but the gates of the answer. No single attack is the right one: averaging over
-gates may chase a compromise that fools no path, a single path may transfer better, and ARC picks members off one by one
-(Dbouk and Shanbhag 2022). So the reported number takes, for every image, the attack that served it worst.
+The attacker knows everything but the gates of the answer. No single attack is the right one: averaging over gates may
+find a compromise that fools no path, a single path may transfer better, and ARC fools members one by one (Dbouk and
+Shanbhag 2022). So the reported number takes, for every image, the attack that left it the lowest accuracy.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def graph_asked(evidence: Evidence) -> Answer:
     if evidence.weights is None:
         return None, NO_GRAPH
     _, graph_kept, _ = evidence.on_weights
-    broken = evidence.wrong(evidence.asked_by_square(graph_kept, "square on the graph")) & graph_kept
+    broken = evidence.wrong(evidence.attacked_by_square(graph_kept, "square on the graph")) & graph_kept
     noise = (evidence.corner_logits.argmax(2) != evidence.labels).any(0) & graph_kept
     alone = count(broken | noise)
     return exceeds(alone, evidence.number, BLACK_BOX_ALONE), (
