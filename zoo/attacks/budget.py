@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zoo.attacks.checks import full_precision
+from zoo.attacks.images import full_precision
 from zoo.errors import BadInput
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

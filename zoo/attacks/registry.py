@@ -14,8 +14,8 @@ from torch import Tensor
 
 from zoo.attacks.apgd import apgd, apgd_targeted
 from zoo.attacks.budget import Budget, LinfBudget, check_budget
-from zoo.attacks.checks import Model
 from zoo.attacks.gradient import InputDiversity, fgsm, pgd
+from zoo.attacks.outputs import Model
 from zoo.attacks.random_gates import eot_pgd
 from zoo.attacks.rays import rays
 from zoo.attacks.square import square

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import checked_images
+from zoo.attacks.images import check_images
 from zoo.errors import BadInput, ManygatesError, UnknownName
 
 LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
@@ -64,7 +64,7 @@ def eight_bit(images: Tensor, budget: LinfBudget) -> tuple[Tensor, LinfBudget]:
         raise BadInput(
             f"eps {budget.eps:g} is less than 1/255, so no image of 8 bits is in the ball; take 1/255 or more"
         )
-    return (checked_images(images) * 255).round() / 255, replace(budget, eps=steps / 255)
+    return (check_images(images) * 255).round() / 255, replace(budget, eps=steps / 255)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ class RemoteModel:
         """
         if images.requires_grad and torch.is_grad_enabled():
             raise BadInput("a deployed model has no gradient; attack it by its scores (square) or labels (rays)")
-        images = checked_images(images)
+        images = check_images(images)
         if tuple(images.shape[1:]) != self.image_shape:
             raise BadInput(f"the server takes images of shape {self.image_shape}, got {tuple(images.shape[1:])}")
         levels = (images * 255).round().to(device="cpu", dtype=torch.uint8)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from zoo.attacks import LinfBudget, pgd
 from zoo.attacks.apgd import _checkpoints, apgd, apgd_eot, apgd_targeted
-from zoo.attacks.checks import Model
 from zoo.attacks.losses import cross_entropy, dlr, margin
+from zoo.attacks.outputs import Model
 from zoo.errors import BadInput, UnknownName
 
 EPS = 0.06

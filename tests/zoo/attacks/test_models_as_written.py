@@ -27,7 +27,6 @@ from zoo.attacks import (
     apgd_eot,
     apgd_targeted,
     arc,
-    as_it_is,
     average_exits,
     eot_pgd,
     fgsm,
@@ -37,6 +36,7 @@ from zoo.attacks import (
     pgd,
     rays,
     square,
+    unchecked,
 )
 from zoo.attacks.autoattack import autoattack, fab
 from zoo.attacks.budget import Budget
@@ -342,7 +342,7 @@ def test_paths_of_a_network_in_training_mode_are_refused_unless_folded(
 def test_training_attacks_its_network_as_it_is(images: Tensor) -> None:
     torch.manual_seed(0)
     model = Small()
-    moved = pgd(as_it_is(model), images, torch.zeros(6, dtype=torch.int64), LINF)
+    moved = pgd(unchecked(model), images, torch.zeros(6, dtype=torch.int64), LINF)
     assert int(model.norm.num_batches_tracked) == LINF.steps  # type: ignore[arg-type]
     assert bool((moved != images).any())
 
