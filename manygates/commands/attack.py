@@ -64,12 +64,12 @@ class _Victim:
         """Return the probabilities (class,); of random gates the share of 20 fresh draws that answer each class."""
         import torch
 
-        from zoo.attacks.checks import asked
+        from zoo.attacks.outputs import logits_of
 
         with torch.no_grad():
             if not self.gated:
-                return asked(self.network, image).softmax(1)[0]
-            votes = asked(self.network, image.expand(JUDGING_DRAWS, -1, -1, -1)).argmax(1)
+                return logits_of(self.network, image).softmax(1)[0]
+            votes = logits_of(self.network, image.expand(JUDGING_DRAWS, -1, -1, -1)).argmax(1)
         return torch.bincount(votes, minlength=len(self.classes)) / JUDGING_DRAWS
 
 

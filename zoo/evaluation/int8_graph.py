@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import Model, asked
 from zoo.attacks.gradient import pgd
+from zoo.attacks.outputs import Model, logits_of
 from zoo.bundle.bundle import Bundle, int8_file
 from zoo.errors import BadInput
 from zoo.export.onnx_graphs import GATES, IMAGES, LOGITS, as_numpy
@@ -109,7 +109,7 @@ def shown(
         Where the weights, and where the rounded model, answered every iterate correctly (image,) bool, the image itself
         included, and the last iterates of the first start (image, channel, height, width).
     """
-    kept = torch.stack([asked(model, images).argmax(1) == labels for model in (weights, rounded)])
+    kept = torch.stack([logits_of(model, images).argmax(1) == labels for model in (weights, rounded)])
     first = images
     once = LinfBudget(eps=budget.eps, steps=budget.steps, step_size=budget.step_size)
     for attempt in range(budget.restarts):
@@ -119,7 +119,7 @@ def shown(
             break
 
         def watch(_: int, iterate: Tensor, __: Tensor, rows: Tensor = rows) -> None:
-            kept[1, rows] &= asked(rounded, iterate).argmax(1) == labels[rows]
+            kept[1, rows] &= logits_of(rounded, iterate).argmax(1) == labels[rows]
 
         def answering(pixels: Tensor, rows: Tensor = rows) -> Tensor:
             logits = weights(pixels)
@@ -127,6 +127,6 @@ def shown(
             return logits
 
         last = pgd(answering, images[rows], labels[rows], once, start=starts[rows], watch=watch)
-        kept[0, rows] &= asked(weights, last).argmax(1) == labels[rows]
+        kept[0, rows] &= logits_of(weights, last).argmax(1) == labels[rows]
         first = last if attempt == 0 else first
     return kept[0], kept[1], first

@@ -38,22 +38,15 @@ from torch.nn import functional as F
 
 from zoo.attacks.apgd import apgd_targeted
 from zoo.attacks.budget import LinfBudget, number, whole
-from zoo.attacks.checks import (
-    Chance,
-    Model,
-    Output,
-    Seen,
-    are_probabilities,
-    as_it_is,
-    checked,
-    full_precision,
-    see,
-)
 from zoo.attacks.gradient import fgsm, pgd
+from zoo.attacks.images import check_batch, full_precision
 from zoo.attacks.losses import Loss, ascent, margin
+from zoo.attacks.models import CheckedModel, Randomness, checked_model
+from zoo.attacks.outputs import Model, Output, are_probabilities
 from zoo.attacks.pixel_grid import to_grid
 from zoo.attacks.random_gates import Sampler, eot_pgd
 from zoo.attacks.square import square
+from zoo.attacks.training_mode import check_mode, unchecked
 from zoo.bundle.card import Finding
 from zoo.errors import BadInput
 from zoo.evaluation.int8_graph import Rounded, shown
@@ -182,14 +175,14 @@ def lint_model(
         queries: of the Square attack, for each image that no gradient broke.
         watch: called with each finding as soon as it is there.
         output: where the logits are in what the model and its draws return; a surrogate that needs it is given as
-            `inputs.see(surrogate, output)`.
+            `models.checked_model(surrogate, output)`.
 
     Returns:
         One finding per check, in the order of `CHECKS`.
 
     Raises:
         BadInput: no image is answered correctly, eps is outside (0, 1], fewer than 1 query, a model that fails, returns
-            no logits or NaN, or is partly in training mode; see `inputs.checked` and `inputs.see`.
+            no logits or NaN, or is partly in training mode; see `images.check_batch` and `models.checked_model`.
     """
     eps, queries, seed = number(eps, "eps"), whole(queries, "queries"), whole(seed, "seed")
     if not 0 < eps <= 1:
@@ -262,11 +255,12 @@ class Evidence:
         queries: int,
         output: Output | None = None,
     ) -> None:
-        images, labels, _ = checked(model, images, labels)
-        checked(surrogate, images[:0], labels[:0])
+        check_mode(model)
+        check_mode(surrogate)
+        images, labels, _ = check_batch(images, labels)
         self.sampler, self.served, self.output = sampler, served, output
         self.model = model
-        self.seen = see(model, output, chance=self._chance, moving=True)  # M1 says it
+        self.seen = checked_model(model, output, randomness=self._randomness, may_move_buffers=True)  # M1 says it
         self.half: torch.dtype | None = None
         self.eps, self.seed, self.queries = eps, seed, queries
         self.type, images = images.dtype, full_precision(images)
@@ -285,8 +279,8 @@ class Evidence:
         self.outputs, self.half = raw, _half(raw, self.type)
         drawn = model if sampler is None else sampler()
         self.net = self._drawn(drawn)
-        self.weights = self._net(see(drawn.weights)) if isinstance(drawn, Rounded) else None
-        self.surrogate = None if surrogate is None else self._net(see(surrogate, chance="tolerated"))
+        self.weights = self._net(checked_model(drawn.weights)) if isinstance(drawn, Rounded) else None
+        self.surrogate = None if surrogate is None else self._net(checked_model(surrogate, randomness="allow"))
         with torch.no_grad():
             right = torch.cat([self.net(part).argmax(1) for part in _parts(images)]) == labels
         if not bool(right.any()):
@@ -299,15 +293,15 @@ class Evidence:
         self.number = len(self.images)
 
     @property
-    def _chance(self) -> Chance:
+    def _randomness(self) -> Randomness:
         """What a draw may do at random; R1 is there to say it."""
-        return "tolerated" if self.sampler is None else "expected"
+        return "allow" if self.sampler is None else "expect"
 
     def _drawn(self, model: Model) -> Model:
         """Return the model, or a draw of it, as attacks need it; the whole was asked before."""
-        return self._net(see(model, self.output, chance=self._chance, watched=True))
+        return self._net(checked_model(model, self.output, randomness=self._randomness, operations_checked=True))
 
-    def _net(self, seen: Seen) -> Model:
+    def _net(self, seen: CheckedModel) -> Model:
         """Return a model as attacks need it: logits in full precision, in form differentiable in the images."""
 
         def net(images: Tensor) -> Tensor:
@@ -329,7 +323,7 @@ class Evidence:
                 logits = logits + (0 * images).flatten(1).sum(1, keepdim=True)
             return logits
 
-        return as_it_is(net)
+        return unchecked(net)
 
     # what the figures say of the setting
 
@@ -1078,7 +1072,7 @@ def _x1(evidence: Evidence) -> Answer:
         found.logical_or_(beyond.detach() > 0)
         return torch.stack([torch.zeros_like(beyond), beyond], 1)
 
-    pgd(as_it_is(binary), images, torch.zeros_like(labels), budget, generator=generator)
+    pgd(unchecked(binary), images, torch.zeros_like(labels), budget, generator=generator)
     missed, total = _count(planted & ~found), _count(planted)
     return _exceeds(missed, total, PLANTED_MISSED), (
         f"PGD-{STEPS} misses {missed} of {total} planted adversarial examples ({INNER_POINTS} inner points; "

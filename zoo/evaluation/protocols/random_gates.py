@@ -22,9 +22,9 @@ from zoo import paths
 from zoo.attacks.apgd import apgd_eot
 from zoo.attacks.autoattack import CLASSES_NEEDED, autoattack
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import asked
 from zoo.attacks.gradient import fgsm, pgd
 from zoo.attacks.losses import ascent
+from zoo.attacks.outputs import logits_of
 from zoo.attacks.random_gates import Sampler, arc, eot_pgd, path_model, path_sampler, relaxed_model
 from zoo.attacks.square import square
 from zoo.bundle.card import Check, Result
@@ -221,7 +221,7 @@ def _on_draws(run: Run, pixels: Tensor, labels: Tensor, batch: int, draws: int) 
     with torch.no_grad():
         for draw in range(draws):
             path = paths.sample(run.rgn.num_gates, run.rgn.candidates, rng)
-            answer = asked(run.along(path), pixels)
+            answer = logits_of(run.along(path), pixels)
             right.append(answer.argmax(1) == labels)
             if draw < AVERAGED:
                 logits.append(answer)

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from zoo import paths
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import Model, asked
 from zoo.attacks.distillation import distil
 from zoo.attacks.gradient import pgd
+from zoo.attacks.outputs import Model, logits_of
 from zoo.bundle.card import Result
 from zoo.data.datasets import Images
 from zoo.errors import BadInput
@@ -120,7 +120,7 @@ def diversity(run: Run) -> list[Result]:
             order = [following[row] for row in range(len(labels))]  # no image is its own target
             feature = run.rgn.runner(layer, tensors, folded=True)
             distilled = distil(feature, pixels, pixels[order], budget, momentum=1.0)
-            logits = torch.stack([asked(model, distilled) for model in models], dim=1)
+            logits = torch.stack([logits_of(model, distilled) for model in models], dim=1)
             seen = torch.stack(
                 [F.cross_entropy(logits[:, j], labels[order], reduction="none") for j in range(len(models))], dim=1
             )

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from zoo import paths
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import asked
 from zoo.attacks.gradient import fgsm, pgd
+from zoo.attacks.outputs import logits_of
 from zoo.attacks.random_gates import path_model
 from zoo.bundle.card import Check, Result, Table
 from zoo.data import datasets
@@ -32,8 +32,8 @@ def clean(run: Run) -> list[Result]:
     if run.request.variant != "gated":
 
         def answered(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
-            found = asked(run.network, pixels).argmax(1)
-            theirs = asked(run.weights, pixels).argmax(1) if run.rounds else found
+            found = logits_of(run.network, pixels).argmax(1)
+            theirs = logits_of(run.weights, pixels).argmax(1) if run.rounds else found
             return torch.stack([found == labels, found == theirs], dim=1)
 
         judged = run.judged("clean", images, answered)
@@ -54,7 +54,7 @@ def clean(run: Run) -> list[Result]:
         if not run.rounds:
             return right
         both = run.along(drawn[0]), path_model(run.rgn, drawn[0])
-        ours, theirs = (asked(model, pixels).argmax(1) for model in both)
+        ours, theirs = (logits_of(model, pixels).argmax(1) for model in both)
         return torch.cat([right, (ours == theirs)[:, None]], dim=1)
 
     judged = run.judged("clean", images, judge, size=GROUP)
@@ -129,7 +129,7 @@ def _on_weights(run: Run, images: Images, eps: Fraction, budget: LinfBudget) -> 
     def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
         generator = run.generator(stage, batch)
         theirs, ours, last = shown(run.weights, run.network, pixels, labels, budget, generator)
-        same = asked(run.network, last).argmax(1) == asked(run.weights, last).argmax(1)
+        same = logits_of(run.network, last).argmax(1) == logits_of(run.weights, last).argmax(1)
         return torch.stack([theirs, ours, same], dim=1)
 
     judged = run.judged(stage, images, judge)
