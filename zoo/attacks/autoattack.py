@@ -6,7 +6,6 @@ numbers, fills the gradients of parameters, only logs what it warns of, and does
 
 from __future__ import annotations
 
-import importlib
 import logging
 import random
 import sys
@@ -106,7 +105,7 @@ def autoattack(
     check_budget(budget, "AutoAttack")
     seed, batch = whole(seed, "seed"), whole(batch, "batch")
     names = ATTACKS if version == "standard" else RANDOM_ATTACKS
-    package = _package()
+    package = _authors_package()
     model = checked_model(model, output, randomness="allow" if version == "standard" else "expect")
     images, labels = _ready(model, images, labels, batch)
     robust: dict[str, Tensor] = {}
@@ -121,10 +120,8 @@ def autoattack(
         warned = _Warnings()
         checked = _input_gradients_only(model, CLASSES_NEEDED[version])
         attacks = package.AutoAttack(checked, eps=budget.eps, seed=seed, version=version, device=images.device)
-        for part in (attacks.apgd, attacks.apgd_targeted):
-            part.logger = warned.logger
-        for part in (attacks.apgd_targeted, attacks.fab):
-            part.n_target_classes = min(TARGETS, classes - 1)
+        attacks.apgd.logger = attacks.apgd_targeted.logger = warned.logger
+        attacks.apgd_targeted.n_target_classes = attacks.fab.n_target_classes = min(TARGETS, classes - 1)
         clean = _correct(checked, images, labels, batch)
         if budget.eps and len(images):
             _check_model(checked, images[:batch], labels[:batch], batch, version, warned)
@@ -142,10 +139,7 @@ def autoattack(
             if log is not None:
                 log(f"{name}: {int(left.sum())} of {len(images)} images are still answered correctly")
         if len(images):
-            accuracies = {"clean": clean, **robust}
-            _library("checks").check_square_sr(
-                {name: float(mask.double().mean()) for name, mask in accuracies.items()}, logger=warned.logger
-            )
+            _check_square({"clean": clean, **robust}, warned)
     return AutoAttackResult(adversarial=adversarial, clean=clean, robust=robust, flags=warned.messages)
 
 
@@ -173,7 +167,7 @@ def fab(
     seed, batch, num_targets = whole(seed, "seed"), whole(batch, "batch"), whole(num_targets, "num_targets")
     if num_targets < 1:
         raise BadInput(f"need at least 1 target class, got num_targets={num_targets}; 9 is usual with 10 classes")
-    _package()
+    package = _authors_package()
     model = checked_model(model, output)
     images, labels = _ready(model, images, labels, batch)
     adversarial = images.clone()
@@ -181,7 +175,7 @@ def fab(
         return adversarial
     with _guarded(), torch.no_grad():
         classes = _classes(model, images, labels, batch)
-        attack = _library("fab_pt").FABAttack_PT(
+        attack = package.fab_pt.FABAttack_PT(
             _input_gradients_only(model, 2),
             n_restarts=budget.restarts,
             n_iter=budget.steps,
@@ -219,9 +213,15 @@ def recheck(sampler: Sampler, adversarial: Tensor, labels: Tensor, draws: int = 
     return Recheck(accuracy=float(right.double().mean()), always_right=float(right.all(0).double().mean()))
 
 
-def _package() -> Any:
+def _authors_package() -> Any:
+    """Return pyautoattack.
+
+    Raises:
+        BadInput: it is not installed.
+    """
     try:
-        return importlib.import_module("pyautoattack")
+        import pyautoattack.checks
+        import pyautoattack.fab_pt
     except ModuleNotFoundError as error:
         if error.name != "pyautoattack":
             raise
@@ -229,10 +229,7 @@ def _package() -> Any:
             "AutoAttack and FAB need the package pyautoattack, which is not installed; "
             "run: pip install 'manygates[autoattack]'"
         ) from error
-
-
-def _library(module: str) -> Any:
-    return importlib.import_module(f"pyautoattack.{module}")
+    return pyautoattack
 
 
 def _ready(model: CheckedModel, images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
@@ -283,7 +280,7 @@ def _prepared(attacks: Any, name: str) -> Any:
 
 def _check_model(model: Model, images: Tensor, labels: Tensor, batch: int, version: Version, warned: _Warnings) -> None:
     """Run the library's checks of the model; probabilities we refuse ourselves."""
-    checks = _library("checks")
+    checks = _authors_package().checks
     with torch.no_grad():
         if version != "rand":
             checks.check_randomized(model, images, labels, bs=batch, logger=warned.logger)
@@ -294,6 +291,13 @@ def _check_model(model: Model, images: Tensor, labels: Tensor, batch: int, versi
             checks.check_dynamic(model, images, False, logger=warned.logger)
         finally:
             sys.settrace(tracing)
+
+
+def _check_square(right: Mapping[str, Tensor], warned: _Warnings) -> None:
+    """Run the library's check of whether Square, which needs no gradient, found more than the attacks before it."""
+    _authors_package().checks.check_square_sr(
+        {name: float(mask.double().mean()) for name, mask in right.items()}, logger=warned.logger
+    )
 
 
 class _Warnings(logging.Handler):
