@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import Ball, LinfBudget, check_budget, check_generator, whole
+from zoo.attacks.budget import Ball, LinfBudget, check_generator, linf_of, whole
 from zoo.attacks.gradient import Watch
 from zoo.attacks.images import check_batch
 from zoo.attacks.losses import Ascent, Loss, ascent, loss_named, succeeded
@@ -71,7 +71,7 @@ def apgd(
         BadInput: see `images.check_batch` and `losses.ascent`; a loss that does not fit the number of classes.
         UnknownName: no such loss, or no such `keep`.
     """
-    check_budget(budget, "Auto-PGD")
+    budget = linf_of(budget, "Auto-PGD")
     check_generator(generator)
     if keep not in get_args(Keep):
         raise UnknownName(keep, get_args(Keep), kind="keep")
@@ -108,7 +108,7 @@ def apgd_targeted(
         loss: a targeted one; with fewer than 4 classes "margin".
         num_targets: how many classes, in the order of their logits on the image; all of them where there are fewer.
     """
-    check_budget(budget, "Auto-PGD")
+    budget = linf_of(budget, "Auto-PGD")
     check_generator(generator)
     num_targets = whole(num_targets, "num_targets")
     if num_targets < 1:
@@ -161,7 +161,7 @@ def apgd_eot(
     Raises:
         BadInput: fewer than one draw; see `apgd` for the rest.
     """
-    check_budget(budget, "Auto-PGD")
+    budget = linf_of(budget, "Auto-PGD")
     check_generator(generator)
     draws = whole(draws, "draws")
     if draws < 1:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import LinfBudget, check_budget, whole
+from zoo.attacks.budget import LinfBudget, linf_of, whole
 from zoo.attacks.images import check_batch, differentiable
 from zoo.attacks.models import CheckedModel, checked_model, first_logits
 from zoo.attacks.outputs import Model, Output, check_numbers, explained_errors, gradient_of
@@ -102,7 +102,7 @@ def autoattack(
     """
     if version not in get_args(Version):
         raise UnknownName(version, get_args(Version), kind="AutoAttack version")
-    check_budget(budget, "AutoAttack")
+    budget = linf_of(budget, "AutoAttack")
     seed, batch = whole(seed, "seed"), whole(batch, "batch")
     names = ATTACKS if version == "standard" else RANDOM_ATTACKS
     package = _authors_package()
@@ -163,7 +163,7 @@ def fab(
     Returns:
         For each image the nearest wrong image found, if it lies within `budget.eps`, else the image.
     """
-    check_budget(budget, "FAB")
+    budget = linf_of(budget, "FAB")
     seed, batch, num_targets = whole(seed, "seed"), whole(batch, "batch"), whole(num_targets, "num_targets")
     if num_targets < 1:
         raise BadInput(f"need at least 1 target class, got num_targets={num_targets}; 9 is usual with 10 classes")

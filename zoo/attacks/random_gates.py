@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zoo import paths
-from zoo.attacks.budget import Budget, LinfBudget, check_budget, check_generator, check_momentum, number, whole
+from zoo.attacks.budget import Budget, LinfBudget, check_budget, check_generator, check_momentum, linf_of, number, whole
 from zoo.attacks.gradient import accumulated
 from zoo.attacks.images import check_batch, differentiable, full_precision
 from zoo.attacks.losses import Loss, ascent, loss_named
@@ -230,7 +230,7 @@ def arc(
     Raises:
         BadInput: no member, or weights that are not one positive, finite number per member.
     """
-    check_budget(budget, "ARC")
+    budget = linf_of(budget, "ARC")
     check_generator(generator)
     if not models:
         raise BadInput("ARC needs at least one member, got none")

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import Budget, check_budget, check_generator, number, whole
+from zoo.attacks.budget import Budget, check_generator, linf_of, number, whole
 from zoo.attacks.images import check_batch, check_images
 from zoo.attacks.losses import succeeded
 from zoo.attacks.models import checked_model, first_logits
@@ -60,7 +60,7 @@ def rays(
     Raises:
         BadInput: an `L2Budget`; see `shortest_rays` for the rest.
     """
-    check_budget(budget, "RayS")
+    budget = linf_of(budget, "RayS")
     images = check_images(images)
     found = shortest_rays(model, images, labels, queries=queries, enough=budget.eps, generator=generator, output=output)
     length = found.radius.clamp_max(budget.eps)[:, None, None, None]

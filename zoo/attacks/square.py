@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import Budget, check_budget, check_generator, number, whole
+from zoo.attacks.budget import Budget, check_generator, linf_of, number, whole
 from zoo.attacks.gradient import Watch
 from zoo.attacks.images import check_batch
 from zoo.attacks.losses import Loss, loss_named, succeeded
@@ -82,7 +82,7 @@ def square(
         BadInput: an `L2Budget`, no query or draw, a share outside (0, 1]; see `images.check_batch` and
             `outputs.check_logits`.
     """
-    check_budget(budget, "the Square attack")
+    budget = linf_of(budget, "the Square attack")
     check_generator(generator)
     queries, draws, share = whole(queries, "queries"), whole(draws, "draws"), number(share, "share")
     if queries < 1 or draws < 1:
