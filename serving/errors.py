@@ -46,13 +46,6 @@ def bad_request(message: str) -> RequestError:
     return RequestError(400, "bad_request", message)
 
 
-def too_many_bytes(limit: int) -> RequestError:
-    """Return what a request is answered with for whose body there is no room among those of the others."""
-    error = busy(503, "too_many_bytes", f"requests of {limit} bytes are being answered; try again in a second")
-    error.headers.append((b"connection", b"close"))
-    return error
-
-
 def busy(status: int, reason: str, message: str) -> RequestError:
     """Return an error that passes: it asks to try again in a second."""
     return RequestError(status, reason, message, [(b"retry-after", b"1")])

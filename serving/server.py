@@ -11,18 +11,22 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from types import FrameType
 
 import uvicorn
 
 from serving.http.app import Application
-from serving.http.connection import SPARE_CONNECTIONS, connections_of, limit_handshakes
+from serving.http.bounded import SPARE_CONNECTIONS
+from serving.http.connection import connections_of
+from serving.http.handshakes import limit_handshakes
 from serving.listener import allow_open_files, bind, url_of
 from serving.operations import log
 from serving.operations.settings import Settings
 from serving.operations.tls import renew, ssl_context
+from serving.operations.tracing import make_tracer
 from serving.scheduling.repository import Repository, described
+from serving.scheduling.service import Model
 from zoo.errors import BadInput
 
 logger = logging.getLogger("manygates.serving")
@@ -52,10 +56,34 @@ def build(settings: Settings) -> Application:
     # what Pillow thinks of files that clients send is answered to them; the log would fill with it
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     repository = Repository(settings)
-    application = Application(repository.load_all(), settings, repository)
+    application = compose(repository.load_all(), settings, repository)
     if settings.demo:
         _mount_demo(application, [model.source for model in settings.model_settings])
     return application
+
+
+def compose(models: Sequence[Model], settings: Settings, repository: Repository | None = None) -> Application:
+    """Return the application of some models, with the tracer and with gRPC beside it if the settings want them.
+
+    Raises:
+        BadInput: if a library that they need is missing, or as `Application` does.
+    """
+    grpc = _grpc_beside if settings.grpc_port >= 0 else None
+    return Application(models, settings, repository, tracer=make_tracer(settings), grpc=grpc)
+
+
+def _grpc_beside(application: Application) -> AbstractAsyncContextManager[int]:
+    try:
+        from serving.grpc import server as grpc_server  # few need its libraries
+    except ModuleNotFoundError as error:
+        raise BadInput(f"gRPC needs {error.name!r}; install it with `pip install 'manygates[serve]'`") from error
+    return grpc_server.running(
+        application.service,
+        application.admission,
+        application.budget,
+        application.administration,
+        application.tracer,
+    )
 
 
 class _Stopped(BaseException):
@@ -117,8 +145,8 @@ def _serve(settings: Settings) -> None:
     if missing := application.repository.missing() if application.repository else "":
         logger.warning("not ready: %s", missing)
     server.run(sockets=[listener])
-    if application.service.scheduler.stuck and threading.current_thread() is threading.main_thread():
-        # a thread that the interpreter finds in a model at its end makes it abort
+    if application.stuck and threading.current_thread() is threading.main_thread():
+        # a thread that the interpreter finds in a model at its end makes it abort, and one in a picture makes it wait
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -145,7 +173,6 @@ class Server(uvicorn.Server):
                 header_timeout=settings.header_timeout,
                 body_timeout=settings.body_timeout,
                 max_body_bytes=settings.max_body_bytes,
-                max_total_body_bytes=settings.max_total_body_bytes,
             ),
             lifespan="on",
             log_config=None,  # `serving.operations.log` has configured its loggers as well

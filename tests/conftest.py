@@ -68,6 +68,7 @@ STARTING_EVENTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "sock
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="only tests without a process, server, training run, browser")
+    parser.addoption("--exhaustive", action="store_true", help="check every case of what a default run checks on a few")
 
 
 def is_quick(item: pytest.Item) -> bool:

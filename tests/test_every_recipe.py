@@ -1,5 +1,8 @@
 """Every recipe of the registry, from real images to an answer of the server, by the command line's own functions.
 
+Every recipe is trained. Graphs and answers depend on the network alone, so one recipe of each architecture is exported
+and served, and one of each kind derived.
+
 A recipe is shortened by what `--set` takes: few images, one epoch per phase, two steps per attack or distillation. Its
 network keeps its kind and loses width, and depth where it has a choice: the published PreAct-ResNet-18, ResNet-50 and
 WRN-34-10 take minutes per epoch where these tests run, and nothing asked here depends on how large they are. A wide
@@ -21,10 +24,9 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -46,19 +48,17 @@ from training.recipes import RECIPES, Recipe, override, recipe
 from zoo import paths
 from zoo.bundle.bundle import Bundle
 from zoo.data import datasets
-from zoo.export import write as export
-from zoo.export.write import Description
 from zoo.gates.derive import derive
 from zoo.hub.source import list_bundled
 from zoo.vocabulary import VARIANT_OF_MODE
-from zoo.weights.checkpoint import Architecture
-from zoo.weights.models import PLAIN_WEIGHTS, load_members, load_rgn, load_variant, save_members
+from zoo.weights.models import PLAIN_WEIGHTS, load_members, load_rgn, load_variant
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[1]
 SPLITS = {"train": 200, "test": 64}
-SHORT = ("train_images=48", "held_out=12", "batch_size=12")
+# in float32: a processor without bfloat16 takes a hundred times as long for it
+SHORT = ("train_images=36", "held_out=12", "batch_size=12", "precision=fp32")
 SMALLER = {
     "resnet8": ("network_options.width=4",),
     "resnet20": ("network=resnet8", "network_options.width=4"),
@@ -116,11 +116,11 @@ def settings_of(holder: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_shortened_recipe_differs_in_size_and_number_alone(name: str) -> None:
+def test_a_shortened_recipe_differs_in_size_number_and_precision_alone(name: str) -> None:
     whole = dict(settings_of(recipe(name)))
     short = dict(settings_of(override(recipe(name), shortened(recipe(name)))))
     changed = {setting for setting in whole if short[setting] != whole[setting]}
-    sizes = {"train_images", "held_out", "batch_size", "network", "network_options"}
+    sizes = {"train_images", "held_out", "batch_size", "network", "network_options", "precision"}
     assert {setting.rpartition(".")[2] for setting in changed - sizes} <= {
         "epochs",
         "steps",
@@ -192,77 +192,76 @@ def real_image(dataset: str) -> tuple[Tensor, bytes]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Made:
-    """The folders of one recipe's chain."""
+    """What the commands made of one recipe."""
 
     recipe: Recipe
     run: Path
     model: Path
-    derived: Path
 
     @property
     def bundle(self) -> Bundle:
         return Bundle.open(self.model)
 
 
-def kind_of(run: Recipe) -> tuple[object, ...]:
+def architecture_of(name: str) -> str:
+    """Return what decides which network is exported."""
+    return repr(override(recipe(name), shortened(recipe(name))).architecture)
+
+
+def kind_of(name: str) -> tuple[object, ...]:
     """Return what decides how graphs are put together: gates and how they share, members, exits."""
+    run = recipe(name)
     return run.candidates > 1, run.sharing, run.members > 1, run.network in SEVERAL_EXITS
 
 
-def write_weights_only(
-    folder: Path, members: Sequence[nn.Module], architecture: Architecture, description: Description
-) -> SimpleNamespace:
-    """Stand in for `zoo.export.write.export_members`, without the graphs."""
-    folder.mkdir()
-    save_members(folder / PLAIN_WEIGHTS, members, architecture)
-    (folder / "recipe.json").write_text(json.dumps(description.training.recipe), encoding="utf-8")
-    return SimpleNamespace(card=SimpleNamespace(name=description.name))
+def one_of_each(kind: Callable[[str], Hashable]) -> list[str]:
+    """Return the first recipe of each kind."""
+    return list({kind(name): name for name in reversed(RECIPES)}.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Commands:
+    """What is made of a recipe by its name, once for all tests."""
+
+    train: Callable[[str], Path]
+    export: Callable[[str], Made]
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Made]]:
-    """Yield a function from a recipe's name to what the commands make of it: `train`, `derive`, `export`.
-
-    Graphs are what takes long. `export` writes them for every recipe; of what `derive` makes they depend on the kind of
-    network alone, so the first recipe of each kind has them and the others only the weights.
-    """
-    kinds: set[tuple[object, ...]] = set()
-
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     @functools.cache
-    def chain(name: str) -> Made:
-        run, folder = recipe(name), tmp_path_factory.mktemp(name)
-        made = Made(recipe=run, run=folder / "run", model=folder / "model", derived=folder / "derived")
+    def train(name: str) -> Path:
+        run, folder = recipe(name), tmp_path_factory.mktemp(name) / "run"
         settings = shortened(run)
         if run.start_from is not None:
-            settings.append(f"start_from=local-dir:{chain(STARTS).model}")
-        done("train", name, "--out", made.run, "--device", "cpu", *(w for text in settings for w in ("--set", text)))
-        choice = ["--paths", "2"] * (run.candidates > 1) + ["--member", str(MEMBER)] * (run.members > 1)
-        with pytest.MonkeyPatch.context() as patch:
-            if kind_of(run) in kinds:
-                patch.setattr(export, "export_members", write_weights_only)
-            done("derive", made.run, "--out", made.derived, *choice)
-        kinds.add(kind_of(run))
+            settings.append(f"start_from=local-dir:{export(STARTS).model}")
+        done("train", name, "--out", folder, "--device", "cpu", *(w for text in settings for w in ("--set", text)))
+        return folder
+
+    @functools.cache
+    def export(name: str) -> Made:
+        made = Made(recipe=recipe(name), run=train(name), model=train(name).with_name("model"))
         done("export", made.run, "--out", made.model)
-        if len(kinds) == 1:
-            gc.freeze()  # all that was imported by now is looked through by no later collection: a tenth of the time
+        gc.freeze()  # all that was imported by now is looked through by no later collection: a tenth of the time
         return made
 
-    yield chain
+    yield Commands(train, export)
     gc.unfreeze()
 
 
-@pytest.fixture(params=RECIPES)
-def made(request: pytest.FixtureRequest, make: Callable[[str], Made]) -> Made:
-    return make(request.param)
+@pytest.fixture(params=one_of_each(architecture_of))
+def made(request: pytest.FixtureRequest, commands: Commands) -> Made:
+    return commands.export(request.param)
 
 
 # --- claims about every recipe ---
 
 
-def test_a_short_run_trains_every_phase_with_its_own_objective(made: Made) -> None:
-    with (made.run / "log.csv").open(encoding="utf-8") as file:
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_short_run_trains_every_phase_with_its_own_objective(name: str, commands: Commands) -> None:
+    with (commands.train(name) / "log.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["objective"] for row in rows] == [phase.objective.name for phase in made.recipe.phases]
+    assert [row["objective"] for row in rows] == [phase.objective.name for phase in recipe(name).phases]
     assert all(math.isfinite(float(row["loss"])) for row in rows)
     assert 0 <= float(rows[-1]["held_out_robust"]) <= 1
 
@@ -277,11 +276,15 @@ def test_the_exported_bundle_has_the_variants_and_exits_of_its_kind(made: Made) 
     assert len(card.paths.ensemble) == (run.ensemble_paths if gated else 0)
 
 
-def test_what_is_derived_is_a_part_of_what_was_trained(made: Made) -> None:
-    found, _ = load_members(made.derived / PLAIN_WEIGHTS)
+@pytest.mark.parametrize("name", one_of_each(kind_of))
+def test_what_is_derived_is_a_part_of_what_was_trained(name: str, commands: Commands, tmp_path: Path) -> None:
+    made, folder = commands.export(name), tmp_path / "derived"
+    choice = ["--paths", "2"] * (made.recipe.candidates > 1) + ["--member", str(MEMBER)] * (made.recipe.members > 1)
+    done("derive", made.run, "--out", folder, *choice)
+    found, _ = load_members(folder / PLAIN_WEIGHTS)
     if made.recipe.candidates > 1:
         rgn = load_rgn(made.bundle)
-        texts = derived_recipe(made)["derived"]["paths"]
+        texts = Bundle.open(folder).card.training.recipe["derived"]["paths"]
         assert len({*texts}) == 2
         expected = [derive(rgn, paths.parse(text, rgn.num_gates, rgn.candidates)) for text in texts]
     else:
@@ -292,26 +295,21 @@ def test_what_is_derived_is_a_part_of_what_was_trained(made: Made) -> None:
         state = wanted.state_dict()
         assert member.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in member.state_dict().items())
+    check_graphs(folder)
 
 
-def derived_recipe(made: Made) -> dict[str, Any]:
-    """Return what the derived model says of its training."""
-    if (made.derived / "card.json").exists():
-        return dict(Bundle.open(made.derived).card.training.recipe)
-    document: dict[str, Any] = json.loads((made.derived / "recipe.json").read_text(encoding="utf-8"))
-    return document
+def check_graphs(folder: Path) -> None:
+    """Check that every graph of a bundle answers as its weights do."""
+    document = json.loads(done("verify", folder, "--json"))
+    names = [check["name"] for check in document["checks"]]
+    card = Bundle.open(folder).card
+    assert document["held"]
+    assert {f"{variant}.onnx answers as its weights" for variant in card.variants} <= {*names}
+    assert ("early_exit.onnx answers as its weights" in names) == bool(card.exits)
 
 
 def test_every_graph_is_verified_against_the_weights(made: Made) -> None:
-    for folder in (made.model, made.derived):
-        if not (folder / "card.json").exists():
-            continue
-        document = json.loads(done("verify", folder, "--json"))
-        names = [check["name"] for check in document["checks"]]
-        card = Bundle.open(folder).card
-        assert document["held"]
-        assert {f"{variant}.onnx answers as its weights" for variant in card.variants} <= {*names}
-        assert ("early_exit.onnx answers as its weights" in names) == bool(card.exits)
+    check_graphs(made.model)
 
 
 def served(bundle: Bundle, mode: Any, picture: bytes, query: str = "") -> dict[str, Any]:
@@ -396,8 +394,8 @@ def server_process(*words: str | Path) -> Iterator[str]:
         process.communicate()
 
 
-def test_an_ensemble_of_trained_members_answers_over_http(make: Callable[[str], Made]) -> None:
-    bundle = make("dverge3-resnet20-cifar10-cpu").bundle
+def test_an_ensemble_of_trained_members_answers_over_http(commands: Commands) -> None:
+    bundle = commands.export("baseline3-resnet20-cifar10").bundle
     images, picture = real_image("cifar10")
     with server_process(f"local-dir:{bundle.folder}", "--mode", "ensemble") as url:
         answer = httpx.post(f"{url}/classify", content=picture).json()
@@ -406,9 +404,9 @@ def test_an_ensemble_of_trained_members_answers_over_http(make: Callable[[str], 
 
 
 def test_a_multi_exit_network_answers_over_http_at_the_exit_that_its_operator_chose(
-    make: Callable[[str], Made],
+    commands: Commands,
 ) -> None:
-    bundle = make("neo-kd-msdnet3-cifar10-cpu").bundle
+    bundle = commands.export("neo-kd-msdnet3-cifar10-cpu").bundle
     images, picture = real_image("cifar10")
     first = float(said_by(load_variant(bundle, "single", exit_index=0), images).max())
     for words, expected in (

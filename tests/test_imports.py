@@ -27,13 +27,6 @@ PACKAGES = PROJECT["tool"]["importlinter"]["root_packages"]
 CONTRACTS = PROJECT["tool"]["importlinter"]["contracts"]
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "gradio", "pyarrow", "starlette", "tensorboard", "training")
 
-STANDING: set[tuple[str, str]] = {
-    ("serving.grpc.server", "serving.http.app"),
-    ("serving.http.app", "serving.grpc.server"),
-    ("training.objectives.base", "training.objectives"),
-}
-"""Imports that close a circle and still stand: take away what is mended, add nothing."""
-
 
 @cache
 def modules() -> dict[str, ast.Module]:
@@ -112,15 +105,10 @@ def loaded_with(start: str) -> set[str]:
 
 
 def test_no_import_closes_a_circle_hidden_ones_included() -> None:
-    without = {name: {found for found in imports if (name, found) not in STANDING} for name, imports in graph().items()}
     try:
-        graphlib.TopologicalSorter(without).prepare()
+        graphlib.TopologicalSorter(graph()).prepare()
     except graphlib.CycleError as error:
         pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
-
-
-def test_the_list_of_standing_circles_only_shrinks() -> None:
-    assert {(name, found) for name, found in STANDING if found not in graph().get(name, ())} == set()
 
 
 def layers() -> list[dict[str, Any]]:
@@ -146,7 +134,7 @@ def test_no_import_leads_up_between_rooms_hidden_ones_included(contract: dict[st
                 here, there = (floor_of(module, contract, container) for module in (name, found))
                 if here and there and here[1] != there[1] and here[0] >= there[0]:
                     wrong.add(f"{name} -> {found}")
-    assert wrong - set(contract.get("ignore_imports", ())) <= {f"{name} -> {found}" for name, found in STANDING}
+    assert wrong - set(contract.get("ignore_imports", ())) == set()
 
 
 @pytest.mark.parametrize("package", PACKAGES)

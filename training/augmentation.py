@@ -13,7 +13,6 @@ where theirs is uniform between 0.1 and `severity` tenths of the largest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,6 +23,10 @@ from torch.nn import functional as F
 from zoo.data import datasets
 from zoo.data.vision import transforms
 from zoo.errors import BadInput, UnknownName
+
+AUGMENTATIONS: dict[str, tuple[int, ...]] = {"none": (1,), "crop_flip": (1,), "autoaugment": (1,), "augmix": (1, 3)}
+"""By name, how many views of an image each can make. Three of augmix are the crop and two mixtures of it, for the
+Jensen-Shannon loss; autoaugment and augmix start from the crop of crop_flip."""
 
 NUM_LEVELS = 10  # of an operation's magnitude, 0 the weakest
 EWS_SEVERITY = 5  # AugMix's own default is 3
@@ -185,33 +188,29 @@ def _levels(first: float, last: float) -> list[float]:
     return list(torch.linspace(first, last, NUM_LEVELS).tolist())
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Distinct operations and, for what was drawn, which of them it is (`numbers`, int64)."""
-
-    operations: tuple[Operation, ...]
-    numbers: Tensor
+Table = tuple[tuple[Operation, ...], Tensor]
+"""Distinct operations and, for what was drawn, the position among them (int64)."""
 
 
-def _table(drawn: list[Operation], shape: tuple[int, ...]) -> _Table:
+def _table(drawn: list[Operation], shape: tuple[int, ...]) -> Table:
     distinct = tuple(dict.fromkeys([IDENTITY, *drawn]))
-    return _Table(distinct, torch.tensor([distinct.index(each) for each in drawn]).view(shape))
+    return distinct, torch.tensor([distinct.index(each) for each in drawn]).view(shape)
 
 
 @lru_cache(maxsize=8)
-def _autoaugment_table(height: int, width: int) -> _Table:
+def _autoaugment_table(height: int, width: int) -> Table:
     """Return what (sub-policy, step, negative or not) stands for in images of this size."""
-    steps = [step for subpolicy in CIFAR10_POLICY for step in subpolicy]
     drawn = [
         at_level(name, level, negative, AUTOAUGMENT_REACH, height, width)
-        for name, _, level in steps
+        for subpolicy in CIFAR10_POLICY
+        for name, _, level in subpolicy
         for negative in (False, True)
     ]
     return _table(drawn, (len(CIFAR10_POLICY), 2, 2))
 
 
 @lru_cache(maxsize=8)
-def _augmix_table(height: int, width: int) -> _Table:
+def _augmix_table(height: int, width: int) -> Table:
     """Return what (name, level, negative or not) stands for in images of this size."""
     drawn = [
         at_level(name, level, negative, AUGMIX_REACH, height, width)
@@ -263,10 +262,10 @@ def autoaugment(images: Tensor, draws: AutoAugmentDraws) -> Tensor:
     Args:
         images: uint8 (batch, 1 or 3, height, width).
     """
-    table = _autoaugment_table(*images.shape[-2:])
+    operations, positions = _autoaugment_table(*images.shape[-2:])
     for step in range(2):
-        numbers = table.numbers[draws.subpolicy, step, draws.negative[step].long()]
-        images = apply_each(images, table.operations, numbers.where(draws.applied[step], torch.tensor(0)))
+        numbers = positions[draws.subpolicy, step, draws.negative[step].long()]
+        images = apply_each(images, operations, numbers.where(draws.applied[step], torch.tensor(0)))
     return images
 
 
@@ -301,13 +300,13 @@ def augmix(images: Tensor, draws: AugMixDraws) -> Tensor:
     Args:
         images: uint8 (batch, 1 or 3, height, width).
     """
-    table = _augmix_table(*images.shape[-2:])
+    operations, positions = _augmix_table(*images.shape[-2:])
     width, batch = draws.depth.shape
     chains = images.repeat(width, 1, 1, 1)
     for step in range(len(draws.kind)):
-        numbers = table.numbers[draws.kind[step], draws.level[step], draws.negative[step].long()]
+        numbers = positions[draws.kind[step], draws.level[step], draws.negative[step].long()]
         numbers = numbers.where(step < draws.depth, torch.tensor(0))
-        chains = apply_each(chains, table.operations, numbers.flatten())
+        chains = apply_each(chains, operations, numbers.flatten())
     original = draws.original.to(images.device).view(-1, 1, 1, 1)
     weights = (draws.weight * (1 - draws.original)).to(images.device).view(width, batch, 1, 1, 1)
     mixed = original * images
@@ -316,66 +315,18 @@ def augmix(images: Tensor, draws: AugMixDraws) -> Tensor:
     return mixed.to(torch.uint8)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """What an augmentation is called with and for what images."""
-
-    summary: str
-    apply: Callable[[Tensor, torch.Generator, bool, int, int], list[Tensor]]  # pixels, generator, flip, views, severity
-    views: tuple[int, ...] = (1,)
-    channels: tuple[int, ...] | None = None  # None: any
-
-
-def _none(pixels: Tensor, generator: torch.Generator, flip: bool, views: int, severity: int) -> list[Tensor]:
-    return [pixels]
-
-
-def _crop_flip(pixels: Tensor, generator: torch.Generator, flip: bool, views: int, severity: int) -> list[Tensor]:
-    return [datasets.augment(pixels, generator, flip=flip)]
-
-
-def _autoaugment(pixels: Tensor, generator: torch.Generator, flip: bool, views: int, severity: int) -> list[Tensor]:
-    cropped = datasets.augment(pixels, generator, flip=flip).contiguous()
-    return [autoaugment(cropped, draw_autoaugment(len(pixels), generator))]
-
-
-def _augmix(pixels: Tensor, generator: torch.Generator, flip: bool, views: int, severity: int) -> list[Tensor]:
-    cropped = datasets.augment(pixels, generator, flip=flip).contiguous()
-    mixtures = max(views - 1, 1)
-    draws = draw_augmix(mixtures * len(pixels), generator, severity=severity)
-    mixed = list(augmix(cropped.repeat(mixtures, 1, 1, 1), draws).chunk(mixtures))
-    return mixed if views == 1 else [cropped, *mixed]
-
-
-AUGMENTATIONS = {
-    "none": Augmentation(summary="the images as they are", apply=_none),
-    "crop_flip": Augmentation(
-        summary="random crop of the image padded by 4, mirrored half of the time", apply=_crop_flip
-    ),
-    "autoaugment": Augmentation(
-        summary="crop_flip, then one of AutoAugment's 25 sub-policies for CIFAR-10", apply=_autoaugment, channels=(1, 3)
-    ),
-    "augmix": Augmentation(
-        summary="crop_flip, then AugMix; three views are the crop and two mixtures of it, for the Jensen-Shannon loss",
-        apply=_augmix,
-        views=(1, 3),
-        channels=(1, 3),
-    ),
-}
-
-
 def check_augmentation(name: str, *, views: int = 1, severity: int = EWS_SEVERITY) -> None:
-    """Refuse settings that `augmented` would refuse for any images.
+    """Check settings that `augmented` would refuse for any images.
 
     Raises:
-        UnknownName: no such augmentation; the message lists the known ones.
-        BadInput: a number of views that it cannot make, or a severity out of range.
+        UnknownName: There is no such augmentation.
+        BadInput: The augmentation cannot make so many views, or the severity is out of range.
     """
     if name not in AUGMENTATIONS:
         raise UnknownName(name, AUGMENTATIONS, kind="augmentation")
-    if views not in AUGMENTATIONS[name].views:
-        able = [other for other, augmentation in AUGMENTATIONS.items() if views in augmentation.views]
-        expected = " or ".join(str(number) for number in AUGMENTATIONS[name].views)
+    if views not in AUGMENTATIONS[name]:
+        able = [other for other, known in AUGMENTATIONS.items() if views in known]
+        expected = " or ".join(str(number) for number in AUGMENTATIONS[name])
         hint = f"; {views} views come from {', '.join(able)}" if able else ""
         raise BadInput(f"augmentation {name} makes {expected} views of an image, not {views}{hint}")
     if not 1 <= severity <= NUM_LEVELS:
@@ -394,28 +345,37 @@ def augmented(
     """Return `views` augmented batches of the same images, a function of `generator` alone.
 
     Args:
-        name: one of `AUGMENTATIONS`.
+        name: One of `AUGMENTATIONS`.
         pixels: uint8 (batch, channel, height, width), any device; not changed. autoaugment and augmix need 1 or 3
             channels; on one, AutoAugment's operation Color does nothing.
-        generator: on the CPU, so that the draws are the same on every device.
-        flip: whether a mirrored image is still of its class.
+        generator: On the CPU, so that the draws are the same on every device.
+        flip: Whether a mirrored image is still of its class.
         views: 1, or 3 of augmix: the cropped images and two mixtures of them.
-        severity: of augmix, 1 to 10; operations draw their magnitude from as many of the lowest levels.
+        severity: Of augmix, 1 to 10; operations draw their magnitude from as many of the lowest levels.
 
     Raises:
-        UnknownName: no such augmentation; the message lists the known ones.
-        BadInput: images, views or a severity that it cannot take.
+        UnknownName: There is no such augmentation.
+        BadInput: It cannot take these images, views or severity.
     """
     check_augmentation(name, views=views, severity=severity)
-    augmentation = AUGMENTATIONS[name]
     if pixels.dtype != torch.uint8 or pixels.dim() != 4:
         raise BadInput(
             f"augmentation takes uint8 pixels (batch, channel, height, width), got {pixels.dtype} of shape "
             f"{tuple(pixels.shape)}; scale to [0, 1] afterwards"
         )
-    if augmentation.channels is not None and pixels.shape[1] not in augmentation.channels:
+    if name == "none":
+        return [pixels]
+    if name == "crop_flip":
+        return [datasets.augment(pixels, generator, flip=flip)]
+    if pixels.shape[1] not in (1, 3):
         raise BadInput(
             f"augmentation {name} takes grey or colour images of 1 or 3 channels, got {pixels.shape[1]}; "
             "crop_flip takes any"
         )
-    return augmentation.apply(pixels, generator, flip, views, severity)
+    cropped = datasets.augment(pixels, generator, flip=flip).contiguous()
+    if name == "autoaugment":
+        return [autoaugment(cropped, draw_autoaugment(len(pixels), generator))]
+    mixtures = max(views - 1, 1)
+    draws = draw_augmix(mixtures * len(pixels), generator, severity=severity)
+    mixed = list(augmix(cropped.repeat(mixtures, 1, 1, 1), draws).chunk(mixtures))
+    return mixed if views == 1 else [cropped, *mixed]

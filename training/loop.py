@@ -1,12 +1,4 @@
-"""The one training loop.
-
-A run is a folder:
-
-    recipe.json        the resolved recipe
-    provenance.json    seed, commit, library versions, hardware, date
-    log.csv            a line per epoch; the same numbers as TensorBoard events under events/
-    last.safetensors   weights, their moving average, optimiser, the objective's memory and position, to resume from
-    best.safetensors   weights that were best on the held-out training images
+"""The one training loop. What it leaves on disk is `training.run`.
 
 Resuming is bit-exact on the CPU: the checkpoint holds the position, and every draw is a function of it
 (`training.randomness`).
@@ -15,18 +7,10 @@ Resuming is bit-exact on the CPU: the checkpoint holds the position, and every d
 from __future__ import annotations
 
 import copy
-import csv
-import importlib.metadata
-import io
-import json
 import math
-import platform
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,81 +23,17 @@ from tqdm import tqdm
 from training.augmentation import augmented
 from training.distributed import World
 from training.objectives import Batch, Memory, Step
-from training.randomness import gate_generator, seed_for, tensor_generator
-from training.recipes import Phase, Recipe, from_resolved, resolved
-from zoo import paths
-from zoo.attacks import LinfBudget, average_exits, pgd
-from zoo.bundle.bundle import Bundle
-from zoo.bundle.card import Table
+from training.optimizer import learning_rate, optimizer_of
+from training.randomness import seed_for, tensor_generator
+from training.recipes import Phase, Recipe
+from training.run import BEST, LAST, Checkpoint, Position, Row, check_folder, prepare_folder, record_start, write_log
+from training.start import checksum_of_start, images_of, initial_network
+from training.validation import held_out_accuracy
 from zoo.data import datasets
-from zoo.errors import BadInput, CheckpointError, UnknownName
-from zoo.files import replace_directory, write_json_atomic, write_text_atomic
-from zoo.gates.derive import Ensemble, derive, folded_copy
-from zoo.gates.rgn import RandomGatedNetwork, randomly_gate
-from zoo.hub.source import open_model
-from zoo.networks import num_exits
-from zoo.weights.checkpoint import (
-    Architecture,
-    assembled,
-    load,
-    load_network_state,
-    network_state,
-    read_architecture,
-    save,
-)
-from zoo.weights.models import PLAIN_WEIGHTS, load_members
+from zoo.errors import BadInput, CheckpointError
+from zoo.weights.checkpoint import load_network_state, network_state
 
-LAST, BEST, RECIPE, PROVENANCE, LOG = (
-    "last.safetensors",
-    "best.safetensors",
-    "recipe.json",
-    "provenance.json",
-    "log.csv",
-)
-VALIDATION_PATHS = 4
-ADAM_EPS = 1e-7
 OPTIMIZER_SLOTS = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
-COLUMNS = (
-    "epoch",
-    "objective",
-    "steps",
-    "learning_rate",
-    "loss",
-    "accuracy",
-    "held_out_clean",
-    "held_out_robust",
-    "seconds",
-)
-
-
-@dataclass
-class Position:
-    """How far a run is; saved with every checkpoint."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    best: float = -1.0
-    best_robust: float = -1.0
-    stale: int = 0
-    """Validations since the best one."""
-    stopped: bool = False
-    """Whether the run ended before its last epoch."""
-    seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    rows: list[dict[str, float | int | str]] = field(default_factory=list)
-
-
-def architecture_of(recipe: Recipe) -> Architecture:
-    """Return what a recipe trains."""
-    return Architecture(
-        network=recipe.network,
-        options=recipe.network_options,
-        dataset=recipe.dataset,
-        candidates=recipe.candidates,
-        sharing=recipe.sharing if recipe.candidates > 1 else None,
-        members=recipe.members,
-    )
 
 
 def train(
@@ -147,248 +67,24 @@ def train(
     world = World.join(kind)
     try:
         place = torch.device(f"cuda:{world.local_rank}" if kind == "cuda" else kind)
-        _check_folder(recipe, run_dir, resume)
+        check_folder(recipe, run_dir, resume=resume)
         world.wait()  # no rank may meet the files of the leading one in its own check
         loop = _Loop(recipe, run_dir, world, place, checkpoint_seconds)
         loop.try_step()
         if world.leads:
-            _prepare_folder(recipe, run_dir)
+            prepare_folder(recipe, run_dir)
         world.wait()
         if resume and (run_dir / LAST).exists():
             loop.restore()
         elif start is not None:
             load_network_state(loop.model, network_state(start))
         if world.leads and not loop.finished:
-            _record_start(recipe, run_dir, loop.position.step, world.size)
+            start_from = checksum_of_start(recipe)
+            record_start(run_dir, step=loop.position.step, ranks=world.size, start_from=start_from)
         loop.run()
     finally:
         world.leave()
     return loop.deployed.eval()
-
-
-def _prepare_folder(recipe: Recipe, run_dir: Path) -> None:
-    """Make the run's folder in one rename, or clear what a killed process left half written in it."""
-    if not (run_dir / RECIPE).exists():
-        with replace_directory(run_dir) as new_dir:
-            write_json_atomic(new_dir / PROVENANCE, {"seed": recipe.seed, "starts": []})
-            write_json_atomic(new_dir / RECIPE, resolved(recipe))
-    for name in (LAST, BEST, LOG):
-        for half_written in run_dir.glob(f".{name}.*"):
-            half_written.unlink()
-
-
-def load_run(run_dir: Path, *, which: str = "last") -> tuple[nn.Module, Architecture, Recipe]:
-    """Load what a run trained, in evaluation mode, with its architecture and recipe.
-
-    Args:
-        run_dir: a folder that `train` wrote.
-        which: "last" or "best".
-
-    Raises:
-        CheckpointError: not a run, or one without such a checkpoint yet.
-    """
-    if which not in ("last", "best"):
-        raise BadInput(f"which must be 'last' or 'best', got {which!r}")
-    if not (run_dir / RECIPE).is_file():
-        raise CheckpointError(f"{run_dir} is not a training run: it holds no {RECIPE}")
-    file = run_dir / (LAST if which == "last" else BEST)
-    if not file.is_file():
-        raise CheckpointError(f"{run_dir} has no {file.name} yet; train for longer, or pick another checkpoint")
-    tensors, header = load(file)
-    architecture = read_architecture(header, file)
-    network = assembled(architecture, _under("ema/", tensors) or _under("model/", tensors))
-    return network, architecture, from_resolved(_read_json(run_dir / RECIPE, "name"))
-
-
-def epochs_done(run_dir: Path) -> int:
-    """Return how many epochs of all phases together a run has ended; fewer than its recipe's while it goes on.
-
-    Raises:
-        CheckpointError: the run has no checkpoint, or one that does not say it.
-    """
-    _, header = load(run_dir / LAST)
-    try:
-        return Position(**header["position"]).epoch
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{run_dir / LAST} does not say how far the run is ({error})") from error
-
-
-def log(run_dir: Path) -> tuple[Table, ...]:
-    """Return what a run wrote per epoch, as a card keeps it; nothing if it has ended no epoch.
-
-    Returns:
-        One table "log": a row `EPOCH METHOD` per epoch, a column per number with six digits, None where the epoch has
-        none, as for held-out accuracy (shares of 1) between validations; `seconds` counts from the beginning.
-
-    Raises:
-        CheckpointError: the log cannot be read.
-    """
-    try:
-        lines = list(csv.DictReader(io.StringIO((run_dir / LOG).read_text(encoding="utf-8"))))
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{run_dir / LOG} cannot be read ({error}); put it back, or take it away") from error
-    columns = tuple(column for column in COLUMNS[2:] if any(line.get(column) for line in lines))
-    try:
-        rows = tuple(f"{line['epoch']} {line['objective']}" for line in lines)
-        values = tuple(
-            tuple(float(f"{float(line[column]):.6g}") if line[column] else None for column in columns) for line in lines
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{run_dir / LOG} is not what a run writes ({error!r}), expected columns {', '.join(COLUMNS)}; "
-            "put it back, or take it away"
-        ) from error
-    return (
-        (Table(name="log", row_axis="epoch", column_axis="", rows=rows, columns=columns, values=values),)
-        if rows
-        else ()
-    )
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `prefix`, by the rest of their names."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _check_folder(recipe: Recipe, run_dir: Path, resume: bool) -> None:
-    document = resolved(recipe)
-    if (run_dir / RECIPE).exists():
-        stored = _read_json(run_dir / RECIPE, "name")
-        if not resume:
-            raise BadInput(
-                f"{run_dir} already holds a run of {stored.get('name')!r}; add --resume, or choose another folder"
-            )
-        if stored != document and _meaning(stored) != recipe:
-            differing = sorted(key for key in {*stored, *document} if stored.get(key) != document.get(key))
-            raise BadInput(
-                f"{run_dir} was started with another recipe (different: {', '.join(differing)}); "
-                "resume with the same recipe and settings, or choose another folder"
-            )
-        return
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise BadInput(f"{run_dir} is not empty and holds no run; choose an empty or new folder")
-
-
-def _meaning(stored: dict[str, Any]) -> Recipe | None:
-    """Return the recipe of a document, its missing fields at their defaults; None if this version cannot read it."""
-    try:
-        return from_resolved(stored)
-    except (BadInput, UnknownName):
-        return None
-
-
-def provenance(run_dir: Path) -> dict[str, Any]:
-    """Read where a run comes from: its seed, and per start the step, commit, versions, hardware and date.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    return _read_json(run_dir / PROVENANCE, "seed", "starts")
-
-
-def _record_start(recipe: Recipe, run_dir: Path, step: int, ranks: int) -> None:
-    """Add this start to the provenance: a run may be resumed by other code on another machine."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "safetensors", "manygates"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    threads = f"{torch.get_num_threads()} CPU threads"
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
-    start: dict[str, Any] = {
-        "step": step,
-        "commit": _commit(),
-        "versions": versions,
-        "hardware": hardware if ranks == 1 else f"{ranks} x {hardware}",
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    if recipe.start_from is not None:
-        start["start_from"] = _weights_of(recipe.start_from).card.files[PLAIN_WEIGHTS].sha256
-    document = provenance(run_dir)
-    write_json_atomic(run_dir / PROVENANCE, {**document, "starts": [*document["starts"], start]})
-
-
-def _commit() -> str:
-    """Return the commit of this project's checkout, marked if it was changed; "unknown" outside one."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(  # noqa: S603 - fixed arguments
-            ["git", *arguments],  # noqa: S607 - the user's git
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent:
-            return "unknown"  # installed inside somebody else's repository
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "zoo", "training", "manygates")
-        return git("rev-parse", "HEAD") + ("-changed" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _read_json(file: Path, *keys: str) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file.parent} holds no readable {file.name} ({error}); put it back, or train again"
-        ) from error
-    if not isinstance(document, dict) or any(key not in document for key in keys):
-        raise CheckpointError(f"{file} is not what a run writes, expected an object with {', '.join(keys)}")
-    return document
-
-
-def _weights_of(model: str) -> Bundle:
-    """Open a plain model's weights.
-
-    Raises:
-        BadInput: it is a random gated network.
-    """
-    if open_model(model, only=()).card.architecture.gated_layers:
-        raise BadInput(f"start_from={model!r} is a random gated network, expected a plain one")
-    return open_model(model, only=(PLAIN_WEIGHTS,))
-
-
-def _initial_network(recipe: Recipe, architecture: Architecture) -> nn.Module:
-    """Build what is trained, drawing from torch's global generator.
-
-    Raises:
-        BadInput: The network cannot take the images, or `start_from` names a model of another network or data set, of
-            another number of members, or a random gated one.
-    """
-    if recipe.start_from is None:
-        try:
-            return architecture.build()
-        except BadInput as error:  # gating runs the network on images of the recipe's shape
-            raise BadInput(f"recipe {recipe.name} cannot be trained: {error}") from error
-    wanted = architecture.member
-    members, found = load_members(_weights_of(recipe.start_from).file(PLAIN_WEIGHTS))
-    if found != wanted:
-        raise BadInput(f"start_from={recipe.start_from!r} is {found}, expected {wanted}")
-    if len(members) != recipe.members:
-        raise BadInput(
-            f"start_from={recipe.start_from!r} has {len(members)} members, expected members={recipe.members}; copies "
-            "of one network would stay equal"
-        )
-    if recipe.members > 1:
-        return Ensemble(members)
-    (plain,) = members
-    if architecture.sharing is None:
-        return plain
-    return randomly_gate(
-        plain,
-        candidates=architecture.candidates,
-        sharing=architecture.sharing,
-        start="copy",
-        noise=recipe.start_noise,
-    )
 
 
 class _Loop:
@@ -400,27 +96,19 @@ class _Loop:
         self.recipe, self.run_dir, self.world, self.device = recipe, run_dir, world, device
         self.checkpoint_seconds = checkpoint_seconds
         torch.manual_seed(seed_for(recipe.seed, "initialise"))
-        self.architecture = architecture_of(recipe)
-        self.model = _initial_network(recipe, self.architecture).to(device)
+        self.model = initial_network(recipe).to(device)
         self.layout = (
             torch.channels_last if recipe.channels_last and not _narrow(self.model) else torch.contiguous_format
         )
         self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
-        images = datasets.load(recipe.dataset, "train")
-        if recipe.train_images is not None:
-            images = datasets.drawn(images, recipe.train_images, recipe.seed)
-        rest, held_out = datasets.hold_out(images, recipe.held_out, datasets.HOLD_OUT_SEED)
-        self.images, self.held_out = rest.to(device), held_out.to(device)
+        images, held_out = images_of(recipe)
+        self.images, self.held_out = images.to(device), held_out.to(device)
         self.batches = len(self.images) // recipe.batch_size
-        if self.batches == 0:
-            raise BadInput(
-                f"{len(self.images)} training images are less than one batch of {recipe.batch_size}; lower batch_size"
-            )
         self.flip = datasets.source(recipe.dataset).flips
         self.share = world.share(recipe.batch_size)
         self.precision = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self.position = Position()
-        self.optimizer = self._optimizer(recipe.phases[0])
+        self.optimizer = optimizer_of(recipe.phases[0], self.model.parameters())
         self.memory = Memory()
         self.average: AveragedModel | None = None
         if recipe.ema is not None:
@@ -444,7 +132,7 @@ class _Loop:
         while not self.finished:
             phase, epoch = self._phase()
             if epoch == 0 and self.position.batch == 0:
-                self.optimizer, self.memory = self._optimizer(phase), Memory()
+                self.optimizer, self.memory = optimizer_of(phase, self.model.parameters()), Memory()
             self._epoch(phase, epoch)
             self._finish_epoch(phase, epoch, writer)
         if writer is not None:
@@ -457,18 +145,6 @@ class _Loop:
                 return phase, epoch
             epoch -= phase.epochs
         raise AssertionError("the position lies behind the last phase")
-
-    def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
-        parameters = self.model.parameters()
-        if phase.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=phase.learning_rate, weight_decay=phase.weight_decay, eps=ADAM_EPS)
-        return torch.optim.SGD(
-            parameters,
-            lr=phase.learning_rate,
-            momentum=phase.momentum,
-            nesterov=phase.nesterov,
-            weight_decay=phase.weight_decay,
-        )
 
     def _epoch(self, phase: Phase, epoch: int) -> None:
         self.model.train()
@@ -531,7 +207,7 @@ class _Loop:
         )
 
     def try_step(self) -> None:
-        """Run each phase's objective once, keeping nothing: what cannot work should fail before a folder is made."""
+        """Run each phase's objective once and discard the result: what cannot work fails before a folder is made."""
         kept = copy.deepcopy(self.model.state_dict())
         self.model.train()
         for phase in self.recipe.phases:
@@ -549,7 +225,7 @@ class _Loop:
                 ]
                 self.memory = Memory()
                 objective.accumulate(self.model, batches, self._step(phase, 0, 0))
-                self._optimizer(phase)
+                optimizer_of(phase, self.model.parameters())
             except (RuntimeError, ValueError) as error:
                 if isinstance(error, BadInput) and str(error).startswith(objective.name):
                     raise
@@ -591,7 +267,7 @@ class _Loop:
 
     def _finish_epoch(self, phase: Phase, epoch: int, writer: Any) -> None:
         place = self.position
-        row: dict[str, float | int | str] = {
+        row: Row = {
             "epoch": place.epoch + 1,
             "objective": phase.objective.name,
             "steps": place.step,
@@ -600,7 +276,10 @@ class _Loop:
         row |= {name: round(total / self._steps(phase), 6) for name, total in place.sums.items()}
         if (place.epoch + 1) % self.recipe.validate_every == 0 or place.epoch + 1 == self.recipe.epochs:
             # ranks must agree on what was found, since it decides on stopping
-            row |= {name: self.world.agreed(value) for name, value in self._validate().items()}
+            row |= {
+                name: self.world.agreed(value)
+                for name, value in held_out_accuracy(self.deployed, self.held_out, self.recipe).items()
+            }
         place.seconds += time.monotonic() - self.started
         self.started = time.monotonic()
         row["seconds"] = round(place.seconds, 1)
@@ -610,8 +289,10 @@ class _Loop:
         better = last and self._judge(row)
         if self.world.leads:
             if better:
-                self._save(BEST, weights_only=True)
-            write_text_atomic(self.run_dir / LOG, _table(place.rows))
+                weights = network_state(self.deployed)
+                best = Checkpoint(architecture=self.recipe.architecture, position=place, model=weights)
+                best.write(self.run_dir / BEST)
+            write_log(self.run_dir, place.rows)
             if writer is not None:
                 for name, value in row.items():
                     if isinstance(value, float):
@@ -623,7 +304,7 @@ class _Loop:
                 print(f"stopped early; {kept} (export it with --checkpoint best)", file=sys.stderr, flush=True)
         self.checkpoint()
 
-    def _judge(self, row: Mapping[str, float | int | str]) -> bool:
+    def _judge(self, row: Row) -> bool:
         """Note how an epoch of the last phase did: whether it is the best so far, and whether to stop here.
 
         After a collapse nothing is the best: accuracy on clean images often rises while robustness is lost.
@@ -642,78 +323,47 @@ class _Loop:
         place.stopped = (collapsed or impatient) and place.epoch < recipe.epochs
         return better
 
-    def _validate(self) -> dict[str, float]:
-        """Measure on the held-out training images what is deployed: a network, an ensemble, or a few fixed paths.
-
-        Of a multi-exit network the figures are means over its exits, and the attack is on the mean loss of all.
-        """
-        if not len(self.held_out):
-            return {}
-        model = self.deployed.eval()
-        deployed: list[nn.Module]
-        if isinstance(model, RandomGatedNetwork):
-            rng = gate_generator(self.recipe.seed, "validation")
-            chosen = [paths.sample(model.num_gates, model.candidates, rng) for _ in range(VALIDATION_PATHS)]
-            deployed = [folded_copy(derive(model, path)) for path in chosen]
-        elif isinstance(model, Ensemble):
-            deployed = [Ensemble(folded_copy(member) for member in model.members).eval()]
-        else:
-            deployed = [folded_copy(model)]
-        attack = pgd if num_exits(model) == 1 else average_exits
-        clean = [self._accuracy(network, self.held_out) for network in deployed]
-        attacked = self.held_out[slice(0, self.recipe.validation_attacked)]
-        budget = LinfBudget(eps=self.recipe.validation_eps, steps=10, random_start=False)
-        images = attack(deployed[0], datasets.as_float(attacked.pixels), attacked.labels, budget)
-        robust = _share_right(deployed[0], images, attacked.labels)
-        self.model.train()
-        return {"held_out_clean": sum(clean) / len(clean), "held_out_robust": robust}
-
-    def _accuracy(self, network: nn.Module, images: datasets.Images) -> float:
-        parts = [_share_right(network, *batch) * len(batch[1]) for batch in images.batches(self.recipe.batch_size)]
-        return sum(parts) / len(images)
-
     def checkpoint(self) -> None:
         """Write the last checkpoint: one file, one rename."""
         if self.world.leads:
-            self._save(LAST)
+            self._checkpoint().write(self.run_dir / LAST)
         self.saved = time.monotonic()
 
-    def _save(self, name: str, *, weights_only: bool = False) -> None:
-        header: dict[str, Any] = {"architecture": self.architecture.described(), "position": asdict(self.position)}
-        if weights_only:
-            save(self.run_dir / name, _named("model/", network_state(self.deployed)), header)
-            return
-        tensors = _named("model/", network_state(self.model))
-        if self.average is not None:
-            tensors |= _named("ema/", network_state(self.deployed))
-        for key, parameter in self.model.named_parameters():
-            for slot, value in self.optimizer.state.get(parameter, {}).items():
-                if value is not None:
-                    tensors[f"optimizer/{slot}/{key}"] = value
-        save(self.run_dir / name, tensors | _named("memory/", self.memory.state()), header)
+    def _checkpoint(self) -> Checkpoint:
+        stored = {
+            f"{slot}/{name}": value
+            for name, parameter in self.model.named_parameters()
+            for slot, value in self.optimizer.state.get(parameter, {}).items()
+            if value is not None
+        }
+        return Checkpoint(
+            architecture=self.recipe.architecture,
+            position=self.position,
+            model=network_state(self.model),
+            average={} if self.average is None else network_state(self.deployed),
+            optimizer=stored,
+            memory=self.memory.state(),
+        )
 
     def restore(self) -> None:
         """Take up the last checkpoint."""
-        tensors, header = load(self.run_dir / LAST)
-        load_network_state(self.model, _under("model/", tensors))
-        try:
-            self.position = Position(**header["position"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.run_dir / LAST} does not say how far the run is ({error})") from error
+        stored = Checkpoint.read(self.run_dir / LAST)
+        load_network_state(self.model, stored.model)
+        self.position = stored.position
         if self.average is not None:
-            load_network_state(self.deployed, _under("ema/", tensors))
+            load_network_state(self.deployed, stored.average)
             self.average.n_averaged.fill_(self.position.step)
         if self.finished:
             return
-        self.optimizer = self._optimizer(self._phase()[0])
-        for key, parameter in self.model.named_parameters():
+        self.optimizer = optimizer_of(self._phase()[0], self.model.parameters())
+        for name, parameter in self.model.named_parameters():
             for slot in OPTIMIZER_SLOTS:
-                stored = tensors.get(f"optimizer/{slot}/{key}")
-                if stored is not None:
+                value = stored.optimizer.get(f"{slot}/{name}")
+                if value is not None:
                     # in the memory format of the parameter, on its device; a counter of steps stays where Adam keeps it
-                    like = torch.empty_like(parameter).copy_(stored) if stored.shape == parameter.shape else stored
+                    like = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
                     self.optimizer.state[parameter][slot] = like
-        self.memory = Memory({key: value.to(self.device) for key, value in _under("memory/", tensors).items()})
+        self.memory = Memory({name: value.to(self.device) for name, value in stored.memory.items()})
 
     def _writer(self) -> Any:
         if not self.world.leads:
@@ -734,36 +384,3 @@ def _narrow(network: nn.Module) -> bool:
         for module in network.modules()
         if isinstance(module, nn.Conv2d)
     )
-
-
-def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def _share_right(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the share of images that a network classifies as labelled, over all its exits."""
-    said = network(images)
-    exits = [said] if isinstance(said, Tensor) else list(said)
-    return float(torch.stack([logits.argmax(1) == labels for logits in exits]).float().mean())
-
-
-def learning_rate(phase: Phase, epoch: float) -> float:
-    """Return the learning rate `epoch` epochs into a phase (a fraction within an epoch)."""
-    if phase.schedule == "step":
-        passed = sum(int(epoch) >= milestone for milestone in phase.milestones)
-        return phase.learning_rate * 0.1**passed
-    if phase.schedule == "cyclic":
-        return phase.learning_rate * (1 - abs(2 * epoch / phase.epochs - 1))
-    warm_up = phase.epochs / 20
-    if epoch < warm_up:
-        return phase.learning_rate * (epoch + 1e-3) / (warm_up + 1e-3)
-    return phase.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / (phase.epochs - warm_up)))
-
-
-def _table(rows: list[dict[str, float | int | str]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -1,7 +1,9 @@
 """What an image must look like before a model sees it."""
 
 import dataclasses
-from typing import Final
+from typing import Annotated, Final
+
+from msgspec import Meta
 
 from zoo.errors import BadInput
 
@@ -22,8 +24,8 @@ class InputFormat:
 
     channels: int
     """1 (grey) or 3 (red, green, blue)."""
-    height: int
-    width: int
+    height: Annotated[int, Meta(ge=1, le=MAX_SIDE)]
+    width: Annotated[int, Meta(ge=1, le=MAX_SIDE)]
     range: tuple[float, float]
     mean: tuple[float, ...]
     """One per channel, as is `std`."""
@@ -34,9 +36,6 @@ class InputFormat:
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise BadInput(f"channels is {self.channels}, expected 1 (grey) or 3 (red, green, blue)")
-        for key, side in (("height", self.height), ("width", self.width)):
-            if not 1 <= side <= MAX_SIDE:
-                raise BadInput(f"{key} is {side}, expected between 1 and {MAX_SIDE}")
         if self.height * self.width > MAX_PIXELS:
             raise BadInput(f"height x width is {self.height * self.width}, expected at most {MAX_PIXELS}")
         if self.range[0] >= self.range[1]:

@@ -1,9 +1,9 @@
-"""Image files to pixels and back, for files that nobody vouches for.
+"""Image files to pixels and back. Nobody vouches for the files.
 
 Only PNG, JPEG and WEBP are decoded, and the size an image claims is checked before any of its pixels are unpacked.
-Metadata never reaches Pillow: it walks through a file's parts one by one in Python, which millions of empty ones turn
-into minutes, and unpacks every Exif tag, which may each point to the whole file again. All that is read of it is the
-one tag that says which side is up.
+Metadata never reaches Pillow. It walks through a file's parts one by one in Python, which takes minutes for millions of
+empty ones, and unpacks every Exif tag, each of which may point to the whole file again. We read one tag: the one that
+says which side is up.
 """
 
 import io
@@ -103,7 +103,7 @@ def decode_image(content: bytes, wanted: InputFormat, *, max_pixels: int = MAX_P
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large("far more", max_pixels) from error
-    except DAMAGE as error:  # whose words are Pillow's and the interpreter's, and mean nothing to whoever sent it
+    except DAMAGE as error:  # its words are Pillow's and mean nothing to whoever sent the file
         raise BadImage(
             f"the {kind} file of {len(content):,} bytes cannot be decoded; it is damaged or cut short, save it again"
         ) from error

@@ -27,6 +27,13 @@ if os.environ["ORT_DISABLE_TELEMETRY"] != "0":
 CPU: Final = "CPUExecutionProvider"
 
 
+def quantization() -> Any:
+    """Return ONNX Runtime's quantiser: a package of its own, and a large one, which only an export needs."""
+    import onnxruntime.quantization
+
+    return onnxruntime.quantization
+
+
 class GraphError(BundleError):
     """A graph that ONNX Runtime cannot load or run."""
 

@@ -143,7 +143,9 @@ def _request(arguments: argparse.Namespace, name: str) -> Request:
 
 def _print_results(results: Sequence[Result], *, as_json: bool) -> None:
     if as_json:
-        documents = [dataclasses.asdict(result) for result in results]
+        documents = [
+            {key: value for key, value in dataclasses.asdict(result).items() if value is not None} for result in results
+        ]
         print_json(documents if len(documents) > 1 else documents[0])
         return
     for result in results:

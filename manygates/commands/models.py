@@ -197,7 +197,7 @@ def _checks(found: Found) -> tuple[list[Check], str]:
         lacking = "torch is not installed; pip install 'manygates[train]'"
     if lacking:
         return checks, f"the graphs are not compared with the weights: {lacking}"
-    from zoo.export.write import verify_graphs
+    from zoo.export.verify import verify_graphs
 
     return [*checks, *verify_graphs(bundle)], ""
 

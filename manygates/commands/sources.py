@@ -49,8 +49,8 @@ def load_source(source: str, checkpoint: str = "last") -> Trained:
 
 def _load_run(run_dir: Path, checkpoint: str) -> Trained:
     from training.known_recipes import overrides_of, published_scale
-    from training.loop import epochs_done, load_run, log, provenance
     from training.recipes import resolved
+    from training.run import epochs_done, load_run, log, provenance
     from zoo.bundle.card import Training
     from zoo.gates.derive import Ensemble
     from zoo.gates.rgn import RandomGatedNetwork

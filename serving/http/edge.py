@@ -11,82 +11,15 @@ from typing import Any, Final
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import Headers, RequestError, bad_request
+from serving.errors import RequestError, bad_request
 from serving.operations import log
-from serving.operations.keys import Keys
 from serving.operations.settings import Settings
+from serving.protocol.admission import Admission, model_named_in
 from serving.protocol.open_inference import HEADER_LENGTH
 
-_OPEN: Final = frozenset(("/v2/health/live", "/v2/health/ready"))
-_MODEL: Final = re.compile(r"/v2/(?:repository/)?models/([^/]+)(/|$)")
-# and whatever else is below: what is offered there, only the router knows
-_ADMINISTRATION: Final = "/v2/repository/models/"
 # none of our paths has any, and "$" in a pattern, the router's too, also stands before a newline at the end
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _ALLOWED_HEADERS: Final = ("authorization", "content-type", HEADER_LENGTH.decode(), "x-api-key", "x-request-id")
-
-
-class Admission:
-    """Who may ask for what: everybody, or who has a key."""
-
-    def __init__(self, settings: Settings) -> None:
-        """Read the files of keys.
-
-        Raises:
-            BadInput: if a file cannot be read or is malformed.
-        """
-        self._keys = Keys.from_file(settings.api_keys_file) if settings.api_keys_file else None
-        self._administrators = Keys.from_file(settings.admin_keys_file) if settings.admin_keys_file else None
-
-    @property
-    def generation(self) -> tuple[int, int]:
-        """Changes whenever other keys hold than before."""
-        return (
-            0 if self._keys is None else self._keys.generation,
-            0 if self._administrators is None else self._administrators.generation,
-        )
-
-    def reload(self) -> None:
-        """Read the files of keys again; what makes no sense leaves the keys as they were."""
-        for keys in (self._keys, self._administrators):
-            if keys is not None:
-                keys.reload()
-
-    def check(
-        self, path: str, authorization: bytes | None, api_key: bytes | None, model: str | None = None
-    ) -> str | None:
-        """Return the name of the key that allows a request; None where none is needed.
-
-        Args:
-            path: the request's, or what it would be over HTTP.
-            authorization: the header or metadata of that name.
-            api_key: the header or metadata `x-api-key`.
-            model: which model is asked for; None reads it from the path.
-
-        Raises:
-            RequestError: 401 without a key that holds, 403 if it does not hold for this model.
-        """
-        if path in _OPEN:
-            return None
-        administration = path.startswith(_ADMINISTRATION)
-        keys = self._administrators if administration and self._administrators is not None else self._keys
-        if keys is None:
-            return None
-        if model is None and (found := _MODEL.match(path)):
-            model = found[1]
-        return keys.check(authorization, api_key, model)
-
-    def check_headers(self, path: str, headers: Headers, model: str | None = None) -> str | None:
-        """Do the same with the headers of an HTTP request, whose names are in lower case."""
-        if self._keys is None and self._administrators is None:
-            return None
-        authorization = api_key = None
-        for name, value in headers:
-            if name == b"authorization":
-                authorization = value
-            elif name == b"x-api-key":
-                api_key = value
-        return self.check(path, authorization, api_key, model)
 
 
 class Edge:
@@ -160,14 +93,13 @@ class Edge:
             log.request_id.reset(token)
             if self._log_requests:
                 notes = scope.get("manygates.answered", {})
-                found = _MODEL.match(scope["path"])
                 log.log_request(
                     method=scope["method"],
                     path=scope["path"],
                     status=status,
                     seconds=time.perf_counter() - started,
                     request_id=request_id,
-                    model=notes.get("model") or (found[1] if found else None),
+                    model=notes.get("model") or model_named_in(scope["path"]),
                     rows=notes.get("rows"),
                     key=key,
                 )

@@ -19,10 +19,10 @@ from serving.operations.fields import check, is_plain, setting, unknown
 from serving.operations.sources import CONFIG_VARIABLE, of_environment, of_file, of_flags
 from zoo.errors import BadInput
 from zoo.input_format import MAX_PIXELS
+from zoo.vocabulary import NAME, Device, Precision
 
 _DAY = 86_400
 _MOST_PIXELS = 89_478_485  # Pillow warns of a decompression bomb beyond
-_MODEL_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})?")
 _ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9._~\[\]:-]+")
 
 
@@ -45,9 +45,7 @@ class _Answering:
     gate_scope: Literal["image", "batch"] = setting(
         "image", "mode `random`: a fresh path for each image, or one for the images of a batch"
     )
-    precision: Literal["fp32", "int8"] = setting(
-        "fp32", "which graphs run; `int8` is faster and needs a model that has them"
-    )
+    precision: Precision = setting("fp32", "which graphs run; `int8` is faster and needs a model that has them")
     exit: int = setting(0, "the exit of multi-exit models that answers, from 1; 0 is the last", 0, 1024)
     confidence: tuple[float, ...] = setting(
         (),
@@ -80,7 +78,7 @@ class ModelSettings(_Answering):
     name: str = setting(
         "",
         "what clients call it; empty is the name in its card",
-        allowed=_MODEL_NAME.fullmatch,
+        allowed=lambda name: not name or NAME.fullmatch(name),
         expected="up to 128 letters, digits, dots, underscores and hyphens, the first a letter or digit",
     )
     weight: float = setting(
@@ -131,7 +129,7 @@ class Settings(_Answering):
     bulk_images: int = setting(
         0, "a request of more images (times draws it chose) is bulk: smaller ones pass; 0 is `max_batch`", 0, 2**24
     )
-    device: Literal["cpu", "cuda"] = setting("cpu", "`cuda` uses ONNX Runtime's CUDA provider")
+    device: Device = setting("cpu", "`cuda` uses ONNX Runtime's CUDA provider")
     allow_cpu_fallback: bool = setting(
         False, "with device `cuda`: run on the processor where the GPU cannot be used, rather than stop"
     )

@@ -23,7 +23,8 @@ from serving.engine.gates import give_memory_back
 from serving.errors import RequestError, busy
 from serving.operations.metrics import Metrics, ModelMetrics
 from serving.operations.settings import Settings
-from serving.protocol.open_inference import NOTHING_ASKED, VERSION, Asked, Codec
+from serving.protocol.choices import NOTHING_ASKED, Asked
+from serving.protocol.open_inference import VERSION, Codec
 from serving.scheduling.queue import Done, Draining, Queue, QueueFull, Ticket
 from serving.scheduling.scheduler import (
     GONE,
@@ -266,6 +267,14 @@ class Service:
             known = ", ".join(repr(known) for known in self.versions(name or ""))
             raise RequestError(404, "unknown_version", f"{name} has no version {version[:40]!r}, only {known}")
         return versions[version]
+
+    def is_ready(self, name: str, version: str = "") -> bool:
+        """Tell whether a model takes requests; one that there is not does not, so that clients can wait for it."""
+        try:
+            served = self.find(name, version)
+        except RequestError:
+            return False
+        return served.ready
 
     def everything(self) -> list[Served]:
         """Return every version of every model."""

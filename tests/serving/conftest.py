@@ -2,9 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from serving.listener import bind, url_of
 from serving.operations.settings import ModelSettings, Settings
 from serving.scheduling.repository import load
 from serving.scheduling.service import Model
-from serving.server import Server, build
+from serving.server import Server, build, compose
 from zoo.bundle.bundle import write_bundle
 from zoo.bundle.card import Card, InputFormat, NetworkSummary, Paths, Training
 
@@ -124,17 +125,17 @@ def card() -> Card:
     return tiny_card()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_card() -> Callable[..., Card]:
     return tiny_card
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_graph() -> Callable[..., bytes]:
     return tiny_graph
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def gate_biases() -> np.ndarray:
     return GATE_BIASES
 
@@ -144,20 +145,56 @@ def bundle_dir(tmp_path: Path) -> Path:
     return write_tiny_bundle(tmp_path / "tiny")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_bundle_dir() -> Callable[..., Path]:
     return write_tiny_bundle
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve_in_a_thread() -> Callable[[Application], object]:
     return server_in_a_thread
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def load_model() -> Callable[..., Model]:
     """Return a function that loads a bundle from a folder, as `load_from_folder` does."""
     return load_from_folder
+
+
+@pytest.fixture(scope="session")
+def shared_bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle, for tests that do not change it."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("shared") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def shared_application(shared_bundle_dir: Path) -> Callable[..., Application]:
+    """Return what `tiny_application` does, of a bundle that all tests share."""
+
+    def build_shared(mode: str | None = None, **settings: object) -> Application:
+        chosen = {"threads": 2, "models": (f"local-dir:{shared_bundle_dir}",), "mode": mode or "", **settings}
+        return build(Settings(**chosen))  # type: ignore[arg-type]
+
+    return build_shared
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[Callable[..., tuple[Application, str]]]:
+    """Return a function that serves `make(*arguments, **settings)` until the module ends, once for the same arguments.
+
+    It returns the application and its URL.
+    """
+    with ExitStack() as stack:
+        running: dict[Hashable, tuple[Application, str]] = {}
+
+        def serve(make: Callable[..., Application], *arguments: Any, **settings: Any) -> tuple[Application, str]:
+            key = (make, arguments, tuple(sorted(settings.items())))
+            if key not in running:
+                application = make(*arguments, **settings)
+                running[key] = application, stack.enter_context(server_in_a_thread(application))
+            return running[key]
+
+        yield serve
 
 
 @pytest.fixture
@@ -177,6 +214,6 @@ def application_of(card: Card) -> Callable[..., Application]:
 
     def build_of(predictor: object, **settings: object) -> Application:
         chosen = Settings(**{"threads": 2, **settings})  # type: ignore[arg-type]
-        return Application([Model(card=card, mode="single", predictor=predictor)], chosen)  # type: ignore[arg-type]
+        return compose([Model(card=card, mode="single", predictor=predictor)], chosen)  # type: ignore[arg-type]
 
     return build_of

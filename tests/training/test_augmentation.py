@@ -374,7 +374,7 @@ def test_crop_flip_is_what_it_always_was(flip: bool) -> None:
 
 
 def cases() -> list[tuple[str, int]]:
-    return [(name, views) for name, augmentation in AUGMENTATIONS.items() for views in augmentation.views]
+    return [(name, views) for name, able in AUGMENTATIONS.items() for views in able]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

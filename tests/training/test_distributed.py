@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from training.distributed import World
-from training.loop import architecture_of, train
+from training.loop import train
 from training.randomness import seed_for
 from training.recipes import Recipe, resolved
 from zoo.errors import BadInput
@@ -24,7 +24,7 @@ Launch = Callable[..., "subprocess.Popen[str]"]
 CHILD = """
 import json, os, pathlib
 import safetensors.torch
-from training.loop import architecture_of, train
+from training.loop import train
 from training.randomness import seed_for
 from training.recipes import from_resolved
 from zoo.weights.checkpoint import network_state
@@ -88,7 +88,7 @@ def test_two_ranks_train_as_one_process_on_the_whole_batch(
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=1e-5)
     torch.manual_seed(seed_for(recipes["plain"].seed, "initialise"))
-    start = network_state(architecture_of(recipes["plain"]).build())
+    start = network_state(recipes["plain"].architecture.build())
     assert not torch.allclose(alone["conv1.weight"], start["conv1.weight"], atol=1e-3), "the run must have moved"
 
 

@@ -2,18 +2,16 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from training.distributed import World
-from training.loop import COLUMNS, _Loop, architecture_of, learning_rate, load_run, log, train
-from training.objectives import EnsembleInOne, Standard
-from training.recipes import Phase, Recipe, recipe, resolved
-from zoo.bundle.card import Table
+from training.loop import train
+from training.recipes import Recipe, resolved
+from training.run import COLUMNS, load_run, log
+from training.start import images_of
 from zoo.errors import BadInput, CheckpointError, UnknownName
 from zoo.gates.rgn import RandomGatedNetwork
 from zoo.weights import checkpoint
@@ -70,36 +68,13 @@ def test_a_run_leaves_its_recipe_origin_log_and_weights(smoke: Recipe, tmp_path:
 
     loaded, architecture, read = load_run(run_dir)
     assert read == smoke
-    assert architecture == architecture_of(smoke)
+    assert architecture == smoke.architecture
     assert not loaded.training
     expected = network_state(model)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in network_state(loaded).items())
     best, _, _ = load_run(run_dir, which="best")
     assert network_state(best).keys() == expected.keys()
     assert list((run_dir / "events").iterdir())
-
-
-def test_the_log_of_a_run_has_a_row_per_epoch_and_gaps_where_nothing_was_validated(tmp_path: Path) -> None:
-    assert log(tmp_path) == ()
-    header = "epoch,objective,steps,loss,accuracy,held_out_clean,seconds"
-    (tmp_path / "log.csv").write_text(f"{header}\n1,standard,382,0.2500001234,,,66.5\n2,trades,764,0.125,,0.875,4000\n")
-    assert log(tmp_path) == (
-        Table(
-            name="log",
-            row_axis="epoch",
-            column_axis="",
-            rows=("1 standard", "2 trades"),
-            columns=("steps", "loss", "held_out_clean", "seconds"),
-            values=((382.0, 0.25, None, 66.5), (764.0, 0.125, 0.875, 4000.0)),
-        ),
-    )
-
-
-@pytest.mark.parametrize("text", ["epoch,loss\n1,0.5\n", "epoch,objective,loss\n1,standard,little\n"])
-def test_a_log_that_no_run_wrote_is_refused_by_name(text: str, tmp_path: Path) -> None:
-    (tmp_path / "log.csv").write_text(text)
-    with pytest.raises(CheckpointError, match=r"log\.csv is not what a run writes"):
-        log(tmp_path)
 
 
 @pytest.mark.slow
@@ -128,8 +103,8 @@ def test_equal_recipes_give_equal_weights_and_other_seeds_others(make_recipe: Ma
 @pytest.mark.parametrize("candidates", [1, 2])
 def test_a_recipe_with_one_candidate_trains_the_plain_network(candidates: int, make_recipe: MakeRecipe) -> None:
     made = make_recipe("standard-resnet20-cifar10-cpu", f"candidates={candidates}")
-    assert architecture_of(made).gated == isinstance(architecture_of(made).build(), RandomGatedNetwork)
-    assert architecture_of(made).gated == (candidates > 1)
+    assert made.architecture.gated == isinstance(made.architecture.build(), RandomGatedNetwork)
+    assert made.architecture.gated == (candidates > 1)
 
 
 def test_a_folder_that_holds_a_run_is_refused_without_resume(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -167,33 +142,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_lower(make_reci
         train(make_recipe("standard-resnet20-cifar10-cpu", *settings), tmp_path, device="cpu")
 
 
-def test_a_folder_that_is_no_run_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is not a training run: it holds no recipe.json"):
-        load_run(tmp_path)
-    (tmp_path / "recipe.json").write_text(json.dumps(resolved(recipe("smoke"))))
-    with pytest.raises(CheckpointError, match=r"has no best.safetensors yet"):
-        load_run(tmp_path, which="best")
-    with pytest.raises(BadInput, match="which must be 'last' or 'best', got 'first'"):
-        load_run(tmp_path, which="first")
-
-
-def test_the_step_schedule_falls_by_ten_at_each_milestone() -> None:
-    phase = Phase(objective=Standard(), epochs=200, learning_rate=0.1, milestones=(100, 150))
-    for epoch, expected in [(0, 0.1), (99.99, 0.1), (100, 0.01), (149.5, 0.01), (150, 0.001), (199.99, 0.001)]:
-        assert learning_rate(phase, epoch) == pytest.approx(expected)
-
-
-def test_the_cosine_schedule_warms_up_and_falls_to_nothing() -> None:
-    phase = Phase(objective=EnsembleInOne(), epochs=20, learning_rate=0.1, schedule="cosine")
-    rates = [learning_rate(phase, step / 100) for step in range(2001)]
-    assert 0 < rates[0] < 0.001
-    assert max(rates) == rates[100] == pytest.approx(0.1)
-    assert rates[:101] == sorted(rates[:101])
-    assert rates[100:] == sorted(rates[100:], reverse=True)
-    assert rates[1050] == pytest.approx(0.05)
-    assert math.isclose(rates[-1], 0, abs_tol=1e-12)
-
-
 def test_a_recipe_whose_network_cannot_take_the_images_leaves_no_folder(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
@@ -204,10 +152,6 @@ def test_a_recipe_whose_network_cannot_take_the_images_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_the_same_images_are_held_out_whatever_the_seed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    held_out = []
-    for seed in (0, 1):
-        loop = _Loop(make_recipe("smoke", *SHORT, f"seed={seed}"), tmp_path, World(), torch.device("cpu"), 60.0)
-        held_out.append(loop.held_out.pixels)
-    assert torch.equal(*held_out)
+def test_the_same_images_are_held_out_whatever_the_seed(make_recipe: MakeRecipe) -> None:
+    (_, first), (_, other) = (images_of(make_recipe("smoke", f"seed={seed}")) for seed in (0, 1))
+    assert torch.equal(first.pixels, other.pixels)

@@ -22,9 +22,9 @@ from zoo.weights.checkpoint import network_state
 MakeRecipe = Callable[..., Recipe]
 Launch = Callable[..., "subprocess.Popen[str]"]
 
-# Both kinds of recipe, as they are: bfloat16, channels last, momentum, a new optimiser in the second phase.
+# Both kinds of recipe: bfloat16 or float32, channels last, momentum, a new optimiser in the second phase.
 KINDS = {
-    "standard": ("standard-resnet20-cifar10-cpu", "phases.0.epochs=3", "batch_size=6"),
+    "standard": ("standard-resnet20-cifar10-cpu", "phases.0.epochs=3", "batch_size=6", "precision=bf16"),
     "ensemble_in_one": (
         "smoke",
         "phases.0.epochs=1",

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.loop import load_run, train
+from training.loop import train
 from training.recipes import Recipe
+from training.run import load_run
 from zoo.bundle.bundle import write_bundle
 from zoo.bundle.card import Card, InputFormat, NetworkSummary, Paths, Training
 from zoo.data.datasets import source

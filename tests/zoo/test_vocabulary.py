@@ -2,10 +2,12 @@ import pytest
 
 from zoo import evaluation, vocabulary
 from zoo.attacks.registry import ATTACKS
+from zoo.bundle.wording import PROTOCOL_ORDER
 
 
-def test_every_protocol_and_attack_that_is_named_has_its_code() -> None:
+def test_every_protocol_and_attack_that_is_named_has_its_code_and_its_words() -> None:
     assert {*vocabulary.PROTOCOLS} == {*evaluation.PROTOCOLS}
+    assert {*vocabulary.PROTOCOLS} == {*PROTOCOL_ORDER}
     assert {*vocabulary.ATTACKS} == {*ATTACKS}
 
 

@@ -1,7 +1,7 @@
 """What a training step minimises. One objective is one frozen dataclass in one file and one line here."""
 
 from training.objectives.adp import Adp
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.awp import Awp
 from training.objectives.base import Batch, Memory, Objective, Step
 from training.objectives.dropen import Dropen
@@ -20,27 +20,29 @@ from training.objectives.trs import Trs
 
 # Read by recipes, JSON and the command line; Python code passes the object.
 OBJECTIVES: dict[str, type[Objective]] = {
-    "standard": Standard,
-    "pgd_at": PgdAt,
-    "fast_at": FastAt,
-    "free_at": FreeAt,
-    "trades": Trades,
-    "awp": Awp,
-    "ews": Ews,
-    "ensemble_in_one": EnsembleInOne,
-    "adp": Adp,
-    "gal": Gal,
-    "dverge": Dverge,
-    "trs": Trs,
-    "dropen": Dropen,
-    "multi_exit": MultiExit,
-    "neo_kd": NeoKd,
+    kind.method: kind
+    for kind in (
+        Standard,
+        PgdAt,
+        FastAt,
+        FreeAt,
+        Trades,
+        Awp,
+        Ews,
+        EnsembleInOne,
+        Adp,
+        Gal,
+        Dverge,
+        Trs,
+        Dropen,
+        MultiExit,
+        NeoKd,
+    )
 }
 
 __all__ = [
     "OBJECTIVES",
     "Adp",
-    "Attack",
     "Awp",
     "Batch",
     "Dropen",
@@ -58,5 +60,6 @@ __all__ = [
     "Standard",
     "Step",
     "Trades",
+    "TrainingAttack",
     "Trs",
 ]

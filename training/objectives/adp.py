@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.objectives.base import Batch, Step
+from training.objectives.checks import check_weights
 from training.objectives.members import MembersObjective, accuracy
 from zoo.errors import BadInput
 from zoo.gates.derive import mean_probability
@@ -27,6 +28,7 @@ from zoo.gates.derive import mean_probability
 class Adp(MembersObjective):
     """Cross-entropy of each member, the ensemble's entropy and the volume of the members' wrong answers."""
 
+    method: ClassVar[str] = "adp"
     published: ClassVar[str] = "Pang et al., ICML 2019"
 
     alpha: float = 2.0
@@ -38,8 +40,7 @@ class Adp(MembersObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 <= self.alpha < math.inf and 0 <= self.beta < math.inf):
-            raise BadInput(f"need alpha >= 0 and beta >= 0, got {self.alpha} and {self.beta}")
+        check_weights(alpha=self.alpha, beta=self.beta)
         if not 0 < self.offset < 1:
             raise BadInput(f"need 0 < offset < 1, got {self.offset}; without it equal members have no logarithm")
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
 
+from training.objectives.checks import check_choice
 from training.objectives.network import Network, Statistics, together
 from zoo.attacks import LinfBudget, pgd, unchecked
 from zoo.errors import BadInput
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack:
+class TrainingAttack:
     """PGD in an l_inf ball around each image; radii and steps in pixel units ([0, 1])."""
 
     eps: float = 8 / 255
@@ -32,8 +32,7 @@ class Attack:
         self.budget()  # checks the numbers
         if self.steps < 1:
             raise BadInput(f"need at least 1 attack step, got {self.steps}; train with standard for none")
-        if self.batch_norm not in get_args(Statistics):
-            raise BadInput(f"batch_norm must be one of {', '.join(get_args(Statistics))}, got {self.batch_norm!r}")
+        check_choice("batch_norm", self.batch_norm, Statistics)
 
     def budget(self) -> LinfBudget:
         """Return the budget of the attack."""
@@ -59,7 +58,7 @@ class Attack:
         labels: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """Return adversarial examples against `model`, a function of `networks`; theirs is the BatchNorm to be set."""
+        """Return adversarial examples against `model`, a function of `networks`, whose BatchNorm is set meanwhile."""
         with ExitStack() as modes:
             for network in networks:
                 modes.enter_context(network.statistics(self.batch_norm))

@@ -3,7 +3,7 @@
     v = gamma |w| g / |g|,  g = grad_w L(w),        for each weight tensor; one step of ascent, onto the bound
     w <- w - r grad L(w + v)
 
-The examples are made at w. The optimiser steps when w is back, bit for bit. The paper's code steps at w + v and then
+Examples are made at w. The optimiser steps after w is restored, bit for bit. The paper's code steps at w + v and then
 subtracts v, which is the same up to rounding and weight decay: that acts on w + v there and on w here, a difference of
 r * decay * v.
 """
@@ -32,9 +32,10 @@ class Awp(Wrapper):
     """The loss within, at weights that were moved to make it large.
 
     Tensors with one dimension (biases, BatchNorm's gains) stay. With EWS the order is `Awp(inner=Ews(...))`: weak
-    subnets see the moved weights, and have no say in where these go.
+    subnets see the moved weights and do not influence the direction.
     """
 
+    method: ClassVar[str] = "awp"
     published: ClassVar[str] = "Wu et al., NeurIPS 2020"
 
     inner: NetworkObjective = field(default_factory=PgdAt)

@@ -44,7 +44,7 @@ Part = TypeVar("Part", bound=Stateful)
 
 
 class Memory:
-    """What an objective keeps from step to step. The loop stores it with every checkpoint, and empties it per phase."""
+    """What an objective keeps from step to step. Every checkpoint holds it, and each phase starts with none."""
 
     def __init__(self, state: Mapping[str, Tensor] | None = None) -> None:
         self.tensors: dict[str, Tensor] = dict(state or {})
@@ -110,6 +110,8 @@ class Step:
 class Objective(ABC):
     """Adds the gradients of one step to the parameters' `.grad` and reports what it measured."""
 
+    method: ClassVar[str]
+    """What recipes and the command line call it: its key in `OBJECTIVES`."""
     streams: ClassVar[int] = 1
     """Independent shuffles of the training set that a step needs."""
     published: ClassVar[str] = ""
@@ -129,10 +131,8 @@ class Objective(ABC):
 
     @property
     def name(self) -> str:
-        """The method's name in tables and cards: its key in `OBJECTIVES`, with those of the wrappers around it."""
-        from training.objectives import OBJECTIVES
-
-        return next(name for name, kind in OBJECTIVES.items() if type(self) is kind)
+        """The method's name in tables and cards; a wrapper puts its own behind that of what is within."""
+        return self.method
 
     @property
     def views(self) -> int:
@@ -154,7 +154,7 @@ class Objective(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not say what a step costs")
 
     def check(self, model: nn.Module) -> None:  # noqa: B027 - most methods train whatever they are given
-        """Say in one sentence if `model` cannot be trained so; called before the first step.
+        """Check that `model` can be trained with this objective; called before the first step.
 
         Raises:
             BadInput: it lacks what the method needs.

@@ -2,8 +2,8 @@
 
 One cell walks over the blocks. At each decision (which path, which input channels of a convolution) a head of that
 decision's own turns the hidden state into scores, k of n are drawn without replacement with probabilities in proportion
-to exp(score), and the mean of their embeddings is the cell's next input. What leaves no choice (k = n) takes no step.
-The policy gradient is REINFORCE with a moving baseline; the reward is minus the subnet's accuracy.
+to exp(score), and the mean of their embeddings is the cell's next input. Where everything is kept (k = n), the cell
+takes no step. The policy gradient is REINFORCE with a moving baseline; the reward is minus the subnet's accuracy.
 
 The controller is small and sequential and lives on the CPU whatever the network runs on.
 """
@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.objectives.checks import check_choice
 from training.objectives.subnets import PATHS, Choice, Space, kept_of
-from zoo.errors import BadInput, CheckpointError
+from zoo.errors import CheckpointError
 
 LogProb = Literal["plackett_luce", "sum"]
 
@@ -100,8 +101,7 @@ class Controller(nn.Module):
         clip: float = 3.0,
         log_prob: LogProb = "plackett_luce",
     ) -> None:
-        if log_prob not in get_args(LogProb):
-            raise BadInput(f"log_prob must be one of {', '.join(get_args(LogProb))}, got {log_prob!r}")
+        check_choice("log_prob", log_prob, LogProb)
         super().__init__()
         self.space = space
         self.entropy_weight, self.clip, self.log_prob = entropy_weight, clip, log_prob

@@ -11,19 +11,19 @@ The methods differ in what the networks are, in when l is drawn and in the detai
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.base import Batch, Objective, Step
+from training.objectives.checks import check_choice, check_weights
 from training.objectives.network import Network, check_one_exit, networks_of
 from training.randomness import gate_generator
 from zoo.attacks.budget import LinfBudget
@@ -67,7 +67,7 @@ class DistilledObjective(Objective):
     """Compare features behind the activation (released Ensemble-in-One) instead of before it (DVERGE)."""
     layer_drawn: LayerDrawn = "batch"
     """How long a layer is kept: for one batch (Ensemble-in-One) or for an epoch (DVERGE)."""
-    adversarial: Attack | None = None
+    adversarial: TrainingAttack | None = None
     """Each network also learns PGD examples against itself; no attack if None."""
 
     def __post_init__(self) -> None:
@@ -78,12 +78,9 @@ class DistilledObjective(Objective):
             raise BadInput(f"need 0 <= eps <= 1, got {self.eps}; pixels are in [0, 1], so write 0.07, not 18")
         if self.step_size is not None and not 0 < self.step_size <= 1:
             raise BadInput(f"need 0 < step_size <= 1, got {self.step_size}; pixels are in [0, 1]")
-        if not 0 <= self.momentum < math.inf:
-            raise BadInput(f"need momentum >= 0, got {self.momentum}")
-        if self.batch_norm not in get_args(DistillationNorm):
-            raise BadInput(f"batch_norm must be 'eval' or 'train', got {self.batch_norm!r}")
-        if self.layer_drawn not in get_args(LayerDrawn):
-            raise BadInput(f"layer_drawn must be 'batch' or 'epoch', got {self.layer_drawn!r}")
+        check_weights(momentum=self.momentum)
+        check_choice("batch_norm", self.batch_norm, DistillationNorm)
+        check_choice("layer_drawn", self.layer_drawn, LayerDrawn)
 
     @abstractmethod
     def combined(self, distilled: Tensor, adversarial: Tensor | None, networks: int) -> Tensor:

@@ -14,7 +14,7 @@ belong to single images and are B times as long, so that lambda_b = 1e5 / 1000^2
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
 from training.objectives.base import Batch, Memory, Needs, Objective, Step
-from training.objectives.input_gradients import SECOND_ORDER, Smoothness, check_weights, input_gradients
+from training.objectives.checks import check_choice, check_weights
+from training.objectives.input_gradients import SECOND_ORDER, Smoothness, input_gradients
 from training.objectives.network import Network, check_one_exit, networks_of
 from zoo.errors import BadInput
 from zoo.networks import MNIST_FORMAT
@@ -37,6 +38,7 @@ class Dropen(Objective):
     The networks of an ensemble are trained side by side, each by itself; of a random gated network one path is drawn.
     """
 
+    method: ClassVar[str] = "dropen"
     published: ClassVar[str] = "Dropen (released code)"
     needs: ClassVar[Needs] = "dropout"
 
@@ -54,8 +56,7 @@ class Dropen(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory not in get_args(Compared):
-            raise BadInput(f"memory must be one of {', '.join(get_args(Compared))}, got {self.memory!r}")
+        check_choice("memory", self.memory, Compared)
         if self.masks < 2 or self.batches < 1:
             raise BadInput(f"need at least 2 masks and 1 batch, got {self.masks} and {self.batches}")
         check_weights(lambda_a=self.lambda_a, lambda_b=self.lambda_b)

@@ -10,13 +10,13 @@ Training starts from networks that were trained on their own (`standard`). The d
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from training.objectives.base import Needs
+from training.objectives.checks import check_weights
 from training.objectives.distilled import DistillationNorm, DistilledObjective, LayerDrawn
 from training.objectives.network import check_members
 from zoo.errors import BadInput
@@ -30,6 +30,7 @@ class Dverge(DistilledObjective):
     Of a random gated network `paths` random paths stand for the members.
     """
 
+    method: ClassVar[str] = "dverge"
     published: ClassVar[str] = "Yang et al., NeurIPS 2020"
     needs: ClassVar[Needs] = "several members"
 
@@ -47,8 +48,7 @@ class Dverge(DistilledObjective):
         super().__post_init__()
         if self.paths < 2:
             raise BadInput(f"need at least 2 paths to train against each other, got {self.paths}")
-        if not 0 <= self.coefficient < math.inf:
-            raise BadInput(f"need a finite coefficient >= 0, got {self.coefficient}")
+        check_weights(coefficient=self.coefficient)
         if self.coefficient == 0 and self.adversarial is None:
             raise BadInput("with coefficient 0 and no adversarial attack there is nothing to learn; set one of them")
 

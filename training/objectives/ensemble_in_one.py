@@ -25,6 +25,7 @@ from zoo.gates.rgn import RandomGatedNetwork
 class EnsembleInOne(DistilledObjective):
     """Cross-entropy of each path on what the other paths distilled."""
 
+    method: ClassVar[str] = "ensemble_in_one"
     published: ClassVar[str] = "Cai et al., AAAI 2023"
     needs: ClassVar[Needs] = "gates"
 

@@ -18,18 +18,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from training.objectives.awp import Awp
 from training.objectives.base import Batch, Needs
+from training.objectives.checks import check_choice, check_weights
 from training.objectives.controller import Controller, LogProb
 from training.objectives.network import Network
 from training.objectives.single import Loss, NetworkObjective, View, kl_divergence
 from training.objectives.standard import Standard
-from training.objectives.subnets import Choice, Paths, Space, applied, lowest_norm_choice, random_choice, space_of
+from training.objectives.subnets import Choice, Rounding, Space, applied, lowest_norm_choice, random_choice, space_of
 from training.objectives.wrapper import Wrapper
 from zoo.errors import BadInput
 from zoo.gates.derive import Ensemble
@@ -43,6 +44,7 @@ Reduction = Literal["batchmean", "mean"]
 class Ews(Wrapper):
     """The loss within, and the divergence of a weak subnet from the whole network."""
 
+    method: ClassVar[str] = "ews"
     published: ClassVar[str] = "Guo et al., ECCV 2022"
     needs: ClassVar[Needs] = "residual blocks"
 
@@ -51,7 +53,7 @@ class Ews(Wrapper):
     """How subnets are found: by the controller; uniformly at random; as those of the lowest L1 norms."""
     keep: float = 0.7
     """Share of the channels, and of the paths, that a subnet keeps: the paper's rho; 0.9 for adversarial training."""
-    paths: Paths = "ceil"
+    paths: Rounding = "ceil"
     """How many of a block's two paths that is: rounded up, which keeps both for every share above 1/2 (the released
     code), or to the nearest, which keeps one below 3/4 (the paper's figure 2)."""
     weight: float = 1.0
@@ -80,17 +82,13 @@ class Ews(Wrapper):
                     "ews cannot go around awp, whose perturbation is the whole network's; put awp around ews"
                 )
             within = within.inner
-        for name, kind in (("search", Search), ("kl_reduction", Reduction), ("paths", Paths), ("log_prob", LogProb)):
-            value = getattr(self, name)
-            if value not in get_args(kind):
-                raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        for name, kind in (("search", Search), ("kl_reduction", Reduction), ("paths", Rounding), ("log_prob", LogProb)):
+            check_choice(name, getattr(self, name), kind)
         if not 0 < self.keep <= 1:
             raise BadInput(f"need 0 < keep <= 1, got {self.keep}; it is the share that a subnet keeps")
         if self.controller_every < 1:
             raise BadInput(f"need controller_every >= 1, got {self.controller_every}")
-        for name in ("weight", "entropy_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise BadInput(f"need {name} >= 0, got {getattr(self, name)}")
+        check_weights(weight=self.weight, entropy_weight=self.entropy_weight)
         for name in ("controller_learning_rate", "controller_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise BadInput(f"need {name} > 0, got {getattr(self, name)}")

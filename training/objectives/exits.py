@@ -11,14 +11,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.base import Batch, Needs, Objective, Step
+from training.objectives.checks import check_choice
 from training.objectives.network import Network
 from zoo.attacks import average_exits, max_average_exits, single_exit, unchecked
 from zoo.errors import BadInput
@@ -30,7 +31,7 @@ Attacked = Literal["max-average", "average", "single"]
 """What the attack maximises: per image the worst of the attacks on single exits, judged by the loss summed over all
 exits; the mean loss of all exits; the loss of one exit."""
 
-EVAL_ATTACK = Attack(batch_norm="eval")
+EVAL_ATTACK = TrainingAttack(batch_norm="eval")
 """PGD-10 at 8/255 with running statistics: for colour images. For digits: eps=0.3, steps=40, step_size=0.01."""
 
 
@@ -40,7 +41,7 @@ class ExitsObjective(Objective):
 
     needs: ClassVar[Needs] = "several exits"
 
-    attack: Attack | None = None
+    attack: TrainingAttack | None = None
     """How adversarial examples are made; without an attack the exits learn the clean images alone."""
     attacked: Attacked = "max-average"
     attacked_exit: int | None = None
@@ -50,8 +51,7 @@ class ExitsObjective(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.attacked not in get_args(Attacked):
-            raise BadInput(f"attacked must be one of {', '.join(get_args(Attacked))}, got {self.attacked!r}")
+        check_choice("attacked", self.attacked, Attacked)
         if self.attacked_exit is not None and self.attacked != "single":
             raise BadInput(
                 f"attacked_exit={self.attacked_exit} is for attacked='single', got attacked={self.attacked!r}; "
@@ -112,7 +112,7 @@ class ExitsObjective(Objective):
             step: where the run is.
         """
 
-    def examples(self, network: Network, batch: Batch, attack: Attack) -> Tensor:
+    def examples(self, network: Network, batch: Batch, attack: TrainingAttack) -> Tensor:
         """Return adversarial examples (shape of the images), made while BatchNorm does what `attack` says."""
         images, labels, budget = batch.images, batch.labels, attack.budget()
         answers = unchecked(network.exits)
@@ -156,16 +156,6 @@ class ExitsObjective(Objective):
 def summed_cross_entropy(answers: Sequence[Tensor], labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return the sum over exits of the mean cross-entropy of their logits (batch, class)."""
     return torch.stack([F.cross_entropy(logits, labels, label_smoothing=label_smoothing) for logits in answers]).sum()
-
-
-def check_weight(name: str, weight: float) -> None:
-    """Check a factor of the loss.
-
-    Raises:
-        BadInput: it is negative or not finite.
-    """
-    if not 0 <= weight < float("inf"):
-        raise BadInput(f"need a finite {name} >= 0, got {weight}")
 
 
 def check_temperature(temperature: float) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.pgd_at import PgdAt
 from zoo.errors import BadInput
 
@@ -20,9 +20,10 @@ from zoo.errors import BadInput
 class FastAt(PgdAt):
     """Mean cross-entropy on examples of one gradient step."""
 
+    method: ClassVar[str] = "fast_at"
     published: ClassVar[str] = "Wong et al., ICLR 2020"
 
-    attack: Attack = field(default_factory=lambda: Attack(steps=1, step_size=10 / 255))
+    attack: TrainingAttack = field(default_factory=lambda: TrainingAttack(steps=1, step_size=10 / 255))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,6 +32,7 @@ class FreeAt(NetworkObjective):
     rows that a longer batch is the first to need start at 0. Each member of an ensemble has a perturbation of its own.
     """
 
+    method: ClassVar[str] = "free_at"
     published: ClassVar[str] = "Shafahi et al., NeurIPS 2019"
     per_image_memory: ClassVar[bool] = True
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.objectives.base import Batch, Step
-from training.objectives.input_gradients import SECOND_ORDER, check_weights, cosines, input_gradients
+from training.objectives.checks import check_weights
+from training.objectives.input_gradients import SECOND_ORDER, cosines, input_gradients
 from training.objectives.members import MembersObjective, accuracy
 from zoo.errors import BadInput
 
@@ -27,6 +28,7 @@ from zoo.errors import BadInput
 class Gal(MembersObjective):
     """Cross-entropy of each member, and how much their image gradients are aligned."""
 
+    method: ClassVar[str] = "gal"
     published: ClassVar[str] = "Kariyappa and Qureshi, 2019"
 
     weight: float = 0.5

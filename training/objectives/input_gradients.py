@@ -9,17 +9,17 @@ Forward passes run in the step's precision, all else in float32.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from training.objectives.base import Step
+from training.objectives.checks import check_choice
 from training.objectives.network import Network, Statistics
 from zoo.attacks import LinfBudget
 from zoo.errors import BadInput
@@ -91,10 +91,8 @@ class Smoothness:
             )
         if self.steps < 1:
             raise BadInput(f"need at least 1 step, got {self.steps}; set perturbed='none' for no perturbation")
-        if self.perturbed not in get_args(Perturbed):
-            raise BadInput(f"perturbed must be one of {', '.join(get_args(Perturbed))}, got {self.perturbed!r}")
-        if self.batch_norm not in get_args(Statistics):
-            raise BadInput(f"batch_norm must be one of {', '.join(get_args(Statistics))}, got {self.batch_norm!r}")
+        check_choice("perturbed", self.perturbed, Perturbed)
+        check_choice("batch_norm", self.batch_norm, Statistics)
 
     @property
     def forwards(self) -> float:
@@ -155,14 +153,3 @@ class Smoothness:
             (uphill,) = torch.autograd.grad(self.lengths(gradients.flatten(1)).sum(), pixels)
             total += uphill
         return total
-
-
-def check_weights(**weights: float) -> None:
-    """Check that weights of terms are finite and not negative.
-
-    Raises:
-        BadInput: one is not; the message names it.
-    """
-    for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise BadInput(f"need a finite {name} >= 0, got {weight}")

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from training.objectives.base import Batch, Step
-from training.objectives.exits import EVAL_ATTACK, ExitsObjective, check_temperature, check_weight
+from training.objectives.checks import check_choice, check_weights
+from training.objectives.exits import EVAL_ATTACK, ExitsObjective, check_temperature
 from training.objectives.single import kl_divergence
 from zoo.errors import BadInput
 
@@ -29,6 +30,7 @@ Distillation = Literal["none", "self", "ard"]
 class MultiExit(ExitsObjective):
     """Cross-entropy summed over exits, on clean images and with an `attack` on adversarial ones as well."""
 
+    method: ClassVar[str] = "multi_exit"
     published: ClassVar[str] = "Hu et al., ICLR 2020"
 
     distillation: Distillation = "none"
@@ -41,13 +43,10 @@ class MultiExit(ExitsObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.distillation not in get_args(Distillation):
-            raise BadInput(
-                f"distillation must be one of {', '.join(get_args(Distillation))}, got {self.distillation!r}"
-            )
+        check_choice("distillation", self.distillation, Distillation)
         if self.distillation == "ard" and self.attack is None:
             raise BadInput("distillation='ard' teaches adversarial examples and needs an attack, got none")
-        check_weight("weight", self.weight)
+        check_weights(weight=self.weight)
         check_temperature(self.temperature)
 
     @classmethod

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.base import Batch, Step
-from training.objectives.exits import EVAL_ATTACK, ExitsObjective, check_temperature, check_weight
+from training.objectives.checks import check_weights
+from training.objectives.exits import EVAL_ATTACK, ExitsObjective, check_temperature
 from training.objectives.network import statistics
 from zoo.errors import BadInput
 from zoo.networks import num_exits
@@ -31,9 +32,10 @@ from zoo.networks import num_exits
 class NeoKd(ExitsObjective):
     """Adversarial training of all exits with neighbour (NKD) and exit-wise orthogonal knowledge distillation (EOKD)."""
 
+    method: ClassVar[str] = "neo_kd"
     published: ClassVar[str] = "Ham et al., NeurIPS 2023"
 
-    attack: Attack = EVAL_ATTACK
+    attack: TrainingAttack = EVAL_ATTACK
     alpha: float = 3.0
     """Weight of the neighbours (NKD)."""
     beta: float = 1.0
@@ -50,10 +52,9 @@ class NeoKd(ExitsObjective):
         super().__post_init__()
         if self.attack is None:
             raise BadInput("neo_kd teaches adversarial examples and needs an attack, got none; use multi_exit for none")
-        for name, weight in (("alpha", self.alpha), ("beta", self.beta)):
-            check_weight(name, weight)
+        check_weights(alpha=self.alpha, beta=self.beta)
         for weight in self.gamma if isinstance(self.gamma, tuple) else (self.gamma,):
-            check_weight("gamma", weight)
+            check_weights(gamma=weight)
         check_temperature(self.temperature)
 
     def check(self, model: nn.Module) -> None:

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.base import Batch
+from training.objectives.checks import check_choice
 from training.objectives.network import Network
 from training.objectives.single import Loss, NetworkObjective, View
-from zoo.errors import BadInput
 
 Attacked = Literal["ensemble", "member"]
 
@@ -28,16 +28,16 @@ Attacked = Literal["ensemble", "member"]
 class PgdAt(NetworkObjective):
     """Mean cross-entropy on PGD examples against the network itself."""
 
+    method: ClassVar[str] = "pgd_at"
     published: ClassVar[str] = "Madry et al., ICLR 2018"
 
-    attack: Attack = field(default_factory=Attack)
+    attack: TrainingAttack = field(default_factory=TrainingAttack)
     attacked: Attacked = "ensemble"
     """Of an ensemble: attack what its members answer together, or each member by itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.attacked not in get_args(Attacked):
-            raise BadInput(f"attacked must be one of {', '.join(get_args(Attacked))}, got {self.attacked!r}")
+        check_choice("attacked", self.attacked, Attacked)
 
     def forwards(self, networks: int = 1, exits: int = 1) -> float:
         """See `Objective.forwards`."""

@@ -1,7 +1,7 @@
 """Losses of one network, and how they are taken together: what standard and adversarial training have in common.
 
 Adversarial training, weight perturbation (AWP), weak subnets (EWS) and augmentation combine freely because each knows
-just this: a method *prepares* what its loss is taken on, with the weights as they are, and then computes the *loss*, a
+one thing: a method *prepares* what its loss is taken on, with the weights as they are, and then computes the *loss*, a
 sum over *views*. AWP moves the weights between the two; EWS adds a term per view.
 """
 

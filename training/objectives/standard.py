@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.objectives.base import Batch
+from training.objectives.checks import check_weights
 from training.objectives.network import Network
 from training.objectives.single import Loss, NetworkObjective, View
-from zoo.errors import BadInput
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standard(NetworkObjective):
     """Mean cross-entropy, and the Jensen-Shannon divergence between views of an image if `consistency` is not 0."""
 
+    method: ClassVar[str] = "standard"
     published: ClassVar[str] = "(empirical risk minimisation)"
 
     consistency: float = 0.0
@@ -31,8 +32,7 @@ class Standard(NetworkObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.consistency < float("inf"):
-            raise BadInput(f"need consistency >= 0, got {self.consistency}")
+        check_weights(consistency=self.consistency)
 
     @property
     def views(self) -> int:

@@ -13,17 +13,18 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from training.objectives.checks import check_choice
 from zoo.errors import BadInput
 from zoo.networks.bottleneck_resnet import Bottleneck
 from zoo.networks.resnet import BasicBlock
 from zoo.networks.wide_resnet import WideBlock
 
-Paths = Literal["ceil", "round"]
+Rounding = Literal["ceil", "round"]
 
 PATHS = 2
 """Of a block: the residual branch (0) and the skip (1)."""
@@ -82,7 +83,7 @@ def residual_blocks(network: nn.Module) -> tuple[Block, ...]:
     return tuple(found)
 
 
-def num_kept(count: int, keep: float, rounding: Paths = "ceil") -> int:
+def num_kept(count: int, keep: float, rounding: Rounding = "ceil") -> int:
     """Return how many of `count` paths or channels a share of `keep` is, at least 1."""
     # 0.55 * 100 is 55.00000000000001, which should be 55
     share = math.ceil(keep * count - 1e-9) if rounding == "ceil" else round(keep * count)
@@ -98,7 +99,7 @@ class Space:
     channels: tuple[tuple[int, ...], ...]
 
 
-def space_of(network: nn.Module, keep: float, paths: Paths = "ceil") -> Space:
+def space_of(network: nn.Module, keep: float, paths: Rounding = "ceil") -> Space:
     """Return the subnets of a network that keep a share of its paths and of its channels.
 
     Args:
@@ -112,8 +113,7 @@ def space_of(network: nn.Module, keep: float, paths: Paths = "ceil") -> Space:
     """
     if not 0 < keep <= 1:
         raise BadInput(f"need 0 < keep <= 1, got {keep}; it is the share of channels that a subnet keeps")
-    if paths not in get_args(Paths):
-        raise BadInput(f"paths must be one of {', '.join(get_args(Paths))}, got {paths!r}")
+    check_choice("paths", paths, Rounding)
     blocks = residual_blocks(network)
     if not blocks:
         known = ", ".join(kind.__name__ for kind in BLOCKS)
@@ -131,7 +131,7 @@ def kept_of(block: Block, paths: Sequence[int], channels: Sequence[Sequence[int]
     Args:
         block: which one.
         paths: of its paths, 0 for the residual branch and 1 for the skip, in any order.
-        channels: per convolution the indices of the kept channels, in any order; of no account without the branch.
+        channels: per convolution the indices of the kept channels, in any order; ignored without the branch.
     """
     branch = 0 in paths
     everything = [range(count) for count in block.channels]

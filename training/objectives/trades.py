@@ -13,14 +13,15 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.objectives.attack import Attack
+from training.objectives.attack import TrainingAttack
 from training.objectives.base import Batch
+from training.objectives.checks import check_choice
 from training.objectives.network import Network, together
 from training.objectives.pgd_at import Attacked
 from training.objectives.single import Loss, NetworkObjective, View, kl_divergence
@@ -32,10 +33,13 @@ from zoo.errors import BadInput
 class Trades(NetworkObjective):
     """Cross-entropy on clean images, and the divergence of the answers to images that were moved to make it large."""
 
+    method: ClassVar[str] = "trades"
     published: ClassVar[str] = "Zhang et al., ICML 2019"
 
-    attack: Attack = field(
-        default_factory=lambda: Attack(eps=0.031, steps=10, step_size=0.007, random_start=False, batch_norm="eval")
+    attack: TrainingAttack = field(
+        default_factory=lambda: TrainingAttack(
+            eps=0.031, steps=10, step_size=0.007, random_start=False, batch_norm="eval"
+        )
     )
     """What maximises the divergence; it starts from Gaussian noise unless `random_start` says uniformly in the ball."""
     start_noise: float = 0.001
@@ -53,8 +57,7 @@ class Trades(NetworkObjective):
                 f"need start_noise > 0, got {self.start_noise}; at the image itself the divergence has no gradient"
             )
         super().__post_init__()
-        if self.attacked not in get_args(Attacked):
-            raise BadInput(f"attacked must be one of {', '.join(get_args(Attacked))}, got {self.attacked!r}")
+        check_choice("attacked", self.attacked, Attacked)
 
     @property
     def passes(self) -> int:

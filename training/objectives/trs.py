@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.objectives.base import Batch, Step
-from training.objectives.input_gradients import SECOND_ORDER, Smoothness, check_weights, cosines, input_gradients
+from training.objectives.checks import check_weights
+from training.objectives.input_gradients import SECOND_ORDER, Smoothness, cosines, input_gradients
 from training.objectives.members import MembersObjective, accuracy
 
 BATCH_SIZE = 128
@@ -29,6 +30,7 @@ BATCH_SIZE = 128
 class Trs(MembersObjective):
     """Cross-entropy of each member, the absolute cosines of their image gradients, and how long these are."""
 
+    method: ClassVar[str] = "trs"
     published: ClassVar[str] = "Yang et al., NeurIPS 2021"
 
     lambda_a: float = 40.0

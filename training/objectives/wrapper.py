@@ -16,10 +16,10 @@ from zoo.errors import BadInput
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper(NetworkObjective):
-    """All that a wrapper leaves to the objective within; `forwards` and what it adds are its own."""
+    """Passes everything on to the objective within; a subclass adds its own term, and its cost (`forwards`)."""
 
     inner: NetworkObjective
-    """The objective within; adversarial examples, views, replays and what is asked of the model are its own."""
+    """The objective within. It makes the adversarial examples, decides on views and replays, and checks the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,7 +36,7 @@ class Wrapper(NetworkObjective):
     @property
     def name(self) -> str:
         """The name of what is within, then its own: "trades+awp"."""
-        return f"{self.inner.name}+{super().name}"
+        return f"{self.inner.name}+{self.method}"
 
     @property
     def views(self) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from training.recipes import adversarial, ensemble_in_one, ensembles, exits, standard, subnets
+from training.recipes.documents import from_resolved, override, resolved
 from training.recipes.recipe import Phase, Recipe
-from training.recipes.settings import from_resolved, override, resolved
 from zoo.errors import UnknownName
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

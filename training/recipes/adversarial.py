@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from training.objectives import Attack, Awp, FastAt, FreeAt, PgdAt, Standard, Trades
+from training.objectives import Awp, FastAt, FreeAt, PgdAt, Standard, Trades, TrainingAttack
 from training.recipes.recipe import Phase, Recipe
 
 # Five steps instead of ten: what two cores can pay for. A step of eps / 3.2 still reaches every corner of the ball.
-SHORT_ATTACK = Attack(steps=5, step_size=2.5 / 255)
+SHORT_ATTACK = TrainingAttack(steps=5, step_size=2.5 / 255)
 
 
 def pgd_at_preact18_cifar10() -> Recipe:
@@ -56,7 +56,7 @@ def pgd_at_lenet_mnist_cpu() -> Recipe:
     2,535 s. What came out is in the card of the model `pgd-at-lenet-mnist`.
     """
     clean = Phase(objective=Standard(), epochs=1, optimizer="adam", learning_rate=1e-3, weight_decay=0)
-    attack = Attack(eps=0.3, steps=10, step_size=0.05)
+    attack = TrainingAttack(eps=0.3, steps=10, step_size=0.05)
     return Recipe(
         name="pgd-at-lenet-mnist-cpu",
         description="LeNet on MNIST, PGD adversarial training at 0.3, trained on two CPU cores",
@@ -76,7 +76,7 @@ def pgd_at_eps4_resnet20_cifar10_cpu() -> Recipe:
 
     manygates train pgd-at-eps4-resnet20-cifar10-cpu --out RUN        not run
     """
-    attack = Attack(eps=4 / 255, steps=5, step_size=1.25 / 255)
+    attack = TrainingAttack(eps=4 / 255, steps=5, step_size=1.25 / 255)
     return replace(
         pgd_at_resnet20_cifar10_cpu(),
         name="pgd-at-eps4-resnet20-cifar10-cpu",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from training.objectives import Attack, EnsembleInOne, Standard
+from training.objectives import EnsembleInOne, Standard, TrainingAttack
 from training.recipes.recipe import Phase, Recipe
 
 
@@ -95,7 +95,7 @@ def eio_adv_resnet20_cifar10() -> Recipe:
         description="Ensemble-in-One random gated ResNet-20 with adversarial training, 200 + 200 epochs",
         phases=(
             Phase(objective=Standard(), epochs=200),
-            Phase(objective=EnsembleInOne.release(adversarial=Attack()), epochs=200),
+            Phase(objective=EnsembleInOne.release(adversarial=TrainingAttack()), epochs=200),
         ),
         validation_eps=8 / 255,
     )
@@ -110,7 +110,7 @@ def eio_adv_resnet20_cifar10_cpu() -> Recipe:
     What came out is in the card of the bundled model `eio-adv-resnet20-cifar10`.
     """
     objective = EnsembleInOne.release(
-        paths=2, distillation_steps=3, adversarial=Attack(steps=2, step_size=5 / 255, batch_norm="train_frozen")
+        paths=2, distillation_steps=3, adversarial=TrainingAttack(steps=2, step_size=5 / 255, batch_norm="train_frozen")
     )
     return replace(
         eio_adv_resnet20_cifar10(),

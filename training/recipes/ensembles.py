@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from training.objectives import Adp, Attack, Dropen, Dverge, Gal, Objective, PgdAt, Standard, Trs
+from training.objectives import Adp, Dropen, Dverge, Gal, Objective, PgdAt, Standard, TrainingAttack, Trs
 from training.recipes.recipe import Phase, Recipe
 
 
@@ -62,7 +62,7 @@ def advt3_resnet20_cifar10() -> Recipe:
         name="advt3-resnet20-cifar10",
         description="Three ResNet-20, adversarial training on the ensemble's answers at 8/255, 200 epochs",
         members=3,
-        phases=(Phase(objective=PgdAt(attack=Attack()), epochs=200),),
+        phases=(Phase(objective=PgdAt(attack=TrainingAttack()), epochs=200),),
         selection="robust",
         validation_eps=8 / 255,
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from training.objectives import Attack, MultiExit, NeoKd
+from training.objectives import MultiExit, NeoKd, TrainingAttack
 from training.recipes.recipe import Phase, Recipe
 
-DIGITS_ATTACK = Attack(eps=0.3, steps=40, step_size=0.01, batch_norm="eval")
-SHORT_DIGITS_ATTACK = Attack(eps=0.3, steps=10, step_size=0.05, batch_norm="eval")
-CIFAR_ATTACK = Attack(batch_norm="eval")
+DIGITS_ATTACK = TrainingAttack(eps=0.3, steps=40, step_size=0.01, batch_norm="eval")
+SHORT_DIGITS_ATTACK = TrainingAttack(eps=0.3, steps=10, step_size=0.05, batch_norm="eval")
+CIFAR_ATTACK = TrainingAttack(batch_norm="eval")
 
 
 def _milestones(objective: MultiExit | NeoKd) -> tuple[Phase, ...]:
@@ -124,7 +124,7 @@ def neo_kd_msdnet3_cifar10_cpu() -> Recipe:
 
     manygates train neo-kd-msdnet3-cifar10-cpu --out RUN        not run
     """
-    attack = Attack(steps=5, step_size=2.5 / 255, batch_norm="eval")
+    attack = TrainingAttack(steps=5, step_size=2.5 / 255, batch_norm="eval")
     return replace(
         neo_kd_msdnet3_cifar10(),
         name="neo-kd-msdnet3-cifar10-cpu",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from training.augmentation import AUGMENTATIONS
+from training.augmentation import check_augmentation
 from training.objectives import EnsembleInOne, Objective
-from zoo.errors import BadInput, UnknownName, check_count
+from training.objectives.checks import check_choice
+from zoo.errors import BadInput, check_count
 from zoo.gates.rgn import Sharing
+from zoo.weights.checkpoint import Architecture
 
 Schedule = Literal["step", "cosine", "cyclic"]
 Optimizer = Literal["sgd", "adam"]
@@ -50,8 +52,7 @@ class Phase:
         for milestone in self.milestones:
             check_count("a milestone", milestone, 0)
         for name, kind in (("schedule", Schedule), ("optimizer", Optimizer)):
-            if getattr(self, name) not in get_args(kind):
-                raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), kind)
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise BadInput(f"need clip > 0, got {self.clip}; leave it out (none) to clip nothing")
 
@@ -131,16 +132,8 @@ class Recipe:
                 f"got members={self.members} and candidates={self.candidates}: an ensemble has several plain members, "
                 "a random gated network several candidates per layer; set one of them to 1"
             )
-        if self.augmentation not in AUGMENTATIONS:
-            raise UnknownName(self.augmentation, AUGMENTATIONS, kind="augmentation")
-        if not 1 <= self.augmix_severity <= 10:
-            raise BadInput(f"need 1 <= augmix_severity <= 10, got {self.augmix_severity}")
         for phase in self.phases:
-            if phase.objective.views > 1 and self.augmentation != "augmix":
-                raise BadInput(
-                    f"{phase.objective.name} compares {phase.objective.views} augmentations of an image (consistency), "
-                    f"which augmentation={self.augmentation!r} does not make; set augmentation=augmix"
-                )
+            check_augmentation(self.augmentation, views=phase.objective.views, severity=self.augmix_severity)
         if not 0 <= self.validation_eps <= 1 or self.validation_attacked < 1:
             raise BadInput(
                 f"need 0 <= validation_eps <= 1 and validation_attacked >= 1, got {self.validation_eps} and "
@@ -155,13 +148,24 @@ class Recipe:
         if (self.patience is not None or self.collapse is not None) and not self.held_out:
             raise BadInput("stopping early needs held-out images to judge by; set held_out=1000")
         for name, kind in (("precision", Precision), ("sharing", Sharing), ("selection", Selection)):
-            if getattr(self, name) not in get_args(kind):
-                raise BadInput(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), kind)
 
     @property
     def method(self) -> str:
         """The method's name: that of the last phase's objective."""
         return self.phases[-1].objective.name
+
+    @property
+    def architecture(self) -> Architecture:
+        """What is trained."""
+        return Architecture(
+            network=self.network,
+            options=self.network_options,
+            dataset=self.dataset,
+            candidates=self.candidates,
+            sharing=self.sharing if self.candidates > 1 else None,
+            members=self.members,
+        )
 
     @property
     def epochs(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from training.objectives import Attack, Awp, Ews, Objective, PgdAt, Standard, Trades
+from training.objectives import Awp, Ews, Objective, PgdAt, Standard, Trades, TrainingAttack
 from training.recipes.adversarial import SHORT_ATTACK
 from training.recipes.recipe import Phase, Recipe
 
@@ -69,7 +69,7 @@ def ews_at_preact18_cifar10() -> Recipe:
         network="preact_resnet18",
         phases=(
             Phase(
-                objective=Ews(inner=PgdAt(attack=Attack()), keep=0.9, weight=0.1, entropy_weight=0.01),
+                objective=Ews(inner=PgdAt(attack=TrainingAttack()), keep=0.9, weight=0.1, entropy_weight=0.01),
                 epochs=200,
                 weight_decay=5e-4,
             ),

@@ -21,8 +21,8 @@ _MAX_CARD_BYTES = 16 * 2**20
 class Bundle:
     """An opened bundle: its card, and files that are what the card says.
 
-    Make one with `Bundle.open` or `write_bundle`. A file is checked once, when the bundle is opened or when the file is
-    first asked for.
+    `Bundle.open` and `write_bundle` return one. Each file is checked once: when the bundle is opened, or when the file
+    is first asked for.
     """
 
     def __init__(self, folder: Path, card: Card, *, verify: bool = True) -> None:

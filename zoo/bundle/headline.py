@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from zoo.bundle.card import Card, Result
+from zoo.vocabulary import VARIANTS
 
 CLEAN = ("clean",)
 WHITEBOX = ("whitebox", "random-gates")
@@ -57,7 +58,7 @@ def headline(card: Card, *, variant: str | None = None, eps: Fraction | None = N
 
 def main_variant(card: Card) -> str:
     """Return the variant that stands for a model: one path, all members of an ensemble, or the network."""
-    order = ("single", "ensemble", "gated") if card.architecture.gated_layers else ("ensemble", "single")
+    order = VARIANTS if card.architecture.gated_layers else ("ensemble", "single")
     return next((variant for variant in order if variant in card.variants), order[0])
 
 

@@ -40,7 +40,7 @@ def model_card(card: Card, source: str | None = None) -> str:
         _facts(card),
         f"## Measured results\n\n{_lint(card)}",
         *_results(card),
-        *([] if card.int8 is None else _int8(card.int8, card.results)),
+        *([] if card.int8 is None else [_int8(card.int8)]),
         *_usage(card, source or card.name),
         *_training(card),
         _LIMITS.format(dataset=card.dataset),
@@ -153,8 +153,9 @@ def _lint(card: Card) -> str:
 def _results(card: Card) -> list[str]:
     if not card.results:
         return ["None yet. `manygates evaluate` measures this model."]
+    heads = ["protocol", "variant", "attack", "eps", "steps x restarts", "images", "seed", "accuracy (95 % interval)"]
     rows = [
-        (
+        [
             result.protocol,
             result.variant,
             result.attack,
@@ -163,11 +164,11 @@ def _results(card: Card) -> list[str]:
             str(result.images),
             str(result.seed),
             _percent(result.accuracy, result.interval),
+            *([_agreement(result)] if card.int8 else []),
             result.date,
-        )
+        ]
         for result in card.results
     ]
-    heads = ("protocol", "variant", "attack", "eps", "steps x restarts", "images", "seed", "accuracy (95 % interval)")
     failed = [
         f"- **Check that did not hold:** {check.name}: {check.detail} ({_metric_name(result)})"
         for result in card.results
@@ -175,43 +176,25 @@ def _results(card: Card) -> list[str]:
         if not check.held
     ]
     notes = [f"- {_metric_name(result)}: {result.note}" for result in card.results if result.note]
+    commands = dict.fromkeys(" ".join(result.command.split()) for result in card.results)
     return [
-        _table((*heads, "date"), rows),
+        _table([*heads, *(["same class as float32"] if card.int8 else []), "date"], rows),
         "\n".join([*failed, *notes]),
         "These commands measure it again:",
-        _commands(result.command for result in card.results),
+        "\n".join(f"    {command}" for command in commands),
     ]
 
 
-def _int8(int8: Int8, results: Sequence[Result]) -> list[str]:
-    """Say which graphs have an int8 twin, how it was made, and how often it agrees with the weights."""
+def _int8(int8: Int8) -> str:
+    """Say which graphs have an int8 twin and how it was made."""
     files = ", ".join(f"`{variant}.int8.onnx`" for variant in int8.variants)
     made = int8.calibration
-    parts = [
-        "## Int8 graphs",
-        f"{files}: {_cell(made.method)}; calibrated on {made.images:,} training images (seed {made.seed}) by "
-        f"{_cell(made.tool)}. Inputs, outputs and paths are those of the float32 graphs. Results with a variant that "
-        f"ends in `{INT8}` were measured on them.",
-    ]
-    rows = [
-        (
-            result.variant,
-            result.attack,
-            result.eps_fraction,
-            str(result.images),
-            _percent(result.agreement.share, result.agreement.interval),
-        )
-        for result in results
-        if result.agreement is not None
-    ]
-    if not rows:
-        return [*parts, "How often they agree with the weights was not measured yet."]
-    return [
-        *parts,
-        "How often a graph gives the class that the float32 weights give, on clean images and on what an attack on the "
-        "weights made of them:",
-        _table(("variant", "attack", "eps", "images", "same class (95 % interval)"), rows),
-    ]
+    return (
+        f"## Int8 graphs\n\n{files}: {_cell(made.method)}; calibrated on {made.images:,} training images "
+        f"(seed {made.seed}) by {_cell(made.tool)}. Inputs, outputs and paths are those of the float32 graphs. Results "
+        f"with a variant that ends in `{INT8}` were measured on them. The same class as float32: how often they give "
+        "the class that the float32 weights give, on clean images or on what an attack on the weights made of them."
+    )
 
 
 def _usage(card: Card, source: str) -> list[str]:
@@ -287,5 +270,5 @@ def _percent(share: float, interval: tuple[float, float]) -> str:
     return f"{share:.2%} ({interval[0]:.2%} to {interval[1]:.2%})"
 
 
-def _commands(commands: Iterable[str]) -> str:
-    return "\n".join(f"    {' '.join(command.split())}" for command in dict.fromkeys(commands))
+def _agreement(result: Result) -> str:
+    return "" if result.agreement is None else _percent(result.agreement.share, result.agreement.interval)

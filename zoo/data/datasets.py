@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,34 +109,48 @@ def present(name: str, split: str) -> bool:
         return False
 
 
-def load(name: str, split: str, *, fetch: bool = True) -> Images:
+def load(name: str, split: str, *, fetch: bool = True, number: int | None = None) -> Images:
     """Read one split of a data set, from the hub if need be and `fetch` allows it.
+
+    Args:
+        name: a key of `DATASETS`.
+        split: "train" or "test".
+        fetch: whether the hub may be asked for what is not on this machine.
+        number: read only the images of `evaluation_subset` of this size; all images, in their own order, if None.
 
     Raises:
         UnknownName: no such data set.
-        BadInput: no such split.
-        DataMissing: it is neither on this machine nor on a reachable hub.
+        BadInput: no such split, or a number of images that it does not have.
+        DataMissing: it is neither on this machine nor on a reachable hub, or its files are damaged.
     """
+    from pyarrow.lib import concat_tables
+
     dataset = source(name)
     if split not in dataset.sizes:
         raise BadInput(f"data set {name} has the splits {', '.join(dataset.sizes)}, got {split!r}")
-    images = _read(_files(dataset, split, fetch=fetch), dataset)
-    if len(images) != dataset.sizes[split]:
+    tables = [_table(file, dataset) for file in _files(dataset, split, fetch=fetch)]
+    table = concat_tables(tables)
+    if len(table) != dataset.sizes[split]:
         raise DataMissing(
-            f"{name} {split} has {len(images)} images, expected {dataset.sizes[split]}: a file is missing or "
+            f"{name} {split} has {len(table)} images, expected {dataset.sizes[split]}: a file is missing or "
             f"truncated; fetch {dataset.repository} again"
         )
-    return images
+    if number is not None:
+        table = table.take(evaluation_index(len(table), number).numpy())
+    labels = table.column(dataset.label_column).to_numpy().astype(np.int64)
+    return Images(_decoded(table.column(dataset.image_column).to_pylist(), dataset), torch.from_numpy(labels))
+
+
+def data_folder() -> Path:
+    """Return the folder in which data sets are looked for: `MANYGATES_DATA`, or else `../shared/data`."""
+    return Path(os.environ.get(DATA_VARIABLE) or "../shared/data")
 
 
 def _files(dataset: DatasetSource, split: str, *, fetch: bool) -> list[Path]:
     pattern = f"{dataset.folder}/{split}-*.parquet"
-    named = os.environ.get(DATA_VARIABLE)
-    folders = [Path(named)] if named else [Path("../shared/data")]
-    for folder in folders:
-        if files := sorted((folder / dataset.repository).glob(pattern)):
-            return files
-    if named:
+    if files := sorted((data_folder() / dataset.repository).glob(pattern)):
+        return files
+    if named := os.environ.get(DATA_VARIABLE):
         raise DataMissing(
             f"{DATA_VARIABLE}={named} holds no {dataset.repository}/{pattern}; point it at a folder with the hub's "
             "layout, or unset it to fetch from the hub"
@@ -159,33 +174,33 @@ def _files(dataset: DatasetSource, split: str, *, fetch: bool) -> list[Path]:
     return files
 
 
-def _read(files: list[Path], dataset: DatasetSource) -> Images:
+def _table(file: Path, dataset: DatasetSource) -> Any:
+    """Read the encoded images and the labels of one file."""
     from pyarrow import parquet
     from pyarrow.lib import ArrowInvalid
 
-    shape = (dataset.format.height, dataset.format.width)
-    mode = "L" if dataset.format.channels == 1 else "RGB"  # copies of grey images may be stored in colour
-    pixels, labels = [], []
-    for file in files:
-        try:
-            columns = [dataset.image_column, dataset.label_column]
-            table = parquet.read_table(file, columns=columns)  # type: ignore[no-untyped-call]
-        except (ArrowInvalid, OSError) as error:
-            raise DataMissing(
-                f"{file} is not a readable parquet file ({error}); fetch {dataset.repository} again"
-            ) from error
-        for cell in table.column(dataset.image_column).to_pylist():
-            with Image.open(io.BytesIO(cell["bytes"])) as image:
-                array = np.asarray(image.convert(mode))
-            if array.shape[:2] != shape:
+    try:
+        return parquet.read_table(file, columns=[dataset.image_column, dataset.label_column])  # type: ignore[no-untyped-call]
+    except (ArrowInvalid, OSError) as error:
+        raise DataMissing(
+            f"{file} is not a readable parquet file ({error}); fetch {dataset.repository} again"
+        ) from error
+
+
+def _decoded(cells: Sequence[dict[str, bytes]], dataset: DatasetSource) -> Tensor:
+    """Return encoded images as uint8 (image, channel, height, width)."""
+    channels, height, width = dataset.format.channels, dataset.format.height, dataset.format.width
+    pixels = np.empty((len(cells), height, width, channels), np.uint8)
+    mode = "L" if channels == 1 else "RGB"  # copies of grey images may be stored in colour
+    for index, cell in enumerate(cells):
+        with Image.open(io.BytesIO(cell["bytes"])) as image:
+            if image.size != (width, height):
                 raise DataMissing(
-                    f"{file} holds an image of {array.shape[0]}x{array.shape[1]} pixels, expected "
-                    f"{shape[0]}x{shape[1]}; fetch {dataset.repository} again"
+                    f"{dataset.repository} holds an image of {image.height}x{image.width} pixels, expected "
+                    f"{height}x{width}; fetch it again"
                 )
-            pixels.append(array.reshape(*shape, dataset.format.channels))
-        labels.append(table.column(dataset.label_column).to_numpy())
-    stacked = np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
-    return Images(torch.from_numpy(stacked), torch.from_numpy(np.concatenate(labels).astype(np.int64)))
+            pixels[index] = np.asarray(image.convert(mode)).reshape(height, width, channels)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
 def as_float(pixels: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from zoo.attacks.gradient import pgd
 from zoo.attacks.outputs import Model, logits_of
 from zoo.bundle.bundle import Bundle, int8_file
 from zoo.errors import BadInput
-from zoo.export.onnx_graphs import GATES, IMAGES, LOGITS, as_numpy
+from zoo.export.onnx_graphs import as_numpy
+from zoo.export.stencil import GATES, IMAGES, LOGITS
 from zoo.runtime import session
 
 Graph = Callable[[Tensor, Sequence[int] | None], Tensor]

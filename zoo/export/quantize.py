@@ -12,7 +12,6 @@ no ranges inside and stays in float32 there.
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
@@ -21,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from zoo.errors import BadInput
-from zoo.export.onnx_graphs import GATES, IMAGES, IR_VERSION, OPSET
-from zoo.runtime import runtime
+from zoo.export.nodes import branches, reads, renamed
+from zoo.export.stencil import GATES, IMAGES, IR_VERSION, OPSET
+from zoo.runtime import quantization
 
-_library: Any = importlib.import_module(f"{runtime.__name__}.quantization")  # a package of its own, and a large one
+_library: Any = quantization()
 
 METHOD = "min-max, uint8 activations, int8 weights per channel; first convolution and last linear layer in float32"
 BATCH, GATED_BATCH = 32, 8
@@ -108,7 +108,7 @@ def _ranges(model: ModelProto, images: np.ndarray, facts: Mapping[str, str], see
 
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "model.onnx"
-        onnx.save(_with_what_branches_read(model), file)
+        onnx.save(_with_what_branchesreads(model), file)
         calibrator = _library.create_calibrator(
             file,
             [*ROUNDED, "If", "Identity"],
@@ -121,12 +121,12 @@ def _ranges(model: ModelProto, images: np.ndarray, facts: Mapping[str, str], see
             return calibrator.compute_data()
 
 
-def _with_what_branches_read(model: ModelProto) -> ModelProto:
+def _with_what_branchesreads(model: ModelProto) -> ModelProto:
     """Return the model with a node that reads what the branches do, of whatever kind: the library overlooks these."""
     copy = ModelProto()
     copy.CopyFrom(model)
     known = {tensor.name for tensor in model.graph.initializer}
-    read = set().union(*(_read(node) - set(node.input) for node in model.graph.node)) - known
+    read = set().union(*(reads(node) - set(node.input) for node in model.graph.node)) - known
     copy.graph.node.extend(helper.make_node("Identity", [name], [f"{name}/read"], name=f"{name}/read") for name in read)
     return copy
 
@@ -226,21 +226,15 @@ def _inlined(branch: GraphProto, output: str) -> list[NodeProto]:
     """Return copies of the nodes of a branch that make `output`; the last has its name, others carry it in theirs."""
     (answer,) = branch.output
     inner = [name for node in branch.node for name in node.output if name]
-    if any(_branches(node) for node in branch.node) or [answer.name] not in [list(node.output) for node in branch.node]:
+    if any(branches(node) for node in branch.node) or [answer.name] not in [list(node.output) for node in branch.node]:
         raise BadInput(
             f"a branch of {output!r} holds branches, or no node that makes its output alone; expected a candidate's "
             "layer, and further choices only in a branch of their own"
         )
     names = {name: f"{output}{_INSIDE}{position}" for position, name in enumerate(inner)} | {answer.name: output}
-    copies = []
-    for node in branch.node:
-        copy = NodeProto()
-        copy.CopyFrom(node)
-        for ends in (copy.input, copy.output):
-            for position, name in enumerate(ends):
-                ends[position] = names.get(name, name)
+    copies = [renamed(node, lambda name: names.get(name, name)) for node in branch.node]
+    for copy in copies:
         copy.name = output if output in copy.output else copy.output[0]
-        copies.append(copy)
     return copies
 
 
@@ -264,16 +258,15 @@ def _choosing(graph: GraphProto, choices: Mapping[str, NodeProto]) -> list[NodeP
 
 def _conditions(choice: NodeProto) -> list[str]:
     """Return the names of the conditions of a choice and of those nested in it."""
-    branches = [attribute.g for attribute in choice.attribute]
-    inner = [node for branch in branches for node in branch.node if node.op_type == "If"]
+    inner = [node for branch in branches(choice) for node in branch.node if node.op_type == "If"]
     return [choice.input[0], *(name for node in inner for name in _conditions(node))]
 
 
 def _branch_of(choice: NodeProto, candidate: int) -> GraphProto:
     """Return the branch of a candidate: the first's, or that of one of those nested in the other branch."""
-    branches = {attribute.name: attribute.g for attribute in choice.attribute}
-    then: GraphProto = branches["then_branch"]
-    otherwise: GraphProto = branches["else_branch"]
+    ways = {attribute.name: attribute.g for attribute in choice.attribute}
+    then: GraphProto = ways["then_branch"]
+    otherwise: GraphProto = ways["else_branch"]
     if candidate == 0:
         return then
     nested = [node for node in otherwise.node if node.op_type == "If"]
@@ -327,15 +320,12 @@ def _choice(
         """Return a candidate's branch; what is inside carries its number, because names outside may be the same."""
         own = {name for node in works[candidate] for name in node.input if name in tensors[candidate]}
         inside = own | {name for node in works[candidate] for name in node.output}
-        nodes = []
-        for node in works[candidate]:
-            copy = NodeProto()
-            copy.CopyFrom(node)
-            copy.name = f"{node.name}/{candidate}"
-            for names in (copy.input, copy.output):
-                for position, name in enumerate(names):
-                    names[position] = f"{name}/{candidate}" if name in inside else name
-            nodes.append(copy)
+        nodes = [
+            renamed(
+                node, lambda name: f"{name}/{candidate}" if name in inside else name, name=f"{node.name}/{candidate}"
+            )
+            for node in works[candidate]
+        ]
         initializers = []
         for name in sorted(own):
             tensor = TensorProto()
@@ -381,7 +371,7 @@ def _assembled(model: ModelProto, nodes: Sequence[NodeProto], tensors: Sequence[
             if name in makes:
                 needed.append(makes[name])
                 seen.update(makes[name].output)
-                waiting += _read(makes[name])
+                waiting += reads(makes[name])
     kept = [tensor for tensor in tensors if tensor.name in seen]
     chosen = {id(node) for node in needed}
     ordered = _in_order(
@@ -409,87 +399,10 @@ def _in_order(nodes: Sequence[NodeProto], known: set[str]) -> list[NodeProto]:
     """Return nodes such that each comes behind those whose values it or its branches read."""
     waiting, ordered = list(nodes), []
     while waiting:
-        ready = [node for node in waiting if _read(node) <= known]
+        ready = [node for node in waiting if reads(node) <= known]
         assert ready, f"{waiting[0].name} reads what no node makes"
         ordered += ready
         known = known.union(*(node.output for node in ready))
         done = {id(node) for node in ready}
         waiting = [node for node in waiting if id(node) not in done]
     return ordered
-
-
-def _read(node: NodeProto) -> set[str]:
-    """Return what a node reads, and what its branches read from outside."""
-    names = set(node.input)
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            inside = {tensor.name for tensor in attribute.g.initializer}
-            inside |= {output for inner in attribute.g.node for output in inner.output}
-            names |= {name for inner in attribute.g.node for name in _read(inner)} - inside
-    return names
-
-
-# --- what an int8 graph holds ---
-
-
-def strangers(content: bytes, twin: bytes) -> list[str]:
-    """Return the names of the tensors of an int8 graph that are not in its float32 twin, rounded or as they are.
-
-    A rounded tensor may be off by half of its scale. Scales and zero points are no tensors of the network; they are
-    numbers, or one number per channel. So an int8 graph without strangers holds no candidate that its twin does not.
-    """
-    known = {name: numpy_helper.to_array(tensor) for name, tensor in _all_tensors(onnx.load_from_string(twin).graph)}
-    graph = onnx.load_from_string(content).graph
-    tensors = {name: numpy_helper.to_array(tensor) for name, tensor in _all_tensors(graph)}
-    accounted: set[str] = set()
-    for node in _all_nodes(graph):
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        accounted |= {name for name in node.input[1:] if name in tensors and tensors[name].ndim <= 1}
-        if node.input[0] in tensors and _rounds(node, tensors, known):
-            accounted.add(node.input[0])
-    found = [name for name, tensor in tensors.items() if name not in accounted and not _is(name, tensor, known)]
-    return sorted(found)
-
-
-def _rounds(node: NodeProto, tensors: Mapping[str, np.ndarray], known: Mapping[str, np.ndarray]) -> bool:
-    """Whether a stored tensor is a known one, rounded to whole multiples of its scale.
-
-    A bias that several layers share has a copy for each of them, with digits behind its name.
-    """
-    name, stored = node.input[0].rpartition("_quantized")[0], tensors[node.input[0]]
-    scale = tensors.get(node.input[1])
-    originals = [known[other] for other in known if name.startswith(other) and known[other].shape == stored.shape]
-    if scale is None or scale.ndim > 1 or not originals:
-        return False
-    zero = tensors[node.input[2]] if len(node.input) > 2 else np.zeros_like(scale)
-    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-    shape = [-1 if position == axis else 1 for position in range(stored.ndim)] if scale.ndim else []
-    step = scale.astype(np.float64).reshape(shape)
-    restored = (stored.astype(np.float64) - zero.astype(np.float64).reshape(shape)) * step
-    return any(bool((np.abs(restored - original) <= 0.5001 * step).all()) for original in originals)
-
-
-def _is(name: str, tensor: np.ndarray, known: Mapping[str, np.ndarray]) -> bool:
-    """Whether a tensor stands in the twin as it is, under its own name or as a candidate's in a branch."""
-    twins = [known[other] for other in (name, name.rpartition("/")[0]) if other in known]
-    return any(twin.shape == tensor.shape and bool((twin == tensor).all()) for twin in twins)
-
-
-def _all_tensors(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
-    for tensor in graph.initializer:
-        yield tensor.name, tensor
-    for node in graph.node:
-        for branch in _branches(node):
-            yield from _all_tensors(branch)
-
-
-def _all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    for node in graph.node:
-        yield node
-        for branch in _branches(node):
-            yield from _all_nodes(branch)
-
-
-def _branches(node: NodeProto) -> list[GraphProto]:
-    return [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]

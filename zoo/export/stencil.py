@@ -8,9 +8,11 @@ weight that a parametrisation makes, and the convolution into which the BatchNor
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from zoo.errors import BadInput
+from zoo.export.nodes import branches, renamed
 from zoo.gates import graphs
 from zoo.networks import num_exits
 from zoo.runtime import session
@@ -72,7 +75,7 @@ def stencil_of(network: nn.Module, image_shape: tuple[int, ...], gate_of: Mappin
         raise BadInput(f"{name} has a tensor called {taken[0]!r}, as an input or output of its graph is; rename it")
     exits = (*(f"{EXIT_LOGITS}_{index}" for index in range(num_exits(network) - 1)), LOGITS)
     graph = _exported(network, torch.zeros(2, *image_shape), exits, own)
-    if any(attribute.type == onnx.AttributeProto.GRAPH for node in graph.node for attribute in node.attribute):
+    if any(map(branches, graph.node)):
         raise BadInput(f"{name} was exported with a branch or a loop of its own; expected a network without them")
     kinds = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.output)}
     if LOGITS not in kinds or len(kinds[LOGITS].shape.dim) != 2 or kinds[LOGITS].elem_type != TensorProto.FLOAT:
@@ -116,15 +119,17 @@ def _exported(
     network: nn.Module, example: torch.Tensor, exits: Sequence[str], inputs: Iterable[str]
 ) -> onnx.GraphProto:
     """Return the optimised graph, of which the network's tensors of these names are inputs, where they are used."""
+    from torch.onnx._internal.exporter import _core  # a second to import, which only an export should pay
+
     try:
         with warnings.catch_warnings():
             # torch's exporter calls its own deprecated functions (FutureWarning, DeprecationWarning).
             for category in (FutureWarning, DeprecationWarning, UserWarning):
                 warnings.simplefilter("ignore", category)
-            program = torch.onnx.export(
+            program = _core.export(
                 network,
                 (example,),
-                dynamo=True,
+                registry=_registry("torchvision" in sys.modules),
                 optimize=False,
                 opset_version=OPSET,
                 input_names=[IMAGES],
@@ -132,7 +137,6 @@ def _exported(
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )
-            assert program is not None
             graph = program.model.graph
             for name in inputs:
                 value = graph.initializers.pop(name, None)
@@ -146,6 +150,21 @@ def _exported(
             f"torch cannot export {type(network).__name__} to ONNX ({_reason(error)}); expected a forward without "
             "branches that depend on the images, for any batch size"
         ) from error
+
+
+@cache
+def _registry(torchvision: bool) -> Any:
+    """Return torch's table of ONNX functions, made once per process: `torch.onnx.export` makes it anew at every call.
+
+    That is half of the time that a small network takes. The exporter below the public function takes a table and only
+    reads it. torch is pinned to one version, and a test compares what both make.
+
+    Args:
+        torchvision: whether torchvision is loaded, because its operators are in the table from then on.
+    """
+    from torch.onnx._internal.exporter import _registration
+
+    return _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
 
 
 def _reason(error: BaseException) -> str:
@@ -267,8 +286,7 @@ def _folded(
         # the names of the convolution's own tensors, where nobody else reads them
         alone = weight in given and len(readers[weight]) == 1 and len(readers.get(bias, [node])) == 1
         stem = weight.removesuffix(".weight") if alone else norm.output[0]
-        copy = NodeProto()
-        copy.CopyFrom(node)
+        copy = renamed(node, str)
         del copy.input[:], copy.output[:]
         copy.input.extend([node.input[0], f"{stem}.weight", f"{stem}.bias"])
         copy.output.extend(norm.output)

@@ -89,7 +89,7 @@ def folded_copy(network: nn.Module) -> fx.GraphModule:
         conv.bias = nn.Parameter(tensors[f"{layer.conv}.bias"], requires_grad=learns)
     folded.num_exits = len(graphs.answers(folded))  # type: ignore[assignment]
     what = f"{type(original).__name__} with its BatchNorms folded"
-    self_check.check_same(original, original, folded.eval(), self_check.probes(original), what)
+    self_check.check_same(original, original, {what: folded.eval()}, self_check.probes(original))
     return folded
 
 

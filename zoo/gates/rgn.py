@@ -209,8 +209,7 @@ class RandomGatedNetwork(nn.Module):
                 f"the torch.fx graph of {name}": self.runner(last, self.select(path)),
                 f"{name} with its BatchNorms folded": self.runner(last, self.folded(path), folded=True),
             }
-            for what, run in ways.items():
-                self_check.check_same(self.template, partial(self, path=path), run, images, what)
+            self_check.check_same(self.template, partial(self, path=path), ways, images)
         parts = [part for layer in self.layers for part in self.parts(layer).values()]
         for gate, path in enumerate(chosen):
             self_check.check_reach(self.template, self.select(path), parts, images[:2], gate)

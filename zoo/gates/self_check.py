@@ -8,7 +8,7 @@ and every candidate of a gated layer must be able to change the answer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
         BadInput: it cannot be traced, or answers otherwise.
     """
     graph = graphs.trace(network)
-    check_same(network, network, graph, probes(network), f"the torch.fx graph of {type(network).__name__}")
+    check_same(network, network, {f"the torch.fx graph of {type(network).__name__}": graph}, probes(network))
     return graph
 
 
@@ -145,16 +145,15 @@ def difference(expected: Tensor, found: Tensor) -> float:
 
 @torch.no_grad()
 def check_same(
-    network: nn.Module, expected: Answer, found: Answer, images: Tensor, what: str, reason: str = TRACED
+    network: nn.Module, expected: Answer, ways: Mapping[str, Answer], images: Tensor, reason: str = TRACED
 ) -> None:
-    """Compare two ways to ask a network, both in evaluation mode, at each of `BATCH_SIZES`.
+    """Compare a network with what was made of it, all in evaluation mode, at each of `BATCH_SIZES`.
 
     Args:
         network: the network, which is put into evaluation mode for the time; it names the error.
         expected: the network itself, as a function of images.
-        found: what was made of it.
+        ways: what was made of it, as functions of images, by what they are in words: the subject of the error.
         images: as many as the largest batch.
-        what: what was made of it, in words; the subject of the error.
         reason: why they usually differ, in a sentence.
 
     Raises:
@@ -170,28 +169,38 @@ def check_same(
                     f"{name} answers images in [0, 1] with numbers that are not finite, so nothing made of it can be "
                     "compared with it; check its weights"
                 )
-            made = _answers(what, found, batch)
-            worst = max(map(difference, right, made)) if len(right) == len(made) else float("inf")
-            if not worst <= 1:
-                again = _answers(name, expected, batch)
-                if max(map(difference, right, again)) > 1:
+            for what, found in ways.items():
+                worst = _worst(right, _answers(what, found, batch))
+                if not worst <= 1 and not _amplified(name, expected, batch, right, worst):
                     raise BadInput(
-                        f"{name} answers the same images differently at each call although it is in evaluation mode; "
-                        "expected a fixed function, so look for dropout or noise that ignores the mode"
+                        f"{what} does not answer as {name} does: on {size} random images the answers differ by "
+                        f"{worst:.2g} times what rounding explains. {reason}"
                     )
-                nudged = max(map(difference, right, _answers(name, expected, batch * (1 + NUDGE))))
-                if nudged > MOST_NUDGED:
-                    raise BadInput(
-                        f"{name} answers very differently when its images are a millionth brighter, so nothing made "
-                        "of it can be compared with it; look for a variance near zero in a BatchNorm, or very large "
-                        "weights"
-                    )
-                if worst <= AMPLIFIED * nudged:
-                    continue  # the network makes that much of rounding alone
-                raise BadInput(
-                    f"{what} does not answer as {name} does: on {size} random images the answers differ by "
-                    f"{worst:.2g} times what rounding explains. {reason}"
-                )
+
+
+def _worst(right: Sequence[Tensor], made: Sequence[Tensor]) -> float:
+    """Return the largest `difference` at any exit."""
+    return max(map(difference, right, made)) if len(right) == len(made) else float("inf")
+
+
+def _amplified(name: str, expected: Answer, batch: Tensor, right: Sequence[Tensor], worst: float) -> bool:
+    """Whether the network makes that much of rounding alone, as it shows on slightly brighter images.
+
+    Raises:
+        BadInput: nothing can be compared with it: it answers differently at each call, or amplifies too much.
+    """
+    if _worst(right, _answers(name, expected, batch)) > 1:
+        raise BadInput(
+            f"{name} answers the same images differently at each call although it is in evaluation mode; "
+            "expected a fixed function, so look for dropout or noise that ignores the mode"
+        )
+    nudged = _worst(right, _answers(name, expected, batch * (1 + NUDGE)))
+    if nudged > MOST_NUDGED:
+        raise BadInput(
+            f"{name} answers very differently when its images are a millionth brighter, so nothing made of it can be "
+            "compared with it; look for a variance near zero in a BatchNorm, or very large weights"
+        )
+    return worst <= AMPLIFIED * nudged
 
 
 def _answers(name: str, run: Answer, batch: Tensor) -> tuple[Tensor, ...]:

@@ -22,35 +22,23 @@ from zoo.hub.client import Refused, bars, named, translated, waiting, without_ne
 logger = logging.getLogger(__name__)
 
 
-def fetch(repository: str, revision: str | None = None, only: Iterable[str] | None = None) -> Bundle:
-    """Fetch a bundle, the card first and then exactly the files that are wanted, all from one commit.
+def fetch_card(repository: str, revision: str | None = None) -> Bundle:
+    """Fetch the card of a bundle alone; `fetch_files` then fetches files from the same commit.
 
     What the cache holds is not fetched again; without a network, or with HF_HUB_OFFLINE=1, it is all there is.
 
     Args:
         repository: `organisation/name`.
         revision: a branch, tag or commit; None is the main branch.
-        only: the files that are needed; None is all that the card lists.
 
     Returns:
-        The bundle in the cache, checked; its folder is named after the commit.
+        The bundle in the cache; its folder is named after the commit.
 
     Raises:
         BadInput: if there is no such repository or revision, the hub cannot be reached, or the disk is full.
-        MissingFile: if the repository holds no bundle, or not all of one.
-        ChecksumMismatch: if a file is not what the card says; it is removed from the cache.
-        BundleError: if the card cannot be read, or is newer than this version.
-    """
-    bundle = fetch_card(repository, revision)
-    fetch_files(repository, bundle, only)
-    return bundle
-
-
-def fetch_card(repository: str, revision: str | None = None) -> Bundle:
-    """Fetch the card of a bundle alone; the folder of the bundle is named after its commit.
-
-    Raises:
-        ManygatesError: as `fetch`; an error of the card names the repository, not the cache.
+        MissingFile: if the repository holds no bundle.
+        ChecksumMismatch: if the card in the cache is not what the hub sent; it is removed from the cache.
+        BundleError: if the card cannot be read, or is newer than this version; the error names the repository.
     """
     folder = _snapshot(repository, revision, [CARD_FILE], first=True)
     if not (folder / CARD_FILE).is_file():
@@ -81,7 +69,9 @@ def fetch_files(repository: str, bundle: Bundle, only: Iterable[str] | None = No
         only: the files that are needed; None is all that the card lists.
 
     Raises:
-        ManygatesError: as `fetch`.
+        BadInput: if the hub cannot be reached, or the disk is full.
+        MissingFile: if the repository holds not all of the files.
+        ChecksumMismatch: if a file is not what the card says; it is removed from the cache.
     """
     folder, wanted = bundle.folder, None if only is None else tuple(only)
     names = [name for name in bundle.card.files if wanted is None or name in wanted]

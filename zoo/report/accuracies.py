@@ -19,9 +19,9 @@ _WIDE = 9
 _CLEAN = "clean"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, order=True)
 class Column:
-    """One attack at one eps."""
+    """One attack at one eps; columns stand in the order of protocols."""
 
     order: int
     group: str
@@ -39,10 +39,6 @@ class Column:
             text=f"ε {Fraction(result.eps_fraction)}" if result.eps else "",
         )
 
-    def key(self) -> tuple[int, str, Fraction]:
-        """Return what columns are sorted by."""
-        return self.order, self.group, self.eps
-
 
 def _grids(entries: Sequence[Entry]) -> list[Grid]:
     """Return the accuracies side by side: a table per data set, or several where there are many attacks."""
@@ -50,7 +46,7 @@ def _grids(entries: Sequence[Entry]) -> list[Grid]:
     for dataset in dict.fromkeys(entry.card.dataset for entry in entries):
         rows = [entry for entry in entries if entry.card.dataset == dataset]
         found = {Column.of(result) for entry in rows for result in deployed(entry)}
-        for index, part in enumerate(parts := _parts(sorted(found, key=Column.key))):
+        for index, part in enumerate(parts := _parts(sorted(found))):
             # a table after the first only has the rows that it says something of
             said = [
                 entry for entry in rows if any(Column.of(r) in part for r in deployed(entry) if measured(r) != _CLEAN)

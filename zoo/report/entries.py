@@ -82,15 +82,9 @@ def entries_of(cards: Sequence[Card]) -> list[Entry]:
         same = sum(other.name == card.name for other in distinct[:index])
         model = f"{card.name} ({same + 1})" if same else card.name
         named = dict.fromkeys([*card.variants, *(result.variant for result in card.results)])
-        for variant in sorted(named, key=_place):
-            dash = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
+        for variant in sorted(named, key=lambda name: (*MEASURED_VARIANTS, name).index(name)):
+            dash = (*VARIANTS, variant).index(variant)
             style = Style(colour=index if len(distinct) > 1 else dash, dash=dash)
             key = slug(f"variant {model} {variant}", (entry.key for entry in entries))
             entries.append(Entry(card=card, model=model, variant=variant, key=key, style=style))
     return entries
-
-
-def _place(variant: str) -> tuple[int, str]:
-    """Return where a variant comes in the order of the card's, those that it does not know last."""
-    known = variant in MEASURED_VARIANTS
-    return (MEASURED_VARIANTS.index(variant) if known else len(MEASURED_VARIANTS), variant)

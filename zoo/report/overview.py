@@ -67,17 +67,14 @@ def _claims(standing: Standing, entries: Sequence[Entry]) -> Iterator[Claim]:
 
 
 def _accuracies(entry: Entry, clean: Result | None, robust: Result | None) -> str:
-    if clean is None and robust is None:
-        return "has not been measured yet"
-    said = []
-    if clean is not None:
-        said.append(f"answers {wording.accuracy(clean)} of clean images correctly")
-    if robust is None:
-        said.append("was not attacked yet")
-    else:
+    said = [] if clean is None else [f"answers {wording.accuracy(clean)} of clean images correctly"]
+    if robust is not None:
         share, eps = wording.accuracy(robust), eps_text(Fraction(robust.eps_fraction))
         said.append(f"{share} ({wording.interval(robust)}) under {measured(robust)} at ε {eps}")
-    return ("" if entry.said == "the network" else f"({entry.said}) ") + " and ".join(said)
+    elif said:
+        said.append("was not attacked white-box yet")
+    which = "" if entry.said == "the network" else f"({entry.said}) "
+    return which + (" and ".join(said) or "has not been measured yet")
 
 
 def _trust(entry: Entry, robust: Result | None) -> str:

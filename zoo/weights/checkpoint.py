@@ -1,4 +1,4 @@
-"""Weights on disk: one safetensors file whose header says what network they belong to. Pickle is never read.
+"""Weights on disk: one safetensors file whose header says which network they belong to. Pickle is never read.
 
 The tensors of a random gated network are stored under the template's names; those of gated layers have a leading
 dimension of n candidates. So `conv1.weight` is (16, 3, 3, 3) in a plain ResNet-20 and (2, 16, 3, 3, 3) in a gated one.
@@ -28,11 +28,11 @@ from zoo.gates.derive import Ensemble
 from zoo.gates.rgn import RandomGatedNetwork, Sharing, randomly_gate
 
 FORMAT = "manygates-weights-1"
-MOST = 1024
+MAX_STACKED = 1024
 """Candidates of a layer, and members of an ensemble."""
-COPIES = 16
-"""How often the tensors of a file may be made while its network is built."""
-MOST_OPTION = 65_536
+MAX_BUILT_COPIES = 16
+"""So many times the size of a file's tensors may be built while its network is made."""
+MAX_OPTION = 65_536
 """Of a network's options, which are counts of layers and channels, and shares."""
 
 
@@ -52,12 +52,12 @@ class Architecture:
         texts = isinstance(self.network, str) and isinstance(self.dataset, str) and isinstance(self.options, dict)
         if not texts or self.sharing not in (None, *get_args(Sharing)):
             raise BadInput(f"an architecture is described by names and options, got {self.described()}")
-        if any(abs(number) > MOST_OPTION for number in _numbers(self.options)):
-            raise BadInput(f"the options {self.options} hold a number above {MOST_OPTION}; expected layers or channels")
+        if any(abs(number) > MAX_OPTION for number in _numbers(self.options)):
+            raise BadInput(f"the options {self.options} hold a number above {MAX_OPTION}; expected layers or channels")
         for name in ("candidates", "members"):
             number = getattr(self, name)
-            if type(number) is not int or not 1 <= number <= MOST:
-                raise BadInput(f"{name} is {number!r}, expected a whole number from 1 to {MOST}")
+            if type(number) is not int or not 1 <= number <= MAX_STACKED:
+                raise BadInput(f"{name} is {number!r}, expected a whole number from 1 to {MAX_STACKED}")
 
     @property
     def gated(self) -> bool:
@@ -70,7 +70,7 @@ class Architecture:
         return replace(self, candidates=1, sharing=None, members=1)
 
     def described(self) -> dict[str, Any]:
-        """Return the fields for a file's header; a single network does not speak of members."""
+        """Return the fields for a file's header, without `members` for a single network."""
         fields = asdict(self)
         if self.members == 1:
             del fields["members"]
@@ -141,8 +141,8 @@ def load_network_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 def assembled(architecture: Architecture, state: Mapping[str, Tensor]) -> nn.Module:
     """Build a network and copy what `network_state` returned into it; in evaluation mode.
 
-    What is claimed is compared with the tensors first, and building stops where it gets larger than they are: a file
-    makes nothing that it does not hold.
+    The claims are compared with the tensors first, and building stops once it is far larger than they are. So a small
+    file cannot fill the memory.
 
     Raises:
         CheckpointError: they belong to another network; the message says in which names or shapes.
@@ -171,12 +171,12 @@ class _TooLargeError(Exception):
 def _no_larger_than(state: Mapping[str, Tensor], candidates: int) -> Iterator[None]:
     """Stop what this thread builds in the block where it gets larger than the tensors of a network.
 
-    An option may ask for billions of layers or channels. A parameter is counted before it is initialised, when it is
-    no more than a reservation of memory.
+    An option may ask for billions of layers or channels. A parameter is counted before it is initialised, while its
+    memory is only reserved.
     """
     # a gated network is made of a template, of its candidates, and perhaps of copies to check them by
     numbers = sum(map(Tensor.numel, state.values()))
-    left = {"parameters": COPIES * len(state) * candidates, "numbers": COPIES * numbers}
+    left = {"parameters": MAX_BUILT_COPIES * len(state) * candidates, "numbers": MAX_BUILT_COPIES * numbers}
     thread = threading.get_ident()
 
     def count(module: nn.Module, name: str, parameter: Tensor | None) -> None:

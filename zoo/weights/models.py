@@ -18,7 +18,7 @@ from zoo.gates.derive import Ensemble, derive
 from zoo.gates.rgn import RandomGatedNetwork
 from zoo.networks import num_exits
 from zoo.weights.checkpoint import (
-    MOST,
+    MAX_STACKED,
     Architecture,
     assembled,
     load,
@@ -106,7 +106,7 @@ def load_members(file: Path) -> tuple[list[nn.Module], Architecture]:
     tensors, header = load(file)
     architecture = read_architecture(header, file)
     number = header.get("members", 1)
-    if type(number) is not int or not 1 <= number <= MOST:
+    if type(number) is not int or not 1 <= number <= MAX_STACKED:
         raise CheckpointError(f"{file} says it has {number!r} members, expected a count; export the bundle again")
     short = [name for name, tensor in tensors.items() if number > 1 and tensor.shape[:1] != (number,)]
     if short:

@@ -76,7 +76,7 @@ def make_bundle(
         method="standard",
         license="apache-2.0",
         dataset=dataset,
-        architecture=cards.Architecture(
+        architecture=cards.NetworkSummary(
             name=network,
             options={},
             gated_layers=layers,

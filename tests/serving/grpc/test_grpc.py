@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,14 @@ import grpc
 import numpy as np
 import onnxruntime
 import pytest
-from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from grpc_health.v1 import health_pb2
 
 from serving.answers import Prediction, Predictor
 from serving.http.app import Application
 from serving.operations.settings import Settings
-from serving.protocol import messages
-from serving.protocol.messages import SERVICE, Malformed, check_infer_request, message
+from serving.protocol.messages import SERVICE, message
 from serving.scheduling.service import Model
+from serving.server import build, compose
 from zoo.errors import BadInput
 
 HEALTH = "grpc.health.v1.Health"
@@ -64,6 +64,15 @@ class Client:
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
         return check(health_pb2.HealthCheckRequest(service=name), timeout=10).status
+
+    def watch(self, name: str) -> Any:
+        """Return what the server says of a name, until it has ended."""
+        watch = self.channel.unary_stream(
+            f"/{HEALTH}/Watch",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        return watch(health_pb2.HealthCheckRequest(service=name), timeout=10)
 
 
 @contextmanager
@@ -109,14 +118,36 @@ def serve(serve_in_a_thread) -> Callable[[Application], Any]:
     return serving
 
 
+@pytest.fixture(scope="module")
+def application(shared_application, serve_in_a_thread) -> Iterator[Application]:
+    """What most tests ask: the tiny model, as it is served by default."""
+    served = shared_application("single", grpc_port=0)
+    with serve_in_a_thread(served):
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(application: Application) -> Iterator[Client]:
+    assert application.grpc_port
+    connected = Client(application.grpc_port)
+    yield connected
+    connected.channel.close()
+
+
+def failures(application: Application) -> float:
+    """Return how many requests have failed."""
+    lines = application.metrics.text().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("manygates_request_failures_total{"))
+
+
 @pytest.fixture
 def images() -> np.ndarray:
     return np.random.default_rng(5).random((3, 3, 4, 4), dtype=np.float32)
 
 
-@pytest.fixture
-def answer(bundle_dir: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    session = onnxruntime.InferenceSession(bundle_dir / "single.onnx", providers=["CPUExecutionProvider"])
+@pytest.fixture(scope="module")
+def answer(shared_bundle_dir: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    session = onnxruntime.InferenceSession(shared_bundle_dir / "single.onnx", providers=["CPUExecutionProvider"])
     names = ["probabilities", "logits"]
     return lambda images: dict(zip(names, session.run(names, {"images": images}), strict=True))
 
@@ -142,6 +173,48 @@ def slow() -> Iterator[Slow]:
     predictor.go.set()
 
 
+@dataclass
+class Patient:
+    """A server of a slow model, which several tests share."""
+
+    predictor: Slow
+    application: Application
+    client: Client
+
+    def begin(self, images: np.ndarray) -> Any:
+        """Send a request, and return when it is being computed."""
+        self.predictor.started.clear()
+        call = self.client.method("ModelInfer").future(infer_request(images))
+        assert self.predictor.started.wait(5)
+        return call
+
+    @property
+    def waiting(self) -> int:
+        return self.application.service.find("tiny").queue.waiting
+
+
+@pytest.fixture(scope="module")
+def patient_server(make_card, serve_in_a_thread) -> Iterator[Patient]:
+    predictor = Slow()
+    model = Model(card=make_card(), mode="single", predictor=predictor)  # type: ignore[arg-type]
+    application = compose([model], Settings(threads=1, grpc_port=0))
+    with serve_in_a_thread(application):
+        client = Client(application.grpc_port)
+        yield Patient(predictor, application, client)
+        client.channel.close()
+
+
+@pytest.fixture
+def patient(patient_server: Patient) -> Iterator[Patient]:
+    patient_server.predictor.go.clear()
+    try:
+        yield patient_server
+    finally:
+        patient_server.predictor.go.set()
+    eventually(lambda: patient_server.waiting == 0)
+    eventually(lambda: patient_server.application.held_bytes == 0)
+
+
 def eventually(fact: Callable[[], object]) -> None:
     deadline = time.monotonic() + 5
     while not fact() and time.monotonic() < deadline:
@@ -149,62 +222,15 @@ def eventually(fact: Callable[[], object]) -> None:
     assert fact()
 
 
-# --- the messages
-
-
-def test_every_field_has_the_number_and_the_type_that_tritonclient_gives_it() -> None:
-    service_pb2 = pytest.importorskip("tritonclient.grpc.service_pb2")
-    theirs = service_pb2.DESCRIPTOR.pool
-    checked = 0
-    for descriptor in messages.pool().FindFileByName("inference.proto").message_types_by_name.values():
-        for kind in (descriptor, *descriptor.nested_types):
-            their_fields = theirs.FindMessageTypeByName(kind.full_name).fields_by_name
-            for field in kind.fields:
-                other = their_fields[field.name]
-                assert (field.number, field.type, field.is_repeated) == (other.number, other.type, other.is_repeated)
-                holders = [f.message_type.full_name if f.message_type else "" for f in (field, other)]
-                assert holders[0] == holders[1], field.full_name
-                checked += 1
-    assert checked > 100
-    ours = messages.pool().FindFileByName("inference.proto").enum_types_by_name["DataType"]
-    numbers = theirs.FindEnumTypeByName("inference.DataType").values_by_name
-    assert {value.name: value.number for value in ours.values} == {
-        value.name: numbers[value.name].number for value in ours.values
-    }
-
-
-def test_every_method_takes_and_returns_what_it_does_in_tritonclient() -> None:
-    service_pb2 = pytest.importorskip("tritonclient.grpc.service_pb2")
-    theirs = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
-    ours = messages.pool().FindFileByName("inference.proto").services_by_name["GRPCInferenceService"].methods
-    assert len(ours) == 12
-    for method in ours:
-        other = theirs[method.name]
-        assert method.input_type.full_name == other.input_type.full_name
-        assert method.output_type.full_name == other.output_type.full_name
-
-
-def test_the_compiled_messages_are_what_the_compiler_makes_of_the_source(tmp_path: Path) -> None:
-    protoc = pytest.importorskip("grpc_tools.protoc")
-    source = messages.COMPILED.with_name("inference.proto")
-    made = tmp_path / "made.binpb"
-    assert protoc.main(["protoc", f"-I{source.parent}", f"--descriptor_set_out={made}", source.name]) == 0
-    committed = messages.COMPILED.read_bytes()
-    assert FileDescriptorSet.FromString(made.read_bytes()) == FileDescriptorSet.FromString(committed)
-
-
 # --- inference
 
 
 @pytest.mark.parametrize("raw", [True, False], ids=["raw", "typed"])
 @pytest.mark.parametrize("datatype", ["FP32", "UINT8"])
-def test_pixels_in_either_form_get_what_onnx_runtime_answers(
-    tiny_application, serve, images, answer, datatype, raw
-) -> None:
+def test_pixels_in_either_form_get_what_onnx_runtime_answers(client, images, answer, datatype, raw) -> None:
     levels = np.random.default_rng(6).integers(0, 256, images.shape, dtype=np.uint8)
     sent, meant = (images, images) if datatype == "FP32" else (levels, levels.astype(np.float32) / 255)
-    with serve(tiny_application("single", grpc_port=0)) as client:
-        response = client.call("ModelInfer", infer_request(sent, datatype=datatype, raw=raw))
+    response = client.call("ModelInfer", infer_request(sent, datatype=datatype, raw=raw))
     found = tensors(response)
     assert list(found) == ["probabilities", "logits"]
     for name, expected in answer(meant).items():
@@ -212,15 +238,14 @@ def test_pixels_in_either_form_get_what_onnx_runtime_answers(
     assert (response.model_name, response.model_version, response.id) == ("tiny", "1", "")
 
 
-def test_a_request_gets_its_id_back_and_the_outputs_it_names_in_its_order(tiny_application, serve, images) -> None:
+def test_a_request_gets_its_id_back_and_the_outputs_it_names_in_its_order(client, images) -> None:
     request = infer_request(images)
     request.id = "number seven"
     for name in ("logits", "probabilities"):
         request.outputs.add(name=name)
-    with serve(tiny_application("single", grpc_port=0)) as client:
-        response = client.call("ModelInfer", request)
-        del request.outputs[1:]
-        alone = client.call("ModelInfer", request)
+    response = client.call("ModelInfer", request)
+    del request.outputs[1:]
+    alone = client.call("ModelInfer", request)
     assert response.id == "number seven"
     assert [output.name for output in response.outputs] == ["logits", "probabilities"]
     assert [output.name for output in alone.outputs] == ["logits"]
@@ -322,17 +347,16 @@ def output(*names: str, **parameters: int) -> Callable[[Any], None]:
     ],
 )
 def test_a_wrong_request_is_refused_with_what_is_wrong_and_counted(
-    tiny_application, serve, images, change_request, code, text
+    application, client, images, change_request, code, text
 ) -> None:
     request = infer_request(images)
     change_request(request)
-    application = tiny_application("single", grpc_port=0)
-    with serve(application) as client:
-        with refused(code, text):
-            client.call("ModelInfer", request)
-        assert b"manygates_request_failures_total" in application.metrics.text()
-        assert application.held_bytes == 0
-        client.call("ModelInfer", infer_request(images))  # the next is none the worse
+    before = failures(application)
+    with refused(code, text):
+        client.call("ModelInfer", request)
+    assert failures(application) == before + 1
+    assert application.held_bytes == 0
+    client.call("ModelInfer", infer_request(images))  # the next is none the worse
 
 
 def test_parameters_choose_where_the_operator_allows_it(tiny_application, serve, images, bundle_dir) -> None:
@@ -358,7 +382,7 @@ def test_agreement_comes_to_those_who_ask(card, serve, images) -> None:
     model = Model(card=card, mode="ensemble", predictor=Voting(), voting=("ensemble",))  # type: ignore[arg-type]
     request = infer_request(images)
     output("agreement")(request)
-    with serve(Application([model], Settings(threads=1, grpc_port=0))) as client:
+    with serve(compose([model], Settings(threads=1, grpc_port=0))) as client:
         response = client.call("ModelInfer", request)
     found = tensors(response)
     assert found["agreement"].tolist() == [1.0, 0.25, 0.5]
@@ -367,24 +391,21 @@ def test_agreement_comes_to_those_who_ask(card, serve, images) -> None:
 # --- time
 
 
-def test_a_calls_deadline_ends_its_wait_and_is_counted(application_of, serve, slow, images) -> None:
-    application = application_of(slow, threads=1, grpc_port=0)
-    with serve(application) as client:
-        first = client.method("ModelInfer").future(infer_request(images[:1], name="tiny"))
-        assert slow.started.wait(5)
-        with refused("DEADLINE_EXCEEDED"):
-            client.call("ModelInfer", infer_request(images[:1]), timeout=0.1)
-        queue = application.service.find("tiny").queue
-        eventually(lambda: queue.waiting == 0)
-        eventually(lambda: b'reason="deadline"' in application.metrics.text())
-        slow.go.set()
-        assert len(first.result(timeout=5).outputs) == 2
-        eventually(lambda: application.held_bytes == 0)
+def test_a_calls_deadline_ends_its_wait_and_is_counted(patient, images) -> None:
+    before = failures(patient.application)
+    first = patient.begin(images[:1])
+    with refused("DEADLINE_EXCEEDED"):
+        patient.client.call("ModelInfer", infer_request(images[:1]), timeout=0.1)
+    eventually(lambda: patient.waiting == 0)
+    eventually(lambda: failures(patient.application) == before + 1)
+    assert b'reason="deadline"' in patient.application.metrics.text()
+    patient.predictor.go.set()
+    assert len(first.result(timeout=5).outputs) == 2
 
 
-def test_the_shorter_of_deadline_and_timeout_goes_to_the_scheduler(application_of, serve, slow, images) -> None:
-    slow.go.set()
-    application = application_of(slow, threads=1, grpc_port=0)
+def test_the_shorter_of_deadline_and_timeout_goes_to_the_scheduler(
+    application, client, images, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked_for: list[float | None] = []
     predict = application.service.predict
 
@@ -392,14 +413,13 @@ def test_the_shorter_of_deadline_and_timeout_goes_to_the_scheduler(application_o
         asked_for.append(asked.timeout)
         return await predict(served, images, asked)
 
-    application.service.predict = listening
+    monkeypatch.setattr(application.service, "predict", listening)
     longer, shorter = infer_request(images), infer_request(images)
     longer.parameters["timeout"].int64_param = 60_000_000
     shorter.parameters["timeout"].int64_param = 3_000_000
-    with serve(application) as client:
-        for request in (longer, shorter, infer_request(images)):
-            client.call("ModelInfer", request, timeout=8)
-        client.call("ModelInfer", infer_request(images), timeout=None)
+    for request in (longer, shorter, infer_request(images)):
+        client.call("ModelInfer", request, timeout=8)
+    client.call("ModelInfer", infer_request(images), timeout=None)
     by_deadline, by_parameter, alone, without = asked_for
     assert 7 < by_deadline < 9  # it is rounded on its way
     assert by_parameter == 3
@@ -407,36 +427,27 @@ def test_the_shorter_of_deadline_and_timeout_goes_to_the_scheduler(application_o
     assert without is None
 
 
-def test_the_timeout_parameter_counts_where_it_is_shorter_than_the_deadline(
-    application_of, serve, slow, images
-) -> None:
+def test_the_timeout_parameter_counts_where_it_is_shorter_than_the_deadline(patient, images) -> None:
     request = infer_request(images[:1])
     request.parameters["timeout"].int64_param = 50_000  # microseconds
-    with serve(application_of(slow, threads=1, grpc_port=0)) as client:
-        first = client.method("ModelInfer").future(infer_request(images[:1]))
-        assert slow.started.wait(5)
-        began = time.monotonic()
-        with refused("DEADLINE_EXCEEDED", "the request's own timeout is over"):
-            client.call("ModelInfer", request, timeout=9)
-        assert time.monotonic() - began < 5
-        slow.go.set()
-        first.result(timeout=5)
+    patient.begin(images[:1])
+    began = time.monotonic()
+    with refused("DEADLINE_EXCEEDED", "the request's own timeout is over"):
+        patient.client.call("ModelInfer", request, timeout=9)
+    assert time.monotonic() - began < 5
 
 
-def test_a_cancelled_call_gives_up_its_place(application_of, serve, slow, images) -> None:
-    application = application_of(slow, threads=1, grpc_port=0)
-    with serve(application) as client:
-        first = client.method("ModelInfer").future(infer_request(images[:1]))
-        assert slow.started.wait(5)
-        second = client.method("ModelInfer").future(infer_request(images[:2]))
-        queue = application.service.find("tiny").queue
-        eventually(lambda: queue.waiting == 2)
-        second.cancel()
-        eventually(lambda: queue.waiting == 0)
-        slow.go.set()
-        first.result(timeout=5)
-        eventually(lambda: application.held_bytes == 0)
-        assert b"manygates_request_failures_total{" not in application.metrics.text()  # a client that left is no error
+def test_a_cancelled_call_gives_up_its_place_and_is_no_error(patient, images) -> None:
+    before = failures(patient.application)
+    first = patient.begin(images[:1])
+    second = patient.client.method("ModelInfer").future(infer_request(images[:2]))
+    eventually(lambda: patient.waiting == 2)
+    second.cancel()
+    eventually(lambda: patient.waiting == 0)
+    patient.predictor.go.set()
+    first.result(timeout=5)
+    eventually(lambda: patient.application.held_bytes == 0)
+    assert failures(patient.application) == before
 
 
 def test_a_full_queue_is_resource_exhausted_and_says_when_to_come_again(application_of, serve, slow, images) -> None:
@@ -509,12 +520,7 @@ def test_calls_without_an_end_hear_of_the_stop_and_do_not_hold_it_up(
     application = tiny_application("single", grpc_port=0, drain_timeout=20)
     with serve_in_a_thread(application):
         client = Client(application.grpc_port)
-        watch = client.channel.unary_stream(
-            f"/{HEALTH}/Watch",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        watched = watch(health_pb2.HealthCheckRequest(service="tiny"), timeout=10)
+        watched = client.watch("tiny")
         assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
         application.begin_drain()
         assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -526,12 +532,14 @@ def test_calls_without_an_end_hear_of_the_stop_and_do_not_hold_it_up(
     client.channel.close()
 
 
-def test_health_knows_the_server_the_service_and_the_models(tiny_application, serve) -> None:
-    with serve(tiny_application("single", grpc_port=0)) as client:
-        for name in ("", SERVICE, "tiny"):
-            assert client.health(name) == health_pb2.HealthCheckResponse.SERVING
-        with refused("NOT_FOUND", "no service and no model has the name 'other'"):
-            client.health("other")
+def test_health_knows_the_server_the_service_and_the_models(client) -> None:
+    for name in ("", SERVICE, "tiny"):
+        assert client.health(name) == health_pb2.HealthCheckResponse.SERVING
+    with refused("NOT_FOUND", "no service and no model has the name 'other'"):
+        client.health("other")
+    watched = client.watch("other")  # which may come to be served
+    assert next(watched).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    watched.cancel()
 
 
 # --- streams
@@ -550,9 +558,7 @@ def stream_of(client: Client) -> Any:
     )
 
 
-def test_a_stream_is_answered_in_order_and_a_wrong_request_does_not_end_it(
-    tiny_application, serve, images, answer
-) -> None:
+def test_a_stream_is_answered_in_order_and_a_wrong_request_does_not_end_it(application, client, images, answer) -> None:
     requests = []
     for number in range(200):
         request = infer_request(images[number % 3 : number % 3 + 1], name="tiny" if number % 10 != 9 else "nope")
@@ -560,10 +566,8 @@ def test_a_stream_is_answered_in_order_and_a_wrong_request_does_not_end_it(
         requests.append(request)
     requests.append(b"\xff\xff")
     expected = answer(images)["probabilities"]
-    application = tiny_application("single", grpc_port=0)
-    with serve(application) as client:
-        responses = list(stream_of(client)(iter(requests), timeout=20))
-        assert application.held_bytes == 0
+    responses = list(stream_of(client)(iter(requests), timeout=20))
+    assert application.held_bytes == 0
     assert [response.infer_response.id for response in responses] == [*map(str, range(200)), ""]
     for number, response in enumerate(responses[:200]):
         if number % 10 == 9:
@@ -574,17 +578,13 @@ def test_a_stream_is_answered_in_order_and_a_wrong_request_does_not_end_it(
     assert "is no good ModelInferRequest" in responses[200].error_message
 
 
-def test_a_stream_that_is_left_gives_up_its_places(application_of, serve, slow, images) -> None:
-    application = application_of(slow, threads=1, grpc_port=0)
-    with serve(application) as client:
-        stream = stream_of(client)(iter([infer_request(images[:1])] * 5 + [_Wait()]), timeout=20)
-        assert slow.started.wait(5)
-        queue = application.service.find("tiny").queue
-        eventually(lambda: queue.waiting >= 3)
-        stream.cancel()
-        eventually(lambda: queue.waiting == 0)
-        slow.go.set()
-        eventually(lambda: application.held_bytes == 0)
+def test_a_stream_that_is_left_gives_up_its_places(patient, images) -> None:
+    patient.predictor.started.clear()
+    stream = stream_of(patient.client)(iter([infer_request(images[:1])] * 5 + [_Wait()]), timeout=20)
+    assert patient.predictor.started.wait(5)
+    eventually(lambda: patient.waiting >= 3)
+    stream.cancel()
+    eventually(lambda: patient.waiting == 0)
 
 
 class _Wait:
@@ -605,12 +605,10 @@ def test_a_message_above_the_limit_is_refused_compressed_or_not(tiny_application
         assert client.call("ServerLive").live
 
 
-def test_a_small_message_is_not_large(tiny_application, serve) -> None:
-    application = tiny_application("single", grpc_port=0)
-    with serve(application) as client:
-        with refused("INVALID_ARGUMENT", "expected at most 65536"):
-            client.call("ModelMetadata", name="x" * 100_000)
-        eventually(lambda: application.held_bytes == 0)
+def test_a_small_message_is_not_large(application, client) -> None:
+    with refused("INVALID_ARGUMENT", "expected at most 65536"):
+        client.call("ModelMetadata", name="x" * 100_000)
+    eventually(lambda: application.held_bytes == 0)
 
 
 def test_the_server_holds_no_more_bytes_than_it_may(application_of, serve, slow, images) -> None:
@@ -627,44 +625,18 @@ def test_the_server_holds_no_more_bytes_than_it_may(application_of, serve, slow,
         assert len(client.call("ModelInfer", request).outputs) == 2
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"\x32\x00" * 20_000,  # outputs
-        b"\x3a\x00" * 20_000,  # raw_input_contents
-        b"\x22\x00" * 20_000,  # parameters
-        b"\x78\x00" * 20_000,  # a field that there is not
-        b"\x2a\xc0\xb8\x02" + b"\x22\x00" * 20_000,  # an input's parameters
-        b"\x32\xc0\xb8\x02" + b"\x12\x00" * 20_000,  # an output's parameters
-        b"\x2a\xc4\xb8\x02\x2a\xc0\xb8\x02" + b"\x42\x00" * 20_000,  # bytes_contents
-    ],
-)
-def test_a_request_of_very_many_parts_is_refused_before_it_is_read(body) -> None:
-    assert message("ModelInferRequest").FromString(body).ByteSize() > 0  # it could be read
-    with pytest.raises(Malformed, match="too many parts"):
-        check_infer_request(body, 10_000)
-
-
-def test_such_a_request_is_told_so(tiny_application, serve) -> None:
-    with serve(tiny_application("single", grpc_port=0)) as client, refused("INVALID_ARGUMENT", "too many parts"):
+def test_a_request_of_very_many_parts_is_told_so(client) -> None:
+    with refused("INVALID_ARGUMENT", "too many parts"):
         client.call("ModelInfer", b"\x32\x00" * 20_000)
 
 
-def test_a_shape_of_very_many_dimensions_is_refused_before_it_is_read() -> None:
-    request = message("ModelInferRequest")()
-    request.inputs.add(name="images", shape=[1] * 5000)
-    with pytest.raises(Malformed, match="too many dimensions"):
-        check_infer_request(request.SerializeToString(), 10_000)
-
-
-def test_numbers_that_are_not_packed_are_read_too(tiny_application, serve, images, answer) -> None:
+def test_numbers_that_are_not_packed_are_read_too(client, images, answer) -> None:
     """Protocol buffers allow either; some clients' libraries write one number a field."""
     numbers = b"".join(b"\x35" + number.tobytes() for number in images[:1].ravel())
     contents = b"\x2a" + _length(numbers) + numbers
     head = b"\x0a\x06images\x12\x04FP32\x1a\x04\x01\x03\x04\x04"
     body = b"\x0a\x04tiny\x2a" + _length(head + contents) + head + contents
-    with serve(tiny_application("single", grpc_port=0)) as client:
-        found = tensors(client.call("ModelInfer", body))
+    found = tensors(client.call("ModelInfer", body))
     np.testing.assert_allclose(found["logits"], answer(images[:1])["logits"], atol=1e-6)
 
 
@@ -672,7 +644,7 @@ def _length(content: bytes) -> bytes:
     return bytes([len(content) & 127 | 128, len(content) >> 7])
 
 
-def test_damaged_messages_are_refused_and_never_our_fault(tiny_application, serve, images) -> None:
+def test_damaged_messages_are_refused_and_never_our_fault(application, client, images) -> None:
     good = infer_request(images)
     output("logits")(good)
     good.parameters["timeout"].int64_param = 5_000_000
@@ -680,21 +652,19 @@ def test_damaged_messages_are_refused_and_never_our_fault(tiny_application, serv
     head = len(body) - images.nbytes
     draws = np.random.default_rng(3)
     codes = set()
-    application = tiny_application("single", grpc_port=0)
-    with serve(application) as client:
-        for _ in range(400):
-            damaged = bytearray(body)
-            for _ in range(draws.integers(1, 4)):
-                # all of it but the pixels, which are the other half
-                damaged[draws.integers(0, head)] = draws.integers(0, 256)
-            if draws.random() < 0.3:
-                damaged = damaged[: draws.integers(0, len(damaged))]
-            try:
-                client.call("ModelInfer", bytes(damaged))
-                codes.add("OK")
-            except grpc.RpcError as error:
-                codes.add(error.code().name)
-        assert application.held_bytes == 0
+    for _ in range(400):
+        damaged = bytearray(body)
+        for _ in range(draws.integers(1, 4)):
+            # all of it but the pixels, which are the other half
+            damaged[draws.integers(0, head)] = draws.integers(0, 256)
+        if draws.random() < 0.3:
+            damaged = damaged[: draws.integers(0, len(damaged))]
+        try:
+            client.call("ModelInfer", bytes(damaged))
+            codes.add("OK")
+        except grpc.RpcError as error:
+            codes.add(error.code().name)
+    assert application.held_bytes == 0
     assert "INVALID_ARGUMENT" in codes
     assert codes <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "DEADLINE_EXCEEDED"}
 
@@ -710,23 +680,24 @@ def test_a_call_without_a_message_is_refused_and_one_whose_message_does_not_come
             call(_never(), timeout=10)
 
 
+@pytest.mark.slow
 def test_messages_that_come_slowly_are_as_many_as_the_server_may_hold(tiny_application, serve, images) -> None:
     """How much of a message has come is not to be seen before all of it has."""
     limits = {"max_body_bytes": 2**20, "max_total_body_bytes": 2 * 2**20}
-    with serve(tiny_application("single", grpc_port=0, body_timeout=3, **limits)) as client:
+    with serve(tiny_application("single", grpc_port=0, body_timeout=1.5, **limits)) as client:
 
         def start(method: str) -> Any:
-            return client.channel.stream_unary(f"/{SERVICE}/{method}").future(_never(6), timeout=10)
+            return client.channel.stream_unary(f"/{SERVICE}/{method}").future(_never(3), timeout=10)
 
         held = [start("ModelInfer"), start("ServerLive")]
-        time.sleep(1)
+        time.sleep(0.5)  # until they count as slow
         with refused("UNAVAILABLE", "too many messages are being sent slowly"):
             start("ServerLive").result()
         assert len(client.call("ModelInfer", infer_request(images)).outputs) == 2, "one that comes at once is answered"
         for call in held:
-            with refused("DEADLINE_EXCEEDED", "no message came within 3 seconds"):
+            with refused("DEADLINE_EXCEEDED", "no message came within 1.5 seconds"):
                 call.result()
-        with refused("DEADLINE_EXCEEDED", "no message came within 3 seconds"):
+        with refused("DEADLINE_EXCEEDED", "no message came within 1.5 seconds"):
             start("ServerLive").result()
 
 
@@ -742,13 +713,13 @@ def test_streams_and_watchers_cannot_use_up_all_calls(tiny_application, serve, i
 
 def test_a_client_that_was_idle_for_long_is_answered_again(tiny_application, serve) -> None:
     with serve(tiny_application("single", grpc_port=0, keep_alive_timeout=0.2)) as client:
-        for _ in range(3):
-            assert client.call("ServerLive").live
-            time.sleep(0.5)
+        assert client.call("ServerLive").live
+        time.sleep(0.5)
+        assert client.call("ServerLive").live
 
 
 def test_a_connection_that_says_nothing_is_closed(tiny_application, serve) -> None:
-    application = tiny_application("single", grpc_port=0, header_timeout=0.5)
+    application = tiny_application("single", grpc_port=0, header_timeout=0.2)
     with serve(application), socket.create_connection(("127.0.0.1", application.grpc_port), timeout=5) as silent:
         while silent.recv(1000):  # its own settings, and then its end
             pass
@@ -757,37 +728,31 @@ def test_a_connection_that_says_nothing_is_closed(tiny_application, serve) -> No
 @pytest.mark.parametrize(
     "said", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", bytes(range(256)), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(99)]
 )
-def test_other_protocols_are_cut_off(tiny_application, serve, said) -> None:
-    application = tiny_application("single", grpc_port=0)
-    with serve(application) as client:
-        with socket.create_connection(("127.0.0.1", application.grpc_port), timeout=5) as other:
-            other.sendall(said)
-            with contextlib.suppress(ConnectionResetError):
-                while other.recv(1000):
-                    pass
-        assert client.call("ServerLive").live
+def test_other_protocols_are_cut_off(application, client, said) -> None:
+    with socket.create_connection(("127.0.0.1", application.grpc_port), timeout=5) as other:
+        other.sendall(said)
+        with contextlib.suppress(ConnectionResetError):
+            while other.recv(1000):
+                pass
+    assert client.call("ServerLive").live
 
 
-def test_whatever_a_name_holds_the_error_can_be_said(tiny_application, serve) -> None:
-    with serve(tiny_application("single", grpc_port=0)) as client:
-        for name in ("../../etc/passwd", "a\nb", "tiny\x00", "ümläut 🐈", "x" * 60_000):
-            with refused("NOT_FOUND", "unknown model"):
-                client.call("ModelMetadata", name=name)
+def test_whatever_a_name_holds_the_error_can_be_said(client) -> None:
+    for name in ("../../etc/passwd", "a\nb", "tiny\x00", "ümläut 🐈", "x" * 60_000):
+        with refused("NOT_FOUND", "unknown model"):
+            client.call("ModelMetadata", name=name)
 
 
-def test_an_unknown_method_is_unimplemented(tiny_application, serve) -> None:
-    with serve(tiny_application("single", grpc_port=0)) as client:
-        for path in (f"/{SERVICE}/TraceSetting", "/inference.Other/ModelInfer", "/x"):
-            with refused("UNIMPLEMENTED"):
-                client.channel.unary_unary(path)(b"", timeout=10)
+def test_an_unknown_method_is_unimplemented(client) -> None:
+    for path in (f"/{SERVICE}/TraceSetting", "/inference.Other/ModelInfer", "/x"):
+        with refused("UNIMPLEMENTED"):
+            client.channel.unary_unary(path)(b"", timeout=10)
 
 
 # --- the repository
 
 
 def test_models_are_loaded_and_unloaded_where_clients_may(bundle_dir, serve, tmp_path, images) -> None:
-    from serving.server import build
-
     place = tmp_path / "repository" / "tiny"
     place.parent.mkdir()
     bundle_dir.rename(place)
@@ -814,12 +779,11 @@ def test_models_are_loaded_and_unloaded_where_clients_may(bundle_dir, serve, tmp
             client.call("RepositoryModelLoad", load)
 
 
-def test_nothing_is_loaded_or_unloaded_where_the_operator_did_not_allow_it(tiny_application, serve) -> None:
-    with serve(tiny_application("single", grpc_port=0)) as client:
-        for method in ("RepositoryModelLoad", "RepositoryModelUnload"):
-            with refused("PERMISSION_DENIED", "the operator may allow it"):
-                client.call(method, model_name="tiny")
-        assert client.call("ModelReady", name="tiny").ready
+def test_nothing_is_loaded_or_unloaded_where_the_operator_did_not_allow_it(client) -> None:
+    for method in ("RepositoryModelLoad", "RepositoryModelUnload"):
+        with refused("PERMISSION_DENIED", "the operator may allow it"):
+            client.call(method, model_name="tiny")
+    assert client.call("ModelReady", name="tiny").ready
 
 
 # --- who may ask

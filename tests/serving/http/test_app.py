@@ -20,8 +20,8 @@ from serving.answers import Prediction, Predictor
 from serving.engine import gate_compiler
 from serving.engine.engine import Engine
 from serving.http.app import Application
-from serving.http.decoders import Decoders
-from serving.protocol.open_inference import Asked
+from serving.http.pictures import Decoders
+from serving.protocol.choices import Asked
 from serving.scheduling.service import Model
 from zoo.bundle.bundle import Bundle
 from zoo.errors import BadInput
@@ -276,7 +276,7 @@ def test_a_file_that_takes_for_ever_to_decode_holds_up_neither_the_stop_nor_the_
         assert opened.wait(60)
         return np.zeros((1, 3, 4, 4), np.float32)
 
-    monkeypatch.setattr("serving.http.app.decode_image", decode_image)
+    monkeypatch.setattr("serving.http.pictures.decode_image", decode_image)
     application = application_of(Fixed())
 
     async def main() -> None:
@@ -291,13 +291,13 @@ def test_a_file_that_takes_for_ever_to_decode_holds_up_neither_the_stop_nor_the_
     try:
         asyncio.run(main())
         assert not opened.is_set()
-        decoders = [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
-        assert decoders
-        assert all(thread.daemon for thread in decoders)  # the interpreter does not wait for these
+        assert application.stuck  # so the process does not wait for the interpreter, which waits for the threads
     finally:
         opened.set()
-    for thread in decoders:
-        thread.join(10)
+    for thread in threading.enumerate():
+        if thread.name.startswith("decode"):
+            thread.join(10)
+    assert not application.stuck
 
 
 def test_a_file_that_takes_longer_to_decode_than_its_request_has_is_answered_with_504(
@@ -318,7 +318,7 @@ def test_a_file_that_takes_longer_to_decode_than_its_request_has_is_answered_wit
         assert (await client.post("/classify?timeout=5000000", content=png())).status_code == 200
         assert (await client.post("/classify?timeout=0", content=png())).status_code == 200
 
-    monkeypatch.setattr("serving.http.app.decode_image", decode_image)
+    monkeypatch.setattr("serving.http.pictures.decode_image", decode_image)
     application = application_of(Fixed())
     try:
         ask(application, body)
@@ -345,30 +345,34 @@ def test_the_time_that_decoding_took_is_no_longer_there_in_the_queue(
         for query in ("?timeout=60000000", ""):
             assert (await client.post(f"/classify{query}", content=png())).status_code == 200
 
-    monkeypatch.setattr("serving.http.app.decode_image", decode_image)
+    monkeypatch.setattr("serving.http.pictures.decode_image", decode_image)
     monkeypatch.setattr(application.service, "predict", predict)
     ask(application, body)
     assert 0 < left[0] <= 59.9
     assert left[1] is None
 
 
-def test_a_file_that_nobody_waits_for_any_more_is_not_held_until_a_thread_is_free() -> None:
+def test_a_file_that_nobody_waits_for_any_more_is_not_held_until_a_thread_is_free(
+    card, monkeypatch: pytest.MonkeyPatch
+) -> None:
     entered, opened = threading.Event(), threading.Event()
 
-    class Work:
-        def __call__(self) -> np.ndarray:
-            entered.set()
-            assert opened.wait(10)
-            return np.zeros((1, 3, 4, 4), np.float32)
+    class File(bytearray):
+        """Which, unlike bytes, tells whether somebody holds it."""
+
+    def decode_image(content: bytes, wanted: object, **limits: int) -> np.ndarray:
+        entered.set()
+        assert opened.wait(10)
+        return np.zeros((1, 3, 4, 4), np.float32)
 
     async def main() -> None:
-        decoders = Decoders(1)
-        busy = asyncio.create_task(decoders.run(Work()))
+        decoders = Decoders(1000, threads=1)
+        first = asyncio.create_task(decoders.decode(File(), card.input))  # type: ignore[arg-type]
         await asyncio.to_thread(entered.wait, 10)
-        work = Work()
-        gone = weakref.ref(work)
-        waiting = asyncio.create_task(decoders.run(work))
-        del work
+        file = File()
+        gone = weakref.ref(file)
+        waiting = asyncio.create_task(decoders.decode(file, card.input))  # type: ignore[arg-type]
+        del file
         await asyncio.sleep(0)
         assert gone() is not None
         waiting.cancel()
@@ -376,9 +380,10 @@ def test_a_file_that_nobody_waits_for_any_more_is_not_held_until_a_thread_is_fre
         del waiting
         assert gone() is None
         opened.set()
-        await busy
+        await first
         decoders.stop()
 
+    monkeypatch.setattr("serving.http.pictures.decode_image", decode_image)
     asyncio.run(main())
 
 
@@ -539,7 +544,7 @@ def test_errors_that_the_router_answers_and_defects_are_counted(
     def defective(*_: object, **__: object) -> None:
         raise KeyError("a defect of ours")
 
-    monkeypatch.setattr("serving.http.app.decode_image", defective)
+    monkeypatch.setattr("serving.http.pictures.decode_image", defective)
     application = application_of(Fixed())
     monkeypatch.setattr(application.service.find("tiny").codec, "metadata", defective)
     monkeypatch.setattr(application.service.find("tiny").codec, "encode", defective)

@@ -5,6 +5,7 @@ may take seconds. The memory of the whole process is watched.
 """
 
 import contextlib
+import functools
 import gzip
 import io
 import itertools
@@ -184,14 +185,23 @@ def of_tiny(images: np.ndarray, found: np.ndarray) -> bool:
 
 
 @pytest.fixture
-def attack(serve_in_a_thread) -> Callable[..., Any]:
-    """Return a context manager that serves an application and lets a steady client ask; at the end all must be well."""
+def attack(shared_application, shared_server, serve_in_a_thread) -> Callable[..., Any]:
+    """Return a context manager that serves, and lets a steady client ask; at the end all must be well.
+
+    Without an application it serves the tiny model with some settings, on a server that the tests share.
+    """
 
     @contextmanager
     def attacking(
-        application: Application, right: Callable[[np.ndarray, np.ndarray], bool] = of_tiny, *, slowest: float = 3
+        application: Application | None = None,
+        right: Callable[[np.ndarray, np.ndarray], bool] = of_tiny,
+        **settings: Any,
     ) -> Iterator[Target]:
-        with serve_in_a_thread(application) as url:
+        with contextlib.ExitStack() as own:
+            if application is None:
+                application, url = shared_server(shared_application, "single", **settings)
+            else:
+                url = own.enter_context(serve_in_a_thread(application))
             host, _, port = url.removeprefix("http://").partition(":")
             steady = Steady((host, int(port)), right)
             steady.start()
@@ -206,7 +216,7 @@ def attack(serve_in_a_thread) -> Callable[..., Any]:
                 for client in target.opened:
                     client.close()
                 steady.end()
-            assert steady.slowest < slowest
+            assert steady.slowest < 3
             eventually(lambda: not application.held_bytes and not application.connections)
             eventually(lambda: not any(served.queue.waiting for served in application.service.everything()))
 
@@ -249,8 +259,8 @@ STARTS = {"line": b"GET /", "get": b"GET / HTTP/1.1\r\nHost: x\r\nX: ", "post": 
 
 
 @pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
-def test_heads_that_come_a_byte_at_a_time_are_cut_off(tiny_application, attack, start: bytes) -> None:
-    with attack(tiny_application("single", header_timeout=0.15)) as target:
+def test_heads_that_come_a_byte_at_a_time_are_cut_off(attack, start: bytes) -> None:
+    with attack(header_timeout=0.15) as target:
         assert {*dribble(target, start, b"a")} == {b""}
 
 
@@ -261,18 +271,18 @@ def test_heads_that_come_a_byte_at_a_time_are_cut_off(tiny_application, attack, 
     ids=["length", "chunks"],
 )
 def test_bodies_that_come_a_byte_at_a_time_are_given_up_with_408(
-    tiny_application, attack, start: bytes, headers: bytes, byte: bytes
+    attack, start: bytes, headers: bytes, byte: bytes
 ) -> None:
-    with attack(tiny_application("single", body_timeout=0.15)) as target:
+    with attack(body_timeout=0.15) as target:
         for received in dribble(target, start + headers, byte):
             assert received.startswith(b"HTTP/1.1 408 ")
             assert received.count(b"HTTP/1.1 ") == 1
 
 
 @BODIES
-def test_half_a_body_and_then_nobody_leaves_nothing_behind(tiny_application, attack, start: bytes) -> None:
+def test_half_a_body_and_then_nobody_leaves_nothing_behind(attack, start: bytes) -> None:
     whole, part = (60_000, 30_000) if start == INDEX else (9_000_000, 300_000)  # of JSON alone there may be 64 KiB
-    with attack(tiny_application("single")) as target:
+    with attack() as target:
         for _ in range(20):
             for headers in (b"Content-Length: %d\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n%x\r\n"):
                 client = target.connect()
@@ -329,11 +339,11 @@ ENDINGS = {"none": b"", "garbage": b"\x00\x00", "half": INFER + b"Content-Length
 
 @pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
 def test_hanging_up_on_requests_sent_ahead_leaves_no_traceback(
-    tiny_application, attack, caplog: pytest.LogCaptureFixture, ending: bytes
+    attack, caplog: pytest.LogCaptureFixture, ending: bytes
 ) -> None:
     picture = CLASSIFY + b"Content-Length: %d\r\n\r\n" % len(tiny_png()) + tiny_png()
     slow = INFER + b"Origin: x\r\n" + RAW % len(HOSTILE) + HOSTILE
-    with caplog.at_level("WARNING"), attack(tiny_application("single")) as target:
+    with caplog.at_level("WARNING"), attack() as target:
         for content in (picture, slow):
             for number in (1, 2, 10):
                 for _ in range(5):
@@ -373,9 +383,9 @@ def pour(target: Target, head: bytes, piece: bytes, size: int) -> tuple[int, byt
 
 
 @BODIES
-def test_a_body_of_100_megabytes_is_refused_by_what_it_announces(tiny_application, attack, start: bytes) -> None:
+def test_a_body_of_100_megabytes_is_refused_by_what_it_announces(attack, start: bytes) -> None:
     head = start + b"Content-Length: 100000000\r\n\r\n"
-    with attack(tiny_application("single")) as target:
+    with attack() as target:
         client = target.connect()
         client.sendall(head)
         assert everything(client).startswith(b"HTTP/1.1 413 ")
@@ -386,10 +396,8 @@ def test_a_body_of_100_megabytes_is_refused_by_what_it_announces(tiny_applicatio
 
 
 @BODIES
-def test_a_body_of_100_megabytes_in_chunks_is_refused_when_it_is_too_large(
-    tiny_application, attack, start: bytes
-) -> None:
-    with attack(tiny_application("single", max_body_bytes=4 * MEGABYTE)) as target:
+def test_a_body_of_100_megabytes_in_chunks_is_refused_when_it_is_too_large(attack, start: bytes) -> None:
+    with attack(max_body_bytes=4 * MEGABYTE) as target:
         for _ in range(3):
             chunk = b"8000\r\n" + b" " * 0x8000 + b"\r\n"
             sent, received = pour(target, start + b"Transfer-Encoding: chunked\r\n\r\n", chunk, 100_000_000)
@@ -398,10 +406,15 @@ def test_a_body_of_100_megabytes_in_chunks_is_refused_when_it_is_too_large(
         assert target.growth < 60
 
 
+@functools.cache
+def gzip_bomb() -> bytes:
+    return gzip.compress(bytes(50 * MEGABYTE))
+
+
 @BODIES
-def test_a_compressed_body_is_never_unpacked(tiny_application, attack, start: bytes) -> None:
-    bomb = gzip.compress(bytes(50 * MEGABYTE))
-    with attack(tiny_application("single")) as target:
+def test_a_compressed_body_is_never_unpacked(attack, start: bytes) -> None:
+    bomb = gzip_bomb()
+    with attack() as target:
         before = target.growth
         for encoding in (b"gzip", b"deflate", b"br", b"identity, gzip", b"GZIP", b"x"):
             headers = b"Content-Encoding: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (encoding, len(bomb))
@@ -411,15 +424,17 @@ def test_a_compressed_body_is_never_unpacked(tiny_application, attack, start: by
         assert target.growth < before + 20
 
 
-def png_of(width: int, height: int, data: bytes, *more: tuple[bytes, bytes], depth: int = 8, colour: int = 2) -> bytes:
-    def part(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+def png_part(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
+
+def png_of(width: int, height: int, data: bytes, more: bytes = b"", *, depth: int = 8, colour: int = 2) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    parts = [(b"IHDR", header), *more, (b"IDAT", data), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(part(*each) for each in parts)
+    parts = [png_part(b"IHDR", header), more, png_part(b"IDAT", data), png_part(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+@functools.cache
 def zeros(length: int) -> bytes:
     """Return so many zeros, compressed."""
     packer = zlib.compressobj(9)
@@ -469,11 +484,17 @@ BOMBS: dict[str, tuple[Callable[[], bytes], set[int]]] = {
         lambda: png_of(30_000, 30_000, zeros(30_000 * 3751), depth=1, colour=0),
         {400},
     ),
-    "png with a text of 100 MB": (lambda: png_of(4, 4, SMALL, (b"zTXt", b"a\0\0" + zeros(10**8))), {200, 400}),
-    "png with a profile of 100 MB": (lambda: png_of(4, 4, SMALL, (b"iCCP", b"a\0\0" + zeros(10**8))), {200, 400}),
+    "png with a text of 100 MB": (lambda: png_of(4, 4, SMALL, png_part(b"zTXt", b"a\0\0" + zeros(10**8))), {200, 400}),
+    "png with a profile of 100 MB": (
+        lambda: png_of(4, 4, SMALL, png_part(b"iCCP", b"a\0\0" + zeros(10**8))),
+        {200, 400},
+    ),
     "png with 100 MB too much": (lambda: png_of(4, 4, zeros(10**8)), {200, 400}),
-    "png of 16 MB of empty parts": (lambda: png_of(4, 4, SMALL, *[(b"teXt", b"")] * 1_300_000), {200, 400}),
-    "png whose every tag is the whole file": (lambda: png_of(4, 4, SMALL, (b"eXIf", tags(2000, 500_000))), {200}),
+    "png of 16 MB of empty parts": (lambda: png_of(4, 4, SMALL, png_part(b"teXt", b"") * 1_300_000), {200, 400}),
+    "png whose every tag is the whole file": (
+        lambda: png_of(4, 4, SMALL, png_part(b"eXIf", tags(2000, 500_000))),
+        {200},
+    ),
     "jpeg whose every tag is the whole file": (lambda: jpeg_of(8, 8, b"\xe1", b"Exif\0\0" + tags(4900, 60_000)), {200}),
     "webp whose every tag is the whole file": (lambda: webp_of(4, 4, tags(2000, 500_000)), {200}),
     "jpeg of 16 MB of padding": (lambda: jpeg_of(8, 8)[:2] + b"\xff" * 16_000_000 + jpeg_of(8, 8)[2:], {200, 400}),
@@ -486,10 +507,10 @@ BOMBS: dict[str, tuple[Callable[[], bytes], set[int]]] = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_picture_that_unpacks_to_far_more_than_it_is_costs_no_memory(tiny_application, attack, bomb: str) -> None:
+def test_a_picture_that_unpacks_to_far_more_than_it_is_costs_no_memory(attack, bomb: str) -> None:
     make, statuses = BOMBS[bomb]
     content = make()
-    with attack(tiny_application("single")) as target:
+    with attack() as target:
         before = target.growth
         answers = []
         for _ in range(4):
@@ -506,10 +527,10 @@ def test_a_picture_that_unpacks_to_far_more_than_it_is_costs_no_memory(tiny_appl
 # --- many
 
 
-def test_a_flood_of_heads_that_never_end_is_held_within_bounds(tiny_application, attack) -> None:
+def test_a_flood_of_heads_that_never_end_is_held_within_bounds(attack) -> None:
     flood = LIVE + b"".join(b"X-%d: %s\r\n" % (number, b"a" * 100) for number in range(590))
     assert 60_000 < len(flood) < 64 * 1024
-    with attack(tiny_application("single", header_timeout=1.0)) as target:
+    with attack(header_timeout=1.0) as target:
         for _ in range(200):
             target.connect().sendall(flood)
         assert target.growth < 100
@@ -517,9 +538,9 @@ def test_a_flood_of_heads_that_never_end_is_held_within_bounds(tiny_application,
             assert everything(client) == b""
 
 
-def test_a_thousand_idle_connections_keep_nobody_from_being_answered(tiny_application, attack) -> None:
+def test_a_thousand_idle_connections_keep_nobody_from_being_answered(attack) -> None:
     allow_open_files(4096)
-    with attack(tiny_application("single", header_timeout=1.5)) as target:
+    with attack(header_timeout=1.0) as target:
         for _ in range(1000):
             target.connect()
         seen = target.steady.answered
@@ -542,9 +563,9 @@ NAMES = (
 )  # fmt: skip
 
 
-def test_a_model_name_is_only_ever_looked_up_in_memory(tiny_application, attack) -> None:
+def test_a_model_name_is_only_ever_looked_up_in_memory(attack) -> None:
     calls = [("GET", ""), ("POST", "/infer"), ("GET", "/ready"), ("GET", "/versions/1"), ("GET", "/config")]
-    with attack(tiny_application("single", allow_repository_changes=True)) as target:
+    with attack(allow_repository_changes=True) as target:
         for name in NAMES:
             paths = [(method, f"/v2/models/{name}{suffix}") for method, suffix in calls]
             paths += [("GET", f"/v2/models/tiny/versions/{name}"), ("POST", f"/v2/models/tiny/versions/{name}/infer")]
@@ -598,9 +619,9 @@ def statuses_of(received: bytes) -> list[int]:
     return [int(piece[:3]) for piece in received.split(b"HTTP/1.1 ")[1:]]
 
 
-def test_a_request_whose_length_is_in_doubt_ends_the_connection(tiny_application, attack) -> None:
+def test_a_request_whose_length_is_in_doubt_ends_the_connection(attack) -> None:
     good = INFER + RAW % len(HOSTILE) + HOSTILE
-    with attack(tiny_application("single", header_timeout=0.15, body_timeout=0.15)) as target:
+    with attack(header_timeout=0.15, body_timeout=0.15) as target:
         begun = []
         for shape, headers in SMUGGLED.items():
             for start in (INFER, CLASSIFY):
@@ -620,10 +641,10 @@ def test_a_request_whose_length_is_in_doubt_ends_the_connection(tiny_application
 
 @pytest.mark.parametrize("path", [b"/nothing", b"/v2/models/nobody/infer", b"/v2/repository/models/tiny/load"])
 def test_a_body_that_looks_like_a_request_is_a_body_even_where_it_was_answered_before_it_came(
-    tiny_application, attack, path: bytes
+    attack, path: bytes
 ) -> None:
     good = INFER + RAW % len(HOSTILE) + HOSTILE
-    with attack(tiny_application("single")) as target:
+    with attack() as target:
         client = target.connect()
         answers = Answers(client)
         for _ in range(2):  # the connection has learnt this head
@@ -636,9 +657,9 @@ def test_a_body_that_looks_like_a_request_is_a_body_even_where_it_was_answered_b
         assert answers.read()[2] == b'{"live":true}'
 
 
-def test_a_body_that_trickles_in_after_its_answer_holds_no_connection_open(tiny_application, attack) -> None:
+def test_a_body_that_trickles_in_after_its_answer_holds_no_connection_open(attack) -> None:
     head = b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
-    with attack(tiny_application("single", body_timeout=0.3, keep_alive_timeout=1)) as target:
+    with attack(body_timeout=0.3, keep_alive_timeout=1) as target:
         for received in dribble(target, head % 10**15 + b"a", b"a"):
             assert received.startswith(b"HTTP/1.1 404 ")
         # nor does one that came whole, but late
@@ -656,9 +677,9 @@ GARBAGE = (
 )  # fmt: skip
 
 
-def test_garbage_behind_a_good_request_spoils_no_answer(tiny_application, attack) -> None:
+def test_garbage_behind_a_good_request_spoils_no_answer(attack) -> None:
     good = INFER + RAW % len(HOSTILE) + HOSTILE
-    with attack(tiny_application("single", header_timeout=0.15)) as target:
+    with attack(header_timeout=0.15) as target:
         begun = []
         for garbage in GARBAGE:
             for learnt, at_once in itertools.product((False, True), repeat=2):
@@ -748,13 +769,13 @@ def test_a_tampered_bundle_is_never_served_and_the_one_before_goes_on(
     with attack(application, right) as target:
         for kind in TAMPERED:
             tampered(bundle_dir, kind)
-            eventually(lambda: application.index()[0]["reason"])
-            (entry,) = application.index()
+            eventually(lambda: application.administration.index()[0]["reason"])
+            (entry,) = application.administration.index()
             assert entry["state"] == "READY"
             assert str(tmp_path) not in entry["reason"]
             shutil.rmtree(bundle_dir)
             shutil.copytree(original, bundle_dir)
-            eventually(lambda: not application.index()[0]["reason"])
+            eventually(lambda: not application.administration.index()[0]["reason"])
         assert target.application.service.ready
         scales.append(2.0)
         generation = application.service.generation
@@ -953,21 +974,20 @@ def check(received: bytes, sent: bytes) -> None:
 FUZZED = int(os.environ.get("MANYGATES_FUZZ_EXAMPLES", "0"))
 
 
-def test_any_bytes_in_any_pieces_get_answers_or_a_closed_connection(tiny_application, attack) -> None:
-    application = tiny_application(
-        "single", header_timeout=0.1, body_timeout=0.1, keep_alive_timeout=1, cors_origins=("http://y",)
-    )
-    with attack(application) as target:
+@pytest.mark.slow
+def test_any_bytes_in_any_pieces_get_answers_or_a_closed_connection(attack) -> None:
+    limits = {"header_timeout": 0.1, "body_timeout": 0.1, "keep_alive_timeout": 1}
+    with attack(**limits, cors_origins=("http://y",)) as target:
 
         @settings(
-            max_examples=FUZZED or 6,
+            max_examples=FUZZED or 3,
             deadline=None,
             derandomize=not FUZZED,
             database=None,
             phases=[Phase.generate],  # what depends on time cannot be made smaller
             suppress_health_check=list(HealthCheck),
         )
-        @given(st.lists(conversation(), min_size=60, max_size=60))
+        @given(st.lists(conversation(), min_size=120, max_size=120))
         def side_by_side(conversations: list[list[bytes]]) -> None:
             talk(target.address, conversations)
 

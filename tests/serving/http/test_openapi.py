@@ -37,6 +37,15 @@ class Fixed(Predictor):
         return Prediction(np.repeat(row, len(images), axis=0), np.zeros((len(images), 3), np.float32))
 
 
+def document_of(application: Application) -> dict[str, Any]:
+    return openapi.document(application.service, application.starlette.routes)
+
+
+def choices(operation: dict[str, Any]) -> dict[str, Any]:
+    """Return the schemas of the parameters of an operation."""
+    return {parameter["name"]: parameter["schema"] for parameter in operation["parameters"]}
+
+
 def operations(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     return {
         (path, method): operation
@@ -60,22 +69,18 @@ def ask(application: Application, body: Callable[[httpx.AsyncClient], Awaitable[
     asyncio.run(main())
 
 
-@pytest.fixture
-def keys(tmp_path: Path) -> dict[str, str]:
-    file = tmp_path / "keys"
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"alice:{KEY}\n")
     file.chmod(0o600)
-    return {"api_keys_file": str(file)}
+    return str(file)
 
 
-@pytest.fixture
-def administrators(keys) -> dict[str, str]:
-    return {"admin_keys_file": keys["api_keys_file"]}
-
-
-@pytest.fixture
-def applications(tiny_application, card, keys, administrators, tmp_path: Path) -> dict[str, Application]:
-    """Servers of every kind."""
+@pytest.fixture(scope="module")
+def several(make_card) -> Callable[[], Application]:
+    """Return a function to an application of several models, which a test may change."""
+    card = make_card()
     large = replace(card, name="large", input=replace(card.input, height=40, width=40))
     plain = replace(card.architecture, gated_layers=(), candidates=1, sharing=None)
     early = replace(
@@ -91,14 +96,22 @@ def applications(tiny_application, card, keys, administrators, tmp_path: Path) -
         Model(card=large, mode="ensemble", predictor=Fixed(), voting=("ensemble",), version="7"),
         Model(card=early, mode="single", predictor=Fixed(), limits=np.zeros(2, np.float32)),
     ]
-    (tmp_path / "empty").mkdir()
+    return lambda: Application(models, Settings(threads=1))
+
+
+@pytest.fixture(scope="module")
+def applications(
+    shared_application, several, keys_file: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Application]:
+    """Servers of every kind."""
+    empty = tmp_path_factory.mktemp("empty")
     return {
-        "plain": tiny_application("single"),
-        "any mode": tiny_application("random", allow_mode_choice=True, allow_repository_changes=True),
-        "several": Application(models, Settings(threads=1)),
-        "nothing yet": build(Settings(threads=1, model_repository=str(tmp_path / "empty"))),
-        "keys": tiny_application("single", **keys),
-        "administrators": tiny_application("single", **administrators),
+        "plain": shared_application("single"),
+        "any mode": shared_application("random", allow_mode_choice=True, allow_repository_changes=True),
+        "several": several(),
+        "nothing yet": build(Settings(threads=1, model_repository=str(empty))),
+        "keys": shared_application("single", api_keys_file=keys_file),
+        "administrators": shared_application("single", admin_keys_file=keys_file),
     }
 
 
@@ -113,11 +126,11 @@ def test_the_document_is_valid_openapi_and_served_as_json(applications, kind: st
         answer = await client.get("/openapi.json", headers={"x-api-key": KEY})
         assert answer.status_code == 200
         assert answer.headers["content-type"] == "application/json"
-        assert answer.json() == openapi.document(application.service)
+        assert answer.json() == document_of(application)
         assert "GET /openapi.json" in (await client.get("/", headers={"x-api-key": KEY})).json()["endpoints"]
 
     ask(application, body)
-    openapi_spec_validator.validate(openapi.document(application.service))
+    openapi_spec_validator.validate(document_of(application))
 
 
 @KINDS
@@ -130,7 +143,7 @@ def test_every_route_is_in_the_document_and_the_other_way_round(applications, ki
         for method in route.methods or ()
         if method != "HEAD"  # Starlette's own addition to GET
     }
-    found = operations(openapi.document(application.service))
+    found = operations(document_of(application))
     assert found.keys() == routes
     assert len(routes) == OPERATIONS
     names = [operation["operationId"] for operation in found.values()]
@@ -141,43 +154,48 @@ def test_every_error_of_the_documentation_is_in_the_document() -> None:
     page = (Path(__file__).parents[3] / "docs/serving.md").read_text()
     table = page.partition("### Errors")[2].partition("\n## ")[0]
     told = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")} - {"status"}
-    assert told - {"405"} == STATUSES == {str(status) for status in openapi._WHAT}
+    assert told - {"405"} == STATUSES == {str(status) for status in openapi.STATUSES}
 
 
 def test_names_shapes_and_choices_are_those_of_the_served_models(applications) -> None:
-    found = openapi.document(applications["several"].service)["components"]
-    assert found["parameters"]["Model"]["schema"]["enum"] == ["tiny", "large", "early"]
-    assert found["parameters"]["Version"]["schema"]["enum"] == ["1", "7"]
-    assert found["parameters"]["classify_mode"]["schema"]["enum"] == ["random", "single"]
-    assert found["parameters"]["classify_draws"]["schema"]["maximum"] == 100
-    assert found["parameters"]["classify_exit"]["schema"]["maximum"] == 3
-    request = found["schemas"]["InferRequest"]["properties"]
-    assert {"mode", "draws", "exit", "confidence"} < request["parameters"]["properties"].keys()
+    document = document_of(applications["several"])
+    schemas = document["components"]["schemas"]
+    path = choices(document["paths"]["/v2/models/{model}/versions/{version}/infer"]["post"])
+    assert path["model"]["enum"] == ["tiny", "large", "early"]
+    assert path["version"]["enum"] == ["1", "7"]
+    for found in (choices(document["paths"]["/classify"]["post"]), schemas["InferParameters"]["properties"]):
+        assert found["mode"]["enum"] == ["random", "single"]
+        assert found["draws"]["maximum"] == 100
+        assert found["exit"]["maximum"] == 3
+        assert "confidence" in found
     shapes = [
         tuple(entry["const"] for entry in tensor["properties"]["shape"]["prefixItems"][1:])
-        for tensor in request["inputs"]["items"]["oneOf"]
+        for tensor in schemas["InferRequest"]["properties"]["inputs"]["items"]["oneOf"]
     ]
     assert shapes == [(3, 4, 4)] * 2 + [(3, 40, 40)] * 2
-    wanted = request["outputs"]["items"]["properties"]["name"]["enum"]
-    assert wanted == ["probabilities", "logits", "exit", "agreement"]
+    assert {*schemas["WantedOutput"]["properties"]["name"]["enum"]} == {
+        "probabilities",
+        "logits",
+        "exit",
+        "agreement",
+    }
 
 
 def test_what_requests_may_not_choose_is_not_in_the_document(applications) -> None:
-    found = openapi.document(applications["plain"].service)["components"]
-    for name in ("mode", "draws", "exit", "confidence"):
-        assert f"classify_{name}" not in found["parameters"]
-        assert name not in found["schemas"]["InferRequest"]["properties"]["parameters"]["properties"]
-    wanted = found["schemas"]["InferRequest"]["properties"]["outputs"]["items"]["properties"]["name"]["enum"]
-    assert wanted == ["probabilities", "logits"]
+    document = document_of(applications["plain"])
+    schemas = document["components"]["schemas"]
+    for found in (choices(document["paths"]["/classify"]["post"]), schemas["InferParameters"]["properties"]):
+        assert not {"mode", "draws", "exit", "confidence"} & found.keys()
+    assert schemas["WantedOutput"]["properties"]["name"]["enum"] == ["probabilities", "logits"]
 
 
-def test_the_document_changes_with_what_is_served(applications) -> None:
-    application = applications["several"]
+def test_the_document_changes_with_what_is_served(several) -> None:
+    application = several()
 
     async def body(client: httpx.AsyncClient) -> None:
         async def names() -> list[str]:
             document = (await client.get("/openapi.json")).json()
-            return document["components"]["parameters"]["Model"]["schema"]["enum"]
+            return choices(document["paths"]["/v2/models/{model}"]["get"])["model"]["enum"]
 
         assert await names() == ["tiny", "large", "early"]
         application.service.drop("large")
@@ -191,7 +209,7 @@ def test_the_document_changes_with_what_is_served(applications) -> None:
     [("plain", None), ("keys", {"/v2/health/live", "/v2/health/ready"}), ("administrators", None)],
 )
 def test_the_document_says_where_a_key_is_needed(applications, kind: str, free: Any) -> None:
-    document = openapi.document(applications[kind].service)
+    document = document_of(applications[kind])
     needy = {path for (path, _), operation in operations(document).items() if "security" in operation}
     changes = {f"/v2/repository/models/{{model}}/{verb}" for verb in ("load", "unload")}
     everything = {*document["paths"]}
@@ -203,7 +221,7 @@ def test_the_document_says_where_a_key_is_needed(applications, kind: str, free: 
 
 def test_where_the_document_asks_for_no_key_none_is_needed_and_elsewhere_it_is(applications) -> None:
     application = applications["keys"]
-    found = operations(openapi.document(application.service))
+    found = operations(document_of(application))
 
     async def body(client: httpx.AsyncClient) -> None:
         for (path, method), operation in found.items():
@@ -215,7 +233,7 @@ def test_where_the_document_asks_for_no_key_none_is_needed_and_elsewhere_it_is(a
 
 def test_the_examples_are_answered_and_the_answers_are_as_the_document_says(applications) -> None:
     application = applications["any mode"]
-    document = openapi.document(application.service)
+    document = document_of(application)
     components = document["components"]
     in_json = components["examples"]["InferRequest"]["value"]
     fits(document, "InferRequest", in_json)
@@ -241,8 +259,8 @@ def test_the_examples_are_answered_and_the_answers_are_as_the_document_says(appl
         )
         for path, schema in (
             ("/", "Index"),
-            ("/v2", "Server"),
-            ("/v2/models/tiny", "Model"),
+            ("/v2", "ServerMetadata"),
+            ("/v2/models/tiny", "ModelMetadata"),
             ("/v2/models/tiny/versions/1/config", "ModelConfiguration"),
             ("/v2/models/tiny/stats", "Statistics"),
         ):
@@ -254,26 +272,27 @@ def test_the_examples_are_answered_and_the_answers_are_as_the_document_says(appl
 def test_a_model_of_large_images_has_no_example_of_thousands_of_numbers(card) -> None:
     large = replace(card, input=replace(card.input, height=400, width=400))
     application = Application([Model(card=large, mode="single", predictor=Fixed())], Settings(threads=1))
-    document = openapi.document(application.service)
+    document = document_of(application)
     openapi_spec_validator.validate(document)
     assert "examples" not in document["components"]
     assert len(json.dumps(document)) < 50_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["open", "keys"])
 def test_schemathesis_finds_no_5xx_and_no_answer_that_the_document_does_not_allow(
-    tiny_application, keys, serve_in_a_thread, tmp_path: Path, way: str
+    shared_application, keys_file: str, serve_in_a_thread, tmp_path: Path, way: str
 ) -> None:
     settings: dict[str, Any] = {"allow_mode_choice": True, "max_queue": 64}
     more = []
     if way == "keys":
-        settings |= {**keys, "log_requests": True, "cors_origins": ("*",)}  # without the short way
+        settings |= {"api_keys_file": keys_file, "log_requests": True, "cors_origins": ("*",)}  # without the short way
         more = ["--header", f"X-API-Key: {KEY}"]
     # a request may ask for no more than a few microseconds
     (tmp_path / "schemathesis.toml").write_text(
         '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", "504"]\n'
     )
-    with serve_in_a_thread(tiny_application("random", **settings)) as url:
+    with serve_in_a_thread(shared_application("random", **settings)) as url:
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", *more),

@@ -6,7 +6,9 @@ import pytest
 
 from serving.answers import Plan, Prediction
 from serving.errors import RequestError
-from serving.protocol.open_inference import HEADER_LENGTH, NOTHING_ASKED, Asked, Codec, InferRequest, http_response
+from serving.protocol.choices import NOTHING_ASKED, Asked
+from serving.protocol.open_inference import HEADER_LENGTH, Codec, InferRequest, http_response
+from serving.protocol.shown import shown
 
 PIXELS = 48
 
@@ -270,14 +272,12 @@ def test_a_large_value_in_the_wrong_place_is_shown_in_short_without_sorting_it(c
         def __lt__(self, other: object) -> bool:
             raise AssertionError("sorted all keys to show a few")
 
-    from serving.protocol.open_inference import _short
-
-    assert _short({Unsortable(number): 0 for number in range(9)}) == "{'0': 0, '1': 0, '2': 0, '3': 0, ...}"
+    assert shown({Unsortable(number): 0 for number in range(9)}) == "{'0': 0, '1': 0, '2': 0, '3': 0, ...}"
     wide: list = [9] * 20
     for _ in range(8):
         wide = [wide] * 20  # 20^9 numbers, all the same few lists
-    assert len(_short(wide)) < 200
-    assert len(_short({"a" * 1000: {"b" * 1000: "c" * 1000}})) < 200
+    assert len(shown(wide)) < 200
+    assert len(shown({"a" * 1000: {"b" * 1000: "c" * 1000}})) < 200
 
 
 def test_a_truncated_tensor_is_refused_with_its_expected_size(codec: Codec) -> None:
@@ -374,7 +374,7 @@ def outputs_of(codec: Codec, decoded: InferRequest, answered: Prediction) -> dic
 @pytest.mark.parametrize("in_binary", [False, True])
 def test_agreement_is_told_to_requests_that_ask_for_it(card, in_binary: bool) -> None:
     codec = voting(card)
-    assert codec.outputs == ("probabilities", "logits", "agreement")
+    assert codec.choices.outputs == ("probabilities", "logits", "agreement")
     kinds = {output["name"]: (output["datatype"], output["shape"]) for output in codec.metadata()["outputs"]}
     assert kinds["agreement"] == ("FP32", [-1])
     wanted = [{"name": name} for name in ("logits", "agreement")]
@@ -402,13 +402,13 @@ def test_agreement_is_not_told_to_requests_that_do_not_ask_for_it(card, in_binar
 
 def test_where_one_path_answers_there_is_no_agreement_to_ask_for(card) -> None:
     for codec in (Codec(card, max_rows=4), voting(card, plan=Plan("single")), voting(card, voting=())):
-        assert "agreement" not in codec.outputs
+        assert "agreement" not in codec.choices.outputs
         assert "unknown output 'agreement'" in refused(codec, request(tensor(), outputs=[{"name": "agreement"}]))
     one_draw = voting(card, plan=Plan("random", 1))
-    assert "agreement" not in one_draw.outputs
-    assert "agreement" in voting(card, plan=Plan("random", 2)).outputs
+    assert "agreement" not in one_draw.choices.outputs
+    assert "agreement" in voting(card, plan=Plan("random", 2)).choices.outputs
     chooses = voting(card, plan=Plan("single"), modes=("single", "random"), max_draws=8)
-    assert "agreement" in chooses.outputs
+    assert "agreement" in chooses.choices.outputs
     wanted = [{"name": "agreement"}]
     said = refused(chooses, request(tensor(), outputs=wanted))
     assert "the output 'agreement' needs several votes, but the request is answered in mode 'single' by one" in said

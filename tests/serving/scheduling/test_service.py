@@ -15,7 +15,7 @@ import pytest
 from serving.answers import Plan, Prediction, Predictor
 from serving.errors import GRPC_CODES, RequestError
 from serving.operations.settings import Settings
-from serving.protocol.open_inference import Asked
+from serving.protocol.choices import Asked
 from serving.scheduling.queue import Outcome
 from serving.scheduling.service import Model, Service
 from zoo.bundle.card import Card

@@ -200,8 +200,8 @@ def test_more_members_than_wrong_classes_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha": -1}, "alpha >= 0 and beta >= 0, got -1 and 0.5"),
-        ({"beta": math.inf}, "got 2.0 and inf"),
+        ({"alpha": -1}, "alpha >= 0, got -1"),
+        ({"beta": math.inf}, "beta >= 0, got inf"),
         ({"offset": 0}, "0 < offset < 1, got 0"),
         ({"paths": 1}, "at least 2 paths, got 1"),
     ],

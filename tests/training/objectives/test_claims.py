@@ -27,7 +27,6 @@ from training.loop import train
 from training.objectives import (
     OBJECTIVES,
     Adp,
-    Attack,
     Awp,
     Dropen,
     Dverge,
@@ -42,6 +41,7 @@ from training.objectives import (
     PgdAt,
     Standard,
     Trades,
+    TrainingAttack,
     Trs,
 )
 from training.objectives.input_gradients import Smoothness
@@ -270,11 +270,11 @@ def attacked_exits(network: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 
 # --- claims ---
 
-TRAINING_ATTACK = Attack(eps=EPS, steps=4, step_size=EPS / 2.5)
-EXITS_ATTACK = Attack(eps=WIDE, steps=3, step_size=WIDE / 2, batch_norm="eval")
+TRAINING_ATTACK = TrainingAttack(eps=EPS, steps=4, step_size=EPS / 2.5)
+EXITS_ATTACK = TrainingAttack(eps=WIDE, steps=3, step_size=WIDE / 2, batch_norm="eval")
 ADVERSARIAL: dict[str, tuple[Objective, int]] = {
     "pgd_at": (PgdAt(attack=TRAINING_ATTACK), 4),
-    "fast_at": (FastAt(attack=Attack(eps=EPS, steps=1, step_size=1.25 * EPS)), 4),
+    "fast_at": (FastAt(attack=TrainingAttack(eps=EPS, steps=1, step_size=1.25 * EPS)), 4),
     "free_at": (FreeAt(eps=EPS, replays=4), 1),  # as many steps as four epochs
     "trades": (Trades(attack=replace(TRAINING_ATTACK, random_start=False, batch_norm="eval")), 3),
 }

@@ -195,7 +195,7 @@ def share(controller: Controller, bad: Bad) -> float:
 @pytest.mark.parametrize("log_prob", ["plackett_luce", "sum"])
 def test_a_bandits_bad_arm_is_found_and_accuracy_falls(bandit: str, log_prob: LogProb) -> None:
     space, bad = BANDITS[bandit]
-    for seed in range(4):
+    for seed in range(2):
         controller = make(space, seed, learning_rate=0.003, log_prob=log_prob)
         before = share(controller, bad)
         assert before < 0.65
@@ -204,13 +204,11 @@ def test_a_bandits_bad_arm_is_found_and_accuracy_falls(bandit: str, log_prob: Lo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bandit", BANDITS)
-def test_a_bandits_bad_arm_is_found_at_the_papers_learning_rate(bandit: str) -> None:
-    space, bad = BANDITS[bandit]
-    for seed in range(3):
-        controller = make(space, seed)
-        play(controller, bad, 2000, seed)
-        assert share(controller, bad) > 0.9, seed
+def test_a_bandits_bad_arm_is_found_at_the_papers_learning_rate() -> None:
+    space, bad = BANDITS["path"]
+    controller = make(space)
+    play(controller, bad, 2000, seed=0)
+    assert share(controller, bad) > 0.9
 
 
 def test_without_a_bad_arm_the_draw_stays_near_uniform() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import weakref
 from typing import Any, ClassVar
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives import Attack, Batch, Dverge, EnsembleInOne, PgdAt, Step
+from training.objectives import Batch, Dverge, EnsembleInOne, PgdAt, Step, TrainingAttack
 from training.objectives.distilled import Prefixes, num_features
 from training.objectives.network import Network
 from zoo.errors import BadInput
@@ -195,15 +196,14 @@ def test_in_train_mode_distillation_moves_the_statistics_of_its_prefix_twice_a_s
 # ---- prefixes of plain networks --------------------------------------------------------------------------------------
 
 
-def test_prefixes_are_dropped_with_the_network_they_belong_to() -> None:
+def test_prefixes_are_kept_as_long_as_the_network_they_belong_to() -> None:
+    member = make_member()
+    kept = weakref.ref(Prefixes.of(member))
+    assert Prefixes.of(member) is kept()
+    Dverge(distillation_steps=1).accumulate(Ensemble([member, make_member()]), make_batches(), STEP)
+    del member
     gc.collect()
-    known = len(Prefixes._known)
-    ensemble = make_ensemble(2)
-    Dverge(distillation_steps=1).accumulate(ensemble, make_batches(), STEP)
-    assert len(Prefixes._known) == known + 2
-    del ensemble
-    gc.collect()
-    assert len(Prefixes._known) == known
+    assert kept() is None
 
 
 def test_a_copy_of_a_network_has_prefixes_of_its_own() -> None:
@@ -305,7 +305,7 @@ def test_every_member_trains_on_what_the_others_distilled_and_all_is_made_before
         member.register_forward_pre_hook(
             lambda _, inputs, index=index: events.append(f"train {index} {float(inputs[0][0, 0, 0, 0]) * 8:g}")
         )
-    Marked(adversarial=Attack()).accumulate(ensemble, make_batches(), STEP)
+    Marked(adversarial=TrainingAttack()).accumulate(ensemble, make_batches(), STEP)
     assert events == [
         *(f"distil {index} False" for index in range(3)),
         *(f"attack {index} False" for index in range(3)),
@@ -317,7 +317,7 @@ def test_every_member_trains_on_what_the_others_distilled_and_all_is_made_before
 
 def test_with_coefficient_0_it_is_adversarial_training_of_each_member() -> None:
     source, target = make_batches()
-    attack = Attack(steps=3)
+    attack = TrainingAttack(steps=3)
     ensemble = make_ensemble()
     twin = copy.deepcopy(ensemble)
     measured = Dverge(coefficient=0, adversarial=attack).accumulate(ensemble, [source, target], STEP)
@@ -334,7 +334,7 @@ def test_the_adversarial_loss_is_added_to_the_weighted_one() -> None:
         Dverge(**options).accumulate(model, make_batches(), STEP)
         return gradients(model)
 
-    ensemble, attack = make_ensemble(2), Attack(steps=2)
+    ensemble, attack = make_ensemble(2), TrainingAttack(steps=2)
     diverse, adversarial = found(), found(coefficient=0, adversarial=attack)
     for name, gradient in found(coefficient=0.5, adversarial=attack).items():
         torch.testing.assert_close(gradient, 0.5 * diverse[name] + adversarial[name], rtol=1e-4, atol=1e-5)
@@ -397,7 +397,7 @@ def test_the_predicted_cost_counts_members() -> None:
     # full recomputation costs 78 and 328 passes; gradients for images alone save a third of the distillation
     assert Dverge().forwards(3) == Dverge().forwards() == pytest.approx(65, abs=1)
     assert Dverge().forwards(8) == pytest.approx(293, abs=1)
-    assert Dverge(adversarial=Attack()).forwards(8) == Dverge().forwards(8) + 8 * 23
+    assert Dverge(adversarial=TrainingAttack()).forwards(8) == Dverge().forwards(8) + 8 * 23
     assert Dverge(batch_norm="eval").forwards(3) < Dverge().forwards(3)
 
 
@@ -436,7 +436,7 @@ def test_what_it_can_train_passes_the_check(model: nn.Module) -> None:
         ({"coefficient": float("inf")}, "need a finite coefficient >= 0, got inf"),
         ({"coefficient": 0.0}, "nothing to learn"),
         ({"eps": 18}, "need 0 <= eps <= 1, got 18"),
-        ({"layer_drawn": "run"}, "must be 'batch' or 'epoch', got 'run'"),
+        ({"layer_drawn": "run"}, "layer_drawn must be one of batch, epoch, got 'run'"),
     ],
 )
 def test_hyper_parameters_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

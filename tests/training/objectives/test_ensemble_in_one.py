@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives import Attack, Batch, EnsembleInOne, Step
+from training.objectives import Batch, EnsembleInOne, Step, TrainingAttack
 from training.objectives.distilled import PREFIX_SHARE
 from training.objectives.network import Network
 from training.randomness import tensor_generator
@@ -371,9 +371,9 @@ def test_the_two_readings_differ_exactly_where_the_sources_do() -> None:
         ({"distillation_steps": 0}, "at least 1 path and 1 step, got 3 and 0"),
         ({"eps": 18}, "need 0 <= eps <= 1, got 18; .*write 0.07, not 18"),
         ({"step_size": 7}, "need 0 < step_size <= 1, got 7"),
-        ({"momentum": -1.0}, "need momentum >= 0, got -1"),
-        ({"layer_drawn": "step"}, "must be 'batch' or 'epoch', got 'step'"),
-        ({"batch_norm": "frozen"}, "must be 'eval' or 'train', got 'frozen'"),
+        ({"momentum": -1.0}, "momentum >= 0, got -1"),
+        ({"layer_drawn": "step"}, "layer_drawn must be one of batch, epoch, got 'step'"),
+        ({"batch_norm": "frozen"}, "batch_norm must be one of eval, train, got 'frozen'"),
     ],
 )
 def test_hyper_parameters_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
@@ -400,7 +400,7 @@ def test_with_an_attack_each_path_also_learns_examples_against_itself(
     divide_by_paths: bool, rgn: RandomGatedNetwork, asked: list[tuple[paths.Path, int, Tensor]]
 ) -> None:
     source, target = make_batches()
-    attack = Attack(steps=2)
+    attack = TrainingAttack(steps=2)
     objective = Recorded(divide_by_paths=divide_by_paths, adversarial=attack)
     step = Step(seed=0, number=1)
     measured = objective.accumulate(rgn.train(), [source, target], step)
@@ -427,7 +427,7 @@ def test_with_an_attack_each_path_also_learns_examples_against_itself(
 
 
 def test_the_attack_of_the_released_code_is_the_default_one() -> None:
-    attack = Attack()
+    attack = TrainingAttack()
     assert (attack.eps, attack.step_size, attack.steps) == (8 / 255, 2 / 255, 10)
     assert attack.random_start
     assert attack.batch_norm == "train"
@@ -436,10 +436,10 @@ def test_the_attack_of_the_released_code_is_the_default_one() -> None:
 # ---- what it says of itself ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adversarial", [None, Attack(steps=4)])
+@pytest.mark.parametrize("adversarial", [None, TrainingAttack(steps=4)])
 @pytest.mark.parametrize("batch_norm", ["eval", "train"])
 def test_the_predicted_cost_is_what_runs(
-    batch_norm: str, adversarial: Attack | None, rgn: RandomGatedNetwork, monkeypatch: pytest.MonkeyPatch
+    batch_norm: str, adversarial: TrainingAttack | None, rgn: RandomGatedNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = {True: 0, False: 0}  # by whether gradients are for weights, too
 
@@ -476,7 +476,7 @@ def test_at_the_published_scale_a_step_costs_about_what_the_literature_says() ->
     # 78 with target features computed at every step and gradients of the weights along the way, 26 standard steps
     assert EnsembleInOne.release().forwards() == pytest.approx(52, abs=2)
     assert EnsembleInOne.paper().forwards() == pytest.approx(65, abs=2)
-    assert EnsembleInOne(adversarial=Attack()).forwards() == EnsembleInOne().forwards() + 3 * 23
+    assert EnsembleInOne(adversarial=TrainingAttack()).forwards() == EnsembleInOne().forwards() + 3 * 23
 
 
 def test_only_a_random_gated_network_passes_the_check(rgn: RandomGatedNetwork) -> None:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from training.objectives import (
     OBJECTIVES,
-    Attack,
     Awp,
     Batch,
     Ews,
@@ -23,6 +22,7 @@ from training.objectives import (
     Standard,
     Step,
     Trades,
+    TrainingAttack,
 )
 from training.objectives.controller import Controller
 from training.objectives.ews import answers
@@ -36,8 +36,8 @@ from zoo.networks import ImageFormat, build
 from zoo.networks.wide_resnet import WideResNet
 
 SMALL = ImageFormat(height=16, width=16)
-ATTACK = Attack(eps=0.03, steps=2, step_size=0.02, batch_norm="eval")
-TRADES = Trades(attack=Attack(eps=0.03, steps=2, step_size=0.02, random_start=False, batch_norm="eval"))
+ATTACK = TrainingAttack(eps=0.03, steps=2, step_size=0.02, batch_norm="eval")
+TRADES = Trades(attack=TrainingAttack(eps=0.03, steps=2, step_size=0.02, random_start=False, batch_norm="eval"))
 
 
 def make(seed: int = 0, **options: Any) -> nn.Module:
@@ -348,9 +348,8 @@ def test_a_memory_that_was_not_asked_yet_still_holds_the_controller() -> None:
     assert again.state().keys() == memory.state().keys()
 
 
-@pytest.mark.parametrize(
-    ("paths", "steps", "bound"), [("round", 150, 0.6), pytest.param("ceil", 400, 0.8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("paths", "steps", "bound"), [("round", 150, 0.6), ("ceil", 400, 0.8)])
 def test_the_controller_proposes_weaker_subnets_than_chance_of_a_network_that_stays_as_it_is(
     paths: Any, steps: int, bound: float
 ) -> None:
@@ -455,9 +454,9 @@ def test_ews_in_ews_and_around_awp_are_refused() -> None:
         ({"log_prob": "exact"}, "log_prob must be one of plackett_luce, sum, got 'exact'"),
         ({"keep": 0.0}, "need 0 < keep <= 1, got 0.0"),
         ({"keep": 70}, "need 0 < keep <= 1, got 70"),
-        ({"weight": -1.0}, "need weight >= 0, got -1.0"),
-        ({"weight": float("nan")}, "need weight >= 0, got nan"),
-        ({"entropy_weight": -0.1}, "need entropy_weight >= 0, got -0.1"),
+        ({"weight": -1.0}, "finite weight >= 0, got -1.0"),
+        ({"weight": float("nan")}, "finite weight >= 0, got nan"),
+        ({"entropy_weight": -0.1}, "finite entropy_weight >= 0, got -0.1"),
         ({"controller_every": 0}, "need controller_every >= 1, got 0"),
         ({"controller_learning_rate": 0.0}, "need controller_learning_rate > 0, got 0.0"),
         ({"controller_clip": -3.0}, "need controller_clip > 0, got -3.0"),

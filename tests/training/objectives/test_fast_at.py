@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives import Attack, Batch, FastAt, PgdAt, Step
+from training.objectives import Batch, FastAt, PgdAt, Step, TrainingAttack
 from training.objectives.network import networks_of
 from zoo.errors import BadInput
 from zoo.networks import ImageFormat, build
@@ -56,7 +56,7 @@ def test_a_step_longer_than_the_radius_need_not_end_in_a_corner() -> None:
 
 
 def test_it_is_pgd_training_with_that_one_step(network: nn.Module) -> None:
-    same = PgdAt(attack=Attack(eps=EPS, steps=1, step_size=LENGTH))
+    same = PgdAt(attack=TrainingAttack(eps=EPS, steps=1, step_size=LENGTH))
     made = [objective.prepare(networks_of(network, STEP), some_batch())[0] for objective in (FastAt(), same)]
     assert torch.equal(*made)
     assert FastAt().name == "fast_at"
@@ -72,6 +72,6 @@ def test_it_runs_two_forward_passes_in_training_mode(network: nn.Module) -> None
 
 def test_more_steps_are_refused() -> None:
     with pytest.raises(BadInput, match="fast_at takes 1 attack step, got 10; train with pgd_at for more"):
-        FastAt(attack=Attack())
+        FastAt(attack=TrainingAttack())
     with pytest.raises(BadInput, match="label_smoothing"):
         FastAt(label_smoothing=-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives import OBJECTIVES, Attack, Batch, MultiExit, NeoKd, Objective, Step
+from training.objectives import OBJECTIVES, Batch, MultiExit, NeoKd, Objective, Step, TrainingAttack
 from training.objectives.exits import EVAL_ATTACK, ExitsObjective
 from training.objectives.network import Network
 from zoo.attacks import LinfBudget, average_exits, max_average_exits, single_exit
@@ -20,7 +20,7 @@ from zoo.networks import MNIST_FORMAT, build
 
 CLASSES = 7
 STEP = Step(seed=0, number=3)
-ATTACK = Attack(eps=0.1, steps=3, step_size=0.04, batch_norm="eval")
+ATTACK = TrainingAttack(eps=0.1, steps=3, step_size=0.04, batch_norm="eval")
 ZOO = {
     "single": lambda network, *others, generator: single_exit(network, *others, 2, generator=generator),
     "average": average_exits,
@@ -75,7 +75,7 @@ def batches_tracked(model: nn.Module) -> list[int]:
     return [int(b) for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
 
 
-def attacked(network: nn.Module, batch: Batch, kind: str, attack: Attack = ATTACK) -> Tensor:
+def attacked(network: nn.Module, batch: Batch, kind: str, attack: TrainingAttack = ATTACK) -> Tensor:
     """Make the examples of a step by the attacks of the zoo, on a copy in evaluation mode."""
     budget = LinfBudget(eps=attack.eps, steps=attack.steps, step_size=attack.step_size)
     return ZOO[kind](

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.objectives import Attack, Batch, MultiExit, NeoKd, Step
+from training.objectives import Batch, MultiExit, NeoKd, Step, TrainingAttack
 from training.objectives.exits import EVAL_ATTACK
 from training.objectives.neo_kd import TRUE_CLASS, dealt_classes, neighbour_targets, orthogonal_targets
 from zoo.attacks import LinfBudget, apgd, apgd_targeted, average_exits, max_average_exits, pgd, square
@@ -20,7 +20,7 @@ from zoo.networks import build
 from zoo.weights.models import AtExit
 
 STEP = Step(seed=0, number=3)
-ATTACK = Attack(eps=0.1, steps=2, step_size=0.06, batch_norm="eval")
+ATTACK = TrainingAttack(eps=0.1, steps=2, step_size=0.06, batch_norm="eval")
 
 
 def deal(classes: int, exits: int, seed: int = 0) -> Tensor:
@@ -397,7 +397,7 @@ def test_the_defaults_are_those_of_the_page() -> None:
         True,
         1.0,
     )
-    assert default.attack == EVAL_ATTACK == Attack(eps=8 / 255, steps=10, step_size=2 / 255, batch_norm="eval")
+    assert default.attack == EVAL_ATTACK == TrainingAttack(eps=8 / 255, steps=10, step_size=2 / 255, batch_norm="eval")
 
 
 # ---- gradient masking, as the page says to look for it ---------------------------------------------------------------

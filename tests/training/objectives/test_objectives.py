@@ -25,7 +25,7 @@ from zoo.data import datasets
 from zoo.errors import BadInput
 from zoo.gates.derive import Ensemble
 from zoo.gates.rgn import RandomGatedNetwork, randomly_gate
-from zoo.networks import ImageFormat, build
+from zoo.networks import ImageFormat, build, num_exits
 from zoo.weights import checkpoint
 
 SMALL = ImageFormat(height=16, width=16)
@@ -110,10 +110,10 @@ def clean_loss(model: nn.Module, batch: Batch) -> float:
     losses = []
     with torch.no_grad():
         for network in networks_of(model, STEP):
+            several = num_exits(network.module) > 1
             with network.statistics("train_frozen"):
-                said = network._run(batch.images)
-            for logits in [said] if isinstance(said, Tensor) else said:
-                losses.append(F.cross_entropy(logits, batch.labels))
+                said = network.exits(batch.images) if several else [network(batch.images)]
+            losses += [F.cross_entropy(logits, batch.labels) for logits in said]
     return float(torch.stack(losses).mean())
 
 
@@ -126,12 +126,14 @@ def test_a_batch_that_comes_again_and_again_is_learnt(objective: Objective, prec
     memory = Memory()
     before = clean_loss(model, batches[0])
     for number in range(50):
+        if number % 5 == 0 and clean_loss(model, batches[0]) < 0.6 * before:
+            return
         optimizer.zero_grad(set_to_none=True)
         step = Step(seed=0, number=number, precision=precision, batch=number, memory=memory)
         measured = accumulate(objective, model, batches, step)
         assert torch.isfinite(measured["loss"])
         optimizer.step()
-    assert clean_loss(model, batches[0]) < 0.6 * before
+    pytest.fail(f"after 50 steps the loss is {clean_loss(model, batches[0]):.3f}, it was {before:.3f}")
 
 
 def test_an_objective_is_a_function_of_its_step(objective: Objective, model: nn.Module) -> None:
@@ -217,34 +219,41 @@ def test_an_objective_has_a_page(method: str) -> None:
     assert method in page.read_text(encoding="utf-8")
 
 
-def live_tensors() -> int:
+@pytest.fixture
+def new_objects() -> Iterator[Callable[[], tuple[int, int]]]:
+    """Return a function that counts the tensors and traced graphs that the test has made and that are still alive."""
     gc.collect()
-    return sum(issubclass(type(entry), Tensor) for entry in gc.get_objects())  # isinstance would wake lazy modules
+    gc.freeze()  # what is there already is looked through no more
+
+    def count() -> tuple[int, int]:
+        gc.collect()
+        kinds = [type(entry) for entry in gc.get_objects()]  # isinstance would wake lazy modules
+        return tuple(sum(issubclass(one, kind) for one in kinds) for kind in (Tensor, torch.fx.GraphModule))  # type: ignore[return-value]
+
+    yield count
+    gc.unfreeze()
 
 
-@pytest.mark.slow
-def test_no_objective_holds_on_to_tensors_over_200_steps(objective: Objective) -> None:
+def test_no_objective_holds_on_to_tensors_from_step_to_step(
+    objective: Objective, new_objects: Callable[[], tuple[int, int]]
+) -> None:
     model = model_for(objective.needs, width=2).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
     batches, memory = make_batches(objective, size=4), Memory()
 
-    def steps(first: int, last: int) -> None:
-        for number in range(first, last):
+    def steps() -> None:
+        for number in range(6):
             optimizer.zero_grad(set_to_none=True)
             accumulate(objective, model, batches, Step(seed=0, number=number, batch=number, memory=memory))
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    steps(0, 40)  # every layer was drawn, every memory is full
-    before, graphs = live_tensors(), count_graphs()
-    steps(40, 200)
-    assert live_tensors() <= before + 4
-    assert count_graphs() <= graphs + 3, "traced prefixes are kept, but not one per step"
-
-
-def count_graphs() -> int:
-    gc.collect()
-    return sum(issubclass(type(entry), torch.fx.GraphModule) for entry in gc.get_objects())
+    steps()  # every memory is full
+    tensors, graphs = new_objects()
+    steps()  # with the same draws: what is kept per layer or path is there already
+    after, graphs_after = new_objects()
+    assert after <= tensors + 3
+    assert graphs_after == graphs, "traced prefixes are kept, but not one per step"
 
 
 # ---- in the loop -----------------------------------------------------------------------------------------------------
@@ -259,8 +268,9 @@ def make(tiny_dataset: str) -> Callable[..., Recipe]:
             "dataset": tiny_dataset,
             "phases": (Phase(objective=objective, epochs=2, learning_rate=0.02, schedule="cosine"),),
             "batch_size": 12,
-            "train_images": 68,
-            "held_out": 20,
+            "train_images": 24,
+            "held_out": 0,
+            "precision": "fp32",
             **MEETS[meets or objective.needs],
             **changes,
         }
@@ -297,8 +307,8 @@ def test_a_run_of_every_objective_resumes_bit_for_bit_its_own_state_included(
 ) -> None:
     recipe = make(objective)
     train(recipe, tmp_path / "whole", device="cpu")
-    steps = 4 * objective.replays  # 48 images in batches of 12, over two epochs
-    dies_after((steps + 2) * objective.streams + objective.streams)  # in the second epoch, the trial step counted
+    steps = 2 * objective.replays  # 24 images in batches of 12, over two epochs
+    dies_after((steps + 1) * objective.streams + objective.streams)  # in the second epoch, the trial step counted
     with pytest.raises(Killed):
         train(recipe, tmp_path / "torn", device="cpu", checkpoint_seconds=0)
     tensors, header = checkpoint.load(tmp_path / "torn/last.safetensors")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives import Attack, Batch, PgdAt, Standard, Step
+from training.objectives import Batch, PgdAt, Standard, Step, TrainingAttack
 from training.objectives.network import Network, networks_of
 from zoo.errors import BadInput
 from zoo.gates.derive import Ensemble
@@ -59,7 +59,7 @@ def test_on_a_half_space_the_examples_are_at_the_corner_of_the_ball() -> None:
 
 def test_too_short_a_walk_ends_where_its_steps_add_up_to() -> None:
     model, batch = half_space(), some_batch()
-    attack = Attack(eps=8 / 255, steps=3, step_size=1 / 255, random_start=False)
+    attack = TrainingAttack(eps=8 / 255, steps=3, step_size=1 / 255, random_start=False)
     (examples,) = prepared(PgdAt(attack=attack), model, batch)
     reached = (batch.images + 3 / 255 * uphill(model, batch.labels)).clamp(0, 1)
     torch.testing.assert_close(examples, reached, rtol=0, atol=1e-6)
@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_the_cross_entropy_at_the_corner(label_smoothing
 def test_at_radius_0_it_is_standard_training() -> None:
     model, batch = build("resnet8", images=SMALL, width=4).train(), some_batch(side=16, classes=10)
     twin = copy.deepcopy(model)
-    still = PgdAt(attack=Attack(eps=0.0, steps=1, batch_norm="eval"))
+    still = PgdAt(attack=TrainingAttack(eps=0.0, steps=1, batch_norm="eval"))
     measured, expected = still.accumulate(model, [batch], STEP), Standard().accumulate(twin, [batch], STEP)
     assert torch.equal(measured["loss"], expected["loss"])
     assert all(torch.equal(gradient, gradients(twin)[name]) for name, gradient in gradients(model).items())
@@ -112,7 +112,7 @@ def test_making_examples_leaves_no_gradient_and_the_images_as_they_are() -> None
 def test_running_statistics_move_with_every_step_of_the_attack_or_not_at_all(batch_norm: Any, moves: int) -> None:
     model, batch = build("resnet8", images=SMALL, width=4).train(), some_batch(side=16, classes=10)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    prepared(PgdAt(attack=Attack(batch_norm=batch_norm)), model, batch)
+    prepared(PgdAt(attack=TrainingAttack(batch_norm=batch_norm)), model, batch)
     assert set(counters(model)) == {moves}
     for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "running_var")):
@@ -123,7 +123,7 @@ def test_running_statistics_move_with_every_step_of_the_attack_or_not_at_all(bat
 def test_an_attack_on_frozen_statistics_sees_those_of_the_batch_and_one_in_evaluation_does_not() -> None:
     model, batch = build("resnet8", images=SMALL, width=4).train(), some_batch(side=16, classes=10)
     made = {
-        mode: prepared(PgdAt(attack=Attack(batch_norm=mode)), copy.deepcopy(model), batch)[0]
+        mode: prepared(PgdAt(attack=TrainingAttack(batch_norm=mode)), copy.deepcopy(model), batch)[0]
         for mode in ("train", "train_frozen", "eval")
     }
     assert torch.equal(made["train"], made["train_frozen"])
@@ -132,13 +132,13 @@ def test_an_attack_on_frozen_statistics_sees_those_of_the_batch_and_one_in_evalu
 
 def test_the_loss_itself_moves_the_running_statistics_once() -> None:
     model, batch = build("resnet8", images=SMALL, width=4).train(), some_batch(side=16, classes=10)
-    PgdAt(attack=Attack(batch_norm="eval")).accumulate(model, [batch], STEP)
+    PgdAt(attack=TrainingAttack(batch_norm="eval")).accumulate(model, [batch], STEP)
     assert set(counters(model)) == {1}
 
 
 def test_starts_differ_between_steps_and_ranks() -> None:
     model, batch = half_space(), some_batch()
-    short = PgdAt(attack=Attack(steps=1, step_size=1e-4))
+    short = PgdAt(attack=TrainingAttack(steps=1, step_size=1e-4))
     steps = [STEP, Step(seed=0, number=4), Step(seed=1, number=3), Step(seed=0, number=3, rank=1)]
     made = [prepared(short, model, batch, step)[0] for step in steps]
     assert not any(torch.equal(made[i], made[j]) for i in range(4) for j in range(i))
@@ -147,7 +147,7 @@ def test_starts_differ_between_steps_and_ranks() -> None:
 
 def test_an_ensemble_is_attacked_as_a_whole_and_its_members_learn_the_same_examples() -> None:
     model, batch = Ensemble([half_space(seed) for seed in (1, 2)]), some_batch()
-    first, second = prepared(PgdAt(attack=Attack(random_start=False, steps=1)), model, batch)
+    first, second = prepared(PgdAt(attack=TrainingAttack(random_start=False, steps=1)), model, batch)
     assert first is second
     images = batch.images.clone().requires_grad_()
     mean = torch.stack([member(images).softmax(1) for member in model.members]).mean(0)
@@ -187,7 +187,7 @@ def test_in_bfloat16_the_examples_keep_their_ball_and_precision() -> None:
 
 def test_its_cost_is_two_forwards_a_step_and_three_for_the_weights() -> None:
     assert PgdAt().forwards() == 23
-    assert PgdAt(attack=Attack(steps=7)).forwards(networks=3) == 3 * 17
+    assert PgdAt(attack=TrainingAttack(steps=7)).forwards(networks=3) == 3 * 17
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,13 @@ def test_its_cost_is_two_forwards_a_step_and_three_for_the_weights() -> None:
     [
         (lambda: PgdAt(label_smoothing=1.0), "need 0 <= label_smoothing < 1, got 1.0"),
         (lambda: PgdAt(attacked="path"), "attacked must be one of ensemble, member, got 'path'"),
-        (lambda: Attack(eps=8), "need 0 <= eps <= 1, got 8; .*write 8/255, not 8"),
-        (lambda: Attack(steps=0), "at least 1"),
-        (lambda: Attack(step_size=2), "need 0 < step_size <= 1, got 2"),
-        (lambda: Attack(batch_norm="frozen"), "batch_norm must be one of train, train_frozen, eval, got 'frozen'"),
+        (lambda: TrainingAttack(eps=8), "need 0 <= eps <= 1, got 8; .*write 8/255, not 8"),
+        (lambda: TrainingAttack(steps=0), "at least 1"),
+        (lambda: TrainingAttack(step_size=2), "need 0 < step_size <= 1, got 2"),
+        (
+            lambda: TrainingAttack(batch_norm="frozen"),
+            "batch_norm must be one of train, train_frozen, eval, got 'frozen'",
+        ),
     ],
 )
 def test_hyper_parameters_that_make_no_sense_are_refused(make: Any, message: str) -> None:

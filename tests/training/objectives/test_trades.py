@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives import Attack, Batch, Standard, Step, Trades
+from training.objectives import Batch, Standard, Step, Trades, TrainingAttack
 from training.objectives.network import networks_of
 from zoo.errors import BadInput
 from zoo.gates.derive import Ensemble
@@ -179,10 +179,10 @@ def test_a_step_runs_two_forward_passes_in_training_mode(network: nn.Module) -> 
 
 def test_it_can_start_uniformly_in_the_ball_instead(network: nn.Module) -> None:
     batch = some_batch()
-    attack = Attack(eps=0.031, steps=1, step_size=1e-6, random_start=True, batch_norm="eval")
+    attack = TrainingAttack(eps=0.031, steps=1, step_size=1e-6, random_start=True, batch_norm="eval")
     (examples,) = Trades(attack=attack).prepare(networks_of(network, STEP), batch)
     assert float((examples - batch.images).abs().max()) > 0.03
-    attack = Attack(eps=0.031, steps=1, step_size=1e-6, random_start=False, batch_norm="eval")
+    attack = TrainingAttack(eps=0.031, steps=1, step_size=1e-6, random_start=False, batch_norm="eval")
     (examples,) = Trades(attack=attack).prepare(networks_of(network, STEP), batch)
     assert float((examples - batch.images).abs().max()) < 0.006
     torch.testing.assert_close(examples, noisy(batch.images), rtol=0, atol=2e-6)

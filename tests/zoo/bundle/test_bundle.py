@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from zoo.bundle.bundle import Bundle, write_bundle
-from zoo.bundle.card import Card, Exit, FileEntry, Paths
+from zoo.bundle.card import Agreement, Calibration, Card, Exit, FileEntry, Int8, Paths
 from zoo.bundle.readme import model_card
 from zoo.bundle.record import record_results
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
@@ -172,6 +172,23 @@ def test_the_readme_is_a_model_card_that_the_hub_understands(folder: Path, card:
     assert "42.00% (39.00% to 45.00%)" in text
     assert "Check that did not hold:** a large eps reaches zero" in text
     assert f"manygates serve {card.name}" in text
+
+
+def test_the_readme_begins_with_the_numbers_that_stand_for_the_model(card: Card) -> None:
+    text = model_card(card)
+    assert "In short: 80.00% clean accuracy (single, clean) on 10,000 images; 42.00% accuracy under PGD" in text
+    assert "In short" not in model_card(replace(card, results=()))
+
+
+def test_the_readme_says_how_often_int8_graphs_agree_with_the_weights(card: Card) -> None:
+    int8 = Int8(
+        variants=("single",), calibration=Calibration(images=1024, seed=0, method="min-max", tool="onnxruntime 1")
+    )
+    agreement = Agreement(share=0.95, interval=(0.9, 1.0))
+    measured = replace(card.results[1], variant="single-int8", attack="PGD on the weights", agreement=agreement)
+    text = model_card(replace(card, int8=int8, results=(*card.results, measured)))
+    assert "| 42.00% (39.00% to 45.00%) | 95.00% (90.00% to 100.00%) | 2026-11-21 |" in text
+    assert "same class as float32" not in model_card(card)
 
 
 def test_the_readme_has_the_log_of_the_run_and_says_what_its_columns_are(card: Card) -> None:

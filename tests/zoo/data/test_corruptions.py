@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zoo.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, find_official, official, official_labels
+from zoo.data.cifar10_c import find_official, official, official_labels
+from zoo.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from zoo.errors import BadInput, DataMissing, UnknownName
 
 RANDOM = (

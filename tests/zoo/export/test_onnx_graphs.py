@@ -12,11 +12,13 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import Tensor, fx, nn
+from unsettled import unsettle
 
 from zoo import paths
 from zoo.data.vision import torchvision
 from zoo.errors import BadInput, BadPath
 from zoo.export import onnx_graphs
+from zoo.export.onnx_graphs import GatedStencil
 from zoo.gates.derive import Ensemble, agreement, derive, folded_copy
 from zoo.gates.rgn import RandomGatedNetwork, Sharing, randomly_gate
 from zoo.networks import ImageFormat, build
@@ -45,19 +47,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, Sharing]] = {
 }
 
 
-def with_statistics(network: nn.Module) -> nn.Module:
-    """Give every BatchNorm what training would, so that folding one into the wrong convolution shows."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-            nn.init.normal_(module.running_mean, 0, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.2)
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.bias, 0, 0.2)  # the exporter leaves out a bias of zeros
-    return network.eval()
-
-
 @dataclass(frozen=True)
 class Case:
     """A random gated network, the paths chosen from it and its graphs."""
@@ -77,7 +66,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     template, candidates, sharing = NETWORKS[request.param]
-    rgn = with_statistics(randomly_gate(template(), candidates=candidates, sharing=sharing))
+    rgn = unsettle(randomly_gate(template(), candidates=candidates, sharing=sharing)).eval()
     assert isinstance(rgn, RandomGatedNetwork)
     first = tuple(gate % candidates for gate in range(rgn.num_gates))
     ensemble = [first, (*first[:-1], (first[-1] + 1) % candidates), tuple((gate + 1) % candidates for gate in first)]
@@ -90,14 +79,19 @@ def tiny() -> RandomGatedNetwork:
     """Seven gates, two candidates: 128 paths."""
     torch.manual_seed(1)
     template, candidates, sharing = NETWORKS["two candidates"]
-    rgn = with_statistics(randomly_gate(template(), candidates=candidates, sharing=sharing))
+    rgn = unsettle(randomly_gate(template(), candidates=candidates, sharing=sharing)).eval()
     assert isinstance(rgn, RandomGatedNetwork)
     return rgn
 
 
 @pytest.fixture(scope="module")
-def tiny_gated(tiny: RandomGatedNetwork) -> bytes:
-    return onnx_graphs.rgn_graphs(tiny, None, [], gated=True)["gated"]
+def exported(tiny: RandomGatedNetwork) -> GatedStencil:
+    return GatedStencil.of(tiny)
+
+
+@pytest.fixture(scope="module")
+def tiny_gated(exported: GatedStencil) -> bytes:
+    return exported.gated()
 
 
 def answer(opened: Any, images: Tensor, **more: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -251,12 +245,12 @@ def test_agreement_is_the_share_of_members_that_vote_for_the_winner_of_the_mean(
     assert counted.tolist() == np.array(expected, np.float32).tolist()  # to the last bit: thresholds compare it
 
 
-def test_members_that_disagree_are_counted_exactly(tiny: RandomGatedNetwork) -> None:
+def test_members_that_disagree_are_counted_exactly(tiny: RandomGatedNetwork, exported: GatedStencil) -> None:
     """Seven paths of a small network part ways on noise, and every share that occurs is the nearest float of k/7."""
     chosen = list(itertools.product(range(tiny.candidates), repeat=tiny.num_gates))[:128:19]
     assert len(chosen) == 7
     images = 4 * torch.rand(200, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    content = onnx_graphs.rgn_graphs(tiny, None, chosen, gated=False)["ensemble"]
+    content = exported.ensemble(chosen)
     (counted,) = session(content).run(["agreement"], {"images": images.numpy()})
     with torch.no_grad():
         expected = agreement(torch.stack([tiny(images, path) for path in chosen]))
@@ -288,9 +282,9 @@ def test_a_gate_out_of_range_runs_the_last_candidate(tiny_gated: bytes, gate: in
     assert torch.equal(odd, answer(opened, images, gates=np.array([1] + [0] * 6, np.int64))[0])
 
 
-def test_equal_paths_cost_one(tiny: RandomGatedNetwork) -> None:
+def test_equal_paths_cost_one(exported: GatedStencil) -> None:
     path = (0, 1, 0, 1, 0, 1, 0)
-    graphs = onnx_graphs.rgn_graphs(tiny, path, [path] * 4, gated=False)
+    graphs = {"single": exported.single(path), "ensemble": exported.ensemble([path] * 4)}
     for kind in ("Conv", "Gemm", "Relu", "Add"):
         assert count(graphs["ensemble"], kind) == count(graphs["single"], kind)
     images = torch.rand(3, 3, 16, 16)
@@ -298,9 +292,9 @@ def test_equal_paths_cost_one(tiny: RandomGatedNetwork) -> None:
     torch.testing.assert_close(answer(session(graphs["ensemble"]), images)[1], expected, atol=1e-6, rtol=0)
 
 
-def test_an_ensemble_of_one_path_answers_with_its_own_logits(tiny: RandomGatedNetwork) -> None:
+def test_an_ensemble_of_one_path_answers_with_its_own_logits(exported: GatedStencil) -> None:
     path = (1, 1, 0, 1, 0, 1, 1)
-    graphs = onnx_graphs.rgn_graphs(tiny, path, [path], gated=False)
+    graphs = {"single": exported.single(path), "ensemble": exported.ensemble([path])}
     images = torch.rand(3, 3, 16, 16)
     opened = session(graphs["ensemble"])
     for alone, together in zip(answer(session(graphs["single"]), images), answer(opened, images), strict=True):
@@ -308,21 +302,23 @@ def test_an_ensemble_of_one_path_answers_with_its_own_logits(tiny: RandomGatedNe
     assert opened.run(["agreement"], {"images": images.numpy()})[0].tolist() == [1, 1, 1]  # with itself
 
 
-def test_the_longer_a_common_prefix_the_smaller_the_ensemble(tiny: RandomGatedNetwork) -> None:
+def test_the_longer_a_common_prefix_the_smaller_the_ensemble(tiny: RandomGatedNetwork, exported: GatedStencil) -> None:
     zeros = (0,) * tiny.num_gates
     sizes = []
     for common in (0, 6):
         pair = [zeros, (0,) * common + (1,) * (tiny.num_gates - common)]
-        content = onnx_graphs.rgn_graphs(tiny, None, pair, gated=False)["ensemble"]
+        content = exported.ensemble(pair)
         sizes.append((len(onnx.load_from_string(content).graph.node), len(content)))
         assert count(content, "Conv") == distinct_convolutions(tiny, pair)
     assert sizes[0] > sizes[1]
     assert sizes[0][1] > sizes[1][1]
 
 
-def test_paths_that_part_at_the_first_gate_share_nothing_but_the_normalised_images(tiny: RandomGatedNetwork) -> None:
+def test_paths_that_part_at_the_first_gate_share_nothing_but_the_normalised_images(
+    tiny: RandomGatedNetwork, exported: GatedStencil
+) -> None:
     pair = [(0,) * tiny.num_gates, (1,) + (0,) * (tiny.num_gates - 1)]
-    graphs = onnx_graphs.rgn_graphs(tiny, pair[0], pair, gated=False)
+    graphs = {"single": exported.single(pair[0]), "ensemble": exported.ensemble(pair)}
     assert count(graphs["ensemble"], "Conv") == 2 * count(graphs["single"], "Conv")
     assert count(graphs["single"], "Div") == 1
     assert count(graphs["ensemble"], "Div") == 2  # one of the images, and one of the votes by the members
@@ -333,15 +329,33 @@ def test_paths_that_part_at_the_first_gate_share_nothing_but_the_normalised_imag
     assert extra == apart
 
 
-def test_the_same_network_gives_the_same_bytes(tiny: RandomGatedNetwork, tiny_gated: bytes) -> None:
+def test_the_same_network_gives_the_same_bytes(tiny: RandomGatedNetwork, exported: GatedStencil) -> None:
     chosen = [(0,) * 7, (1,) * 7]
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
-    first = onnx_graphs.rgn_graphs(tiny, chosen[0], chosen, gated=True)
     torch.manual_seed(99)  # nothing is drawn from the global generator
-    again = onnx_graphs.rgn_graphs(tiny, chosen[0], chosen, gated=False)
-    assert again.keys() == {"single", "ensemble"}
-    assert {**again, "gated": tiny_gated} == first
+    again = onnx_graphs.rgn_graphs(tiny, chosen[0], chosen, gated=True)
+    assert again == {
+        "single": exported.single(chosen[0]), "ensemble": exported.ensemble(chosen), "gated": exported.gated()
+    }  # fmt: skip
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
+
+
+def test_torchs_table_of_functions_is_kept_and_makes_the_same_graph_as_a_new_one(
+    tiny: RandomGatedNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exporter below torch's public function is given the table; the public one makes it at every call."""
+    from torch.onnx._internal.exporter import _core
+
+    network = derive(tiny, (0,) * 7)
+    ours = onnx_graphs.single_graph(network)
+    below = _core.export
+
+    def public(model: nn.Module, arguments: tuple[Tensor], *, registry: object, **options: Any) -> object:
+        monkeypatch.setattr(_core, "export", below)
+        return torch.onnx.export(model, arguments, dynamo=True, **options)
+
+    monkeypatch.setattr(_core, "export", public)
+    assert onnx_graphs.single_graph(network) == ours
 
 
 @pytest.mark.parametrize(("single", "ensemble"), [((0,) * 6, []), ((0,) * 8, []), (None, [(0,) * 6 + (2,)])])
@@ -351,14 +365,14 @@ def test_a_path_that_does_not_fit_is_refused(tiny: RandomGatedNetwork, single: A
 
 
 def test_a_gated_graph_of_a_single_candidate_is_refused() -> None:
-    rgn = with_statistics(randomly_gate(build("lenet", images=GREY), candidates=1))
+    rgn = unsettle(randomly_gate(build("lenet", images=GREY), candidates=1)).eval()
     assert isinstance(rgn, RandomGatedNetwork)
     with pytest.raises(BadInput, match=r"at least 2 candidates per layer, got 1; export the variant 'single'"):
         onnx_graphs.rgn_graphs(rgn, None, [], gated=True)
 
 
 def test_a_plain_network_answers_as_torch() -> None:
-    network = with_statistics(build("resnet8", images=SMALL, width=4, negative_slope=0.1))
+    network = unsettle(build("resnet8", images=SMALL, width=4, negative_slope=0.1)).eval()
     opened = session(onnx_graphs.single_graph(network))
     for batch in UNTRACED:
         images = torch.rand(batch, 3, 16, 16)
@@ -368,7 +382,7 @@ def test_a_plain_network_answers_as_torch() -> None:
 
 def test_separate_networks_answer_with_their_mean_probability() -> None:
     """BatchNorms in front of a convolution stay, with the statistics of their own member."""
-    members = [with_statistics(build("preact_resnet18", images=SMALL, width=2)) for _ in range(3)]
+    members = [unsettle(build("preact_resnet18", images=SMALL, width=2)).eval() for _ in range(3)]
     content = onnx_graphs.members_graph(members)
     opened = session(content)
     for batch in UNTRACED:
@@ -412,7 +426,7 @@ class Early:
 
 
 MULTI_EXIT: dict[str, Callable[[], nn.Module]] = {
-    "msdnet": lambda: build("msdnet", images=SMALL, exits=3, base=2, step=1, channels=4, growth=2),
+    "msdnet": lambda: build("msdnet", images=SMALL, exits=3, base=1, step=1, channels=4, growth=2),
     "two exits": lambda: build("msdnet", images=SMALL, exits=2, base=1, step=1, channels=4, growth=2),
     "digits": lambda: build("small_cnn3", images=GREY),
 }
@@ -422,11 +436,12 @@ MULTI_EXIT: dict[str, Callable[[], nn.Module]] = {
 def early(request: pytest.FixtureRequest) -> Early:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    network = with_statistics(MULTI_EXIT[request.param]())
+    network = unsettle(MULTI_EXIT[request.param]()).eval()
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0, 0.2)
-    return Early(network, onnx_graphs.single_graph(network), onnx_graphs.early_exit_graph(network))
+    made = onnx_graphs.plain_graphs([network])
+    return Early(network, made["single"], made["early_exit"])
 
 
 def at_limits(graph: bytes, image: Tensor, limits: list[float]) -> tuple[np.ndarray, np.ndarray, int]:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
+from unsettled import unsettle
 
 from zoo import paths
 from zoo.errors import BadInput, GatingWarning
-from zoo.export import onnx_graphs
+from zoo.export import assembly, onnx_graphs
+from zoo.export.stencil import Stencil
 from zoo.gates import graphs, self_check
 from zoo.gates.derive import derive, folded_copy
 from zoo.gates.rgn import RandomGatedNetwork, randomly_gate
@@ -230,22 +232,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def unsettled(network: nn.Module) -> nn.Module:
-    """Give every BatchNorm statistics and an affine map of its own, as training would."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            nn.init.normal_(module.running_mean, 0, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.2)
-    return network
-
-
 def made(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return unsettled(NETWORKS[name]()).eval()
+    return unsettle(NETWORKS[name]()).eval()
 
 
 def images(batch: int) -> Tensor:
@@ -485,7 +474,7 @@ class Tied(Parts):
 @pytest.mark.filterwarnings("ignore:Tied has a single gated layer")
 def test_convolutions_that_share_a_weight_go_on_sharing_it_and_are_named() -> None:
     with pytest.warns(GatingWarning, match="b, c"):
-        rgn = randomly_gate(unsettled(Tied())).eval()
+        rgn = randomly_gate(unsettle(Tied())).eval()
     path, batch = random_path(rgn), images(3)
     derived: Any = derive(rgn, path)
     assert [layer.conv for layer in rgn.layers] == ["a"]
@@ -765,8 +754,8 @@ def test_a_tensor_called_like_an_input_of_the_graph_is_refused() -> None:
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_graph_too_large_for_one_file_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch, gated: bool) -> None:
     rgn = randomly_gate(made("plain")).eval()
-    assert onnx_graphs.LARGEST == 2**31 - 2**20
-    monkeypatch.setattr(onnx_graphs, "LARGEST", 2_000)
+    assert assembly.LARGEST == 2**31 - 2**20
+    monkeypatch.setattr(assembly, "LARGEST", 2_000)
     with pytest.raises(BadInput, match="GiB"):
         onnx_graphs.rgn_graphs(rgn, None if gated else (0, 0), [], gated=gated)
 
@@ -774,7 +763,7 @@ def test_a_graph_too_large_for_one_file_is_refused_in_a_sentence(monkeypatch: py
 # --- the checks themselves find a planted defect ---
 
 
-def spoilt(stencil: onnx_graphs.Stencil) -> onnx_graphs.Stencil:
+def spoilt(stencil: Stencil) -> Stencil:
     shared = {name: array * np.float32(1.01) if array.ndim > 1 else array for name, array in stencil.shared.items()}
     return replace(stencil, shared=shared)
 
@@ -794,7 +783,6 @@ def test_a_graph_that_differs_from_its_network_is_never_returned(
 ) -> None:
     rgn = randomly_gate(made("plain")).eval()
     right = onnx_graphs.stencil_of
-    export(rgn)
     monkeypatch.setattr(onnx_graphs, "stencil_of", lambda *arguments: spoilt(right(*arguments)))
     with pytest.raises(BadInput, match="does not answer as"):
         export(rgn)

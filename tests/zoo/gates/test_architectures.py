@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 import warnings
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
+import architectures
 import numpy as np
 import pytest
 import torch
+from architectures import CASES, Case
 from torch import nn
+from unsettled import unsettle
 
 from zoo import paths
 from zoo.data.vision import torchvision
 from zoo.errors import GatingWarning
 from zoo.export import onnx_graphs
-from zoo.gates import graphs, self_check
+from zoo.gates import self_check
 from zoo.gates.derive import derive
-from zoo.gates.rgn import randomly_gate
+from zoo.gates.rgn import RandomGatedNetwork, randomly_gate
 from zoo.runtime import session
 
 
-def _table() -> Any:
-    """The table beside this file; tests are no package."""
-    name = "manygates_architectures"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("architectures.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-table = _table()
-
-
-def built(case: Any) -> nn.Module:
+def built(case: Case) -> nn.Module:
     """The architecture with random weights and unequal BatchNorms, in evaluation mode."""
     vision = torchvision()
     torch.manual_seed(0)
@@ -49,41 +33,66 @@ def built(case: Any) -> nn.Module:
     else:
         network = vision.models.get_model(case.name, weights=None, num_classes=10, **case.options)
     network.image_shape = (3, case.size, case.size)
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            nn.init.normal_(module.running_mean, 0, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.2)
     last = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
     nn.init.normal_(last.weight, 0, 0.1)  # some start at zero
-    return network.eval()
+    return unsettle(network).eval()
+
+
+@dataclass(frozen=True)
+class Gated:
+    """An architecture with gates and a path of it."""
+
+    case: Case
+    rgn: RandomGatedNetwork
+    path: paths.Path
+    said: list[str]  # warnings of `randomly_gate`
+    parameters: int  # of the architecture itself
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def gated(request: pytest.FixtureRequest) -> Gated:
+    case: Case = request.param
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        network = built(case)
+        rgn = randomly_gate(network).eval()
+    said = [str(warning.message) for warning in caught if warning.category is GatingWarning]
+    path = paths.sample(rgn.num_gates, rgn.candidates, random.Random(0))
+    return Gated(case, rgn, path, said, count(network))
+
+
+def count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", table.CASES, ids=lambda case: case.name)
-@torch.no_grad()
-def test_a_public_architecture_is_gated_derived_and_exported(case: Any) -> None:
-    network = built(case)
-    assert len(graphs.convolutions(graphs.trace(network))) == case.convolutions
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        rgn = randomly_gate(network).eval()
-    said = [str(warning.message) for warning in caught if warning.category is GatingWarning]
-    assert rgn.num_gates == case.gates
+def test_a_public_architecture_has_its_gates_and_says_what_has_none(gated: Gated) -> None:
+    case, said = gated.case, gated.said
+    assert (len(gated.rgn.convolutions), gated.rgn.num_gates) == (case.convolutions, case.gates)
     assert len(said) == (case.ungated > 0) + (case.gates == 1)
     assert not case.ungated or f" {case.ungated} convolutions " in said[0]
 
-    path = paths.sample(rgn.num_gates, rgn.candidates, random.Random(0))
-    images = self_check.images((5, 3, case.size, case.size))
-    expected, derived = rgn(images, path), derive(rgn, path)
-    assert torch.equal(derived(images), expected)
-    assert not torch.allclose(network(images), expected)
 
-    exported = onnx_graphs.rgn_graphs(rgn, path, [], gated=True)
-    for variant, feeds in (("single", {}), ("gated", {"gates": np.array(path, np.int64)})):
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_derived_path_of_a_public_architecture_equals_it_bit_for_bit(gated: Gated) -> None:
+    images = self_check.images((2, 3, gated.case.size, gated.case.size))
+    expected = gated.rgn(images, gated.path)
+    derived = derive(gated.rgn, gated.path)
+    assert torch.equal(derived(images), expected)
+    assert (type(derived), count(derived)) == (type(gated.rgn.template), gated.parameters)
+    assert not torch.allclose(gated.rgn(images, [0] * gated.rgn.num_gates), expected)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_graphs_of_a_public_architecture_answer_as_torch(gated: Gated, pytestconfig: pytest.Config) -> None:
+    if not (gated.case.exported or pytestconfig.getoption("--exhaustive")):
+        pytest.skip("of this family another architecture is exported; --exhaustive exports all")
+    images = self_check.images((5, 3, gated.case.size, gated.case.size))
+    expected = gated.rgn(images, gated.path)
+    exported = onnx_graphs.rgn_graphs(gated.rgn, gated.path, [], gated=True)
+    for variant, feeds in (("single", {}), ("gated", {"gates": np.array(gated.path, np.int64)})):
         opened = session(exported[variant])
         for batch in (1, 2, 5):
             (logits,) = opened.run(["logits"], {"images": images[:batch].numpy(), **feeds})
@@ -92,4 +101,4 @@ def test_a_public_architecture_is_gated_derived_and_exported(case: Any) -> None:
 
 
 def test_the_page_is_the_table() -> None:
-    assert table.PAGE.read_text(encoding="utf-8") == table.page()
+    assert architectures.PAGE.read_text(encoding="utf-8") == architectures.page()

@@ -22,12 +22,18 @@ from zoo.bundle.bundle import Bundle, write_bundle
 from zoo.errors import BadInput, BundleError, ChecksumMismatch, MissingFile
 from zoo.hub import client
 from zoo.hub.client import parse_repository
-from zoo.hub.fetch import fetch, hub_cards
+from zoo.hub.fetch import fetch_card, fetch_files, hub_cards
 from zoo.hub.source import find, open_model
 
 READER = "hf_reader"
 CLI = Callable[..., Any]
 Offline = Callable[[], AbstractContextManager[None]]
+
+
+def fetch(repository: str, revision: str | None = None, only: tuple[str, ...] | None = None) -> Bundle:
+    bundle = fetch_card(repository, revision)
+    fetch_files(repository, bundle, only)
+    return bundle
 
 
 def contents(bundle: Bundle) -> dict[str, bytes]:

@@ -278,6 +278,13 @@ def test_a_page_without_one_pair_of_marks_is_left_alone(text: str, tmp_path: Pat
     assert not (tmp_path / "figures").exists()
 
 
+def test_a_page_that_cannot_be_written_leaves_no_figures(tmp_path: Path) -> None:
+    (tmp_path / "zoo.md").mkdir()
+    with pytest.raises(OSError, match=r"zoo\.md"):
+        write_leaderboard([card("one")], tmp_path / "zoo.md")
+    assert list((tmp_path / "figures").iterdir()) == []
+
+
 def test_the_same_cards_give_the_same_bytes(tmp_path: Path) -> None:
     cards = [card(f"m{index}", method=f"method {index}") for index in range(9)]
     for name in ("first", "second"):

@@ -533,6 +533,16 @@ def test_only_the_official_files_are_called_cifar_10_c(note: str, title: str) ->
     assert means == [["Model", "fog", "snow", "mean"], ["golden · single", "68.8 %", "50.0 %", "59.4 %"]]
 
 
+def test_many_categories_go_down_the_page_and_few_go_across() -> None:
+    names = [f"attack {index}" for index in range(9)]
+    for count, header in ((9, ["Attack", "one · single", "two · single"]), (2, ["Model", *names[:2]])):
+        one_row = matrix("attacks", ["alone"], names[:count], [0.1 * index for index in range(count)])
+        page = shown(with_table("one", one_row), with_table("two", one_row))
+        (table,) = [rows for caption, rows in page.tables.items() if caption == "White-box PGD, ε 8/255, on cifar10"]
+        assert table[0] == header
+        assert table[-1][-1] == ("80.0 %" if count == 9 else "10.0 %")
+
+
 def test_official_and_synthetic_corruptions_are_never_compared() -> None:
     cells = matrix("corruptions", ["fog"], ["1"], [0.5])
     results = [

@@ -223,8 +223,8 @@ def test_a_file_that_claims_another_network_than_it_holds_is_refused_before_it_g
     for read in (load_network, load_members):
         with counted() as sizes, pytest.raises(ManygatesError):
             read(file)
-        assert sum(sizes[:-1]) <= checkpoint.COPIES * held, "the last one is refused before it is filled"
-        assert len(sizes) <= checkpoint.COPIES * len(tensors) + 1
+        assert sum(sizes[:-1]) <= checkpoint.MAX_BUILT_COPIES * held, "the last one is refused before it is filled"
+        assert len(sizes) <= checkpoint.MAX_BUILT_COPIES * len(tensors) + 1
 
 
 @pytest.mark.parametrize("members", [10**6, 1000, 3, 0, -1, True, "2", None])

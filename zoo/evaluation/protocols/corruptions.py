@@ -6,7 +6,8 @@ import torch
 
 from zoo.bundle.card import Result
 from zoo.data import datasets
-from zoo.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, find_official, official, official_labels
+from zoo.data.cifar10_c import find_official, official, official_labels
+from zoo.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from zoo.data.datasets import Images
 from zoo.errors import BadInput
 from zoo.evaluation.run import Run, share, table
