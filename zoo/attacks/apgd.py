@@ -236,7 +236,7 @@ class _Search:
             None if goal is None else goal[rows],
             budget,
         )
-        for step, checkpoint in enumerate(_checkpoints(budget.steps)):
+        for step, checkpoint in enumerate(checkpoints(budget.steps)):
             if stop:
                 broken = succeeded(climb.logits, climb.labels, climb.goal)
                 if bool(broken.any()):
@@ -265,7 +265,7 @@ def _starts(images: Tensor, ball: Ball, eps: float, generator: torch.Generator |
     return ball.project(images + eps * (noise / largest[:, None, None, None]))
 
 
-def _checkpoints(steps: int) -> list[int]:
+def checkpoints(steps: int) -> list[int]:
     """Return for each step the length of the interval that a checkpoint ends after it, else 0; the last has none.
 
     The intervals are 22 % of the steps at first and shrink by 3 % of them to 6 % (equation 3 of the paper, with the
