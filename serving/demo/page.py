@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from serving.listener import bind, url_of
 from zoo import paths
-from zoo.attacks import LinfBudget, as_it_is, fgsm, pgd, to_grid
+from zoo.attacks import LinfBudget, fgsm, pgd, to_grid, unchecked
 from zoo.bundle.bundle import Bundle
 from zoo.bundle.card import Card, Result
 from zoo.data import datasets
@@ -108,7 +108,7 @@ class Contestant:
         if not self.gated:
             return self.network
         # random on purpose, of which an attack on a deterministic model would warn
-        return as_it_is(
+        return unchecked(
             lambda images: mean_probability(torch.stack([self._along_a_path(images, rng) for _ in range(EOT_DRAWS)]))
         )
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import Model, asked
 from zoo.attacks.gradient import pgd
+from zoo.attacks.outputs import Model, logits_of
 from zoo.bundle.bundle import Bundle, int8_file
 from zoo.errors import BadInput
 from zoo.export.onnx_graphs import as_numpy
@@ -118,7 +118,7 @@ def attack_weights(
         Where the weights, and where the graph, answered every iterate correctly (image,) bool, the image itself
         included, and the last iterates of the first start (image, channel, height, width).
     """
-    kept = torch.stack([asked(model, images).argmax(1) == labels for model in (weights, deployed)])
+    kept = torch.stack([logits_of(model, images).argmax(1) == labels for model in (weights, deployed)])
     last_of_first = images
     once = LinfBudget(eps=budget.eps, steps=budget.steps, step_size=budget.step_size)
     for attempt in range(budget.restarts):
@@ -128,7 +128,7 @@ def attack_weights(
             break
 
         def watch(_: int, iterate: Tensor, __: Tensor, rows: Tensor = rows) -> None:
-            kept[1, rows] &= asked(deployed, iterate).argmax(1) == labels[rows]
+            kept[1, rows] &= logits_of(deployed, iterate).argmax(1) == labels[rows]
 
         def judged_weights(pixels: Tensor, rows: Tensor = rows) -> Tensor:
             logits = weights(pixels)
@@ -136,6 +136,6 @@ def attack_weights(
             return logits
 
         last = pgd(judged_weights, images[rows], labels[rows], once, start=starts[rows], watch=watch)
-        kept[0, rows] &= asked(weights, last).argmax(1) == labels[rows]
+        kept[0, rows] &= logits_of(weights, last).argmax(1) == labels[rows]
         last_of_first = last if attempt == 0 else last_of_first
     return kept[0], kept[1], last_of_first

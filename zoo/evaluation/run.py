@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from zoo import paths
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import Model, asked, check_logits
+from zoo.attacks.outputs import Model, check_logits, logits_of
 from zoo.attacks.random_gates import Sampler, path_model
 from zoo.bundle.bundle import Bundle, int8_file
 from zoo.bundle.card import Agreement, Check, Result, Table
@@ -149,7 +149,7 @@ class Run:
             BadInput: it does not, so that a deterministic protocol would mistake luck for robustness.
         """
         pixels = datasets.as_float(images.pixels)
-        first, second = (asked(self.network, pixels) for _ in range(2))
+        first, second = (logits_of(self.network, pixels) for _ in range(2))
         if not torch.equal(first, second):
             raise BadInput(
                 f"{self.bundle.card.name} answers the same image differently (by up to "
@@ -285,9 +285,9 @@ def correct(model: Model, pixels: Tensor, labels: Tensor) -> Tensor:
     """Return where the model answers with the label (batch,) bool.
 
     Raises:
-        BadInput: it answers NaN; see `zoo.attacks.checks.asked`.
+        BadInput: it answers NaN; see `zoo.attacks.outputs.logits_of`.
     """
-    return asked(model, pixels).argmax(1) == labels
+    return logits_of(model, pixels).argmax(1) == labels
 
 
 def agreement(equal: Tensor) -> Agreement:

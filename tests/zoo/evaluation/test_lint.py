@@ -15,7 +15,7 @@ from torch.autograd import grad as grad_by_another_name
 from torch.nn import functional as F
 
 from zoo.attacks import LinfBudget, pgd
-from zoo.attacks.checks import Model
+from zoo.attacks.outputs import Model
 from zoo.bundle.card import Finding
 from zoo.bundle.findings import lines
 from zoo.errors import BadInput

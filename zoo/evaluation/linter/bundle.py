@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zoo.attacks.checks import Model
+from zoo.attacks.outputs import Model
 from zoo.bundle.bundle import Bundle, int8_file
 from zoo.bundle.card import Card, Finding, Lint
 from zoo.data import datasets

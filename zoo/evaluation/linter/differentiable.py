@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.attacks.checks import Model, Seen, are_probabilities, as_it_is
+from zoo.attacks.models import CheckedModel
+from zoo.attacks.outputs import Model, are_probabilities
+from zoo.attacks.training_mode import unchecked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ def _half(outputs: Tensor, images: torch.dtype) -> torch.dtype | None:
     return None
 
 
-def differentiable(seen: Seen, form: Form) -> Model:
+def differentiable(seen: CheckedModel, form: Form) -> Model:
     """Return a model as attacks need it: logits in full precision, differentiable in the images."""
 
     def model(images: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def differentiable(seen: Seen, form: Form) -> Model:
             logits = logits + (0 * images).flatten(1).sum(1, keepdim=True)
         return logits
 
-    return as_it_is(model)
+    return unchecked(model)
 
 
 class _Scaled(torch.autograd.Function):

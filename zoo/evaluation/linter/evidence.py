@@ -17,11 +17,14 @@ from torch.nn import functional as F
 
 from zoo.attacks.apgd import apgd_targeted
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import Chance, Model, Output, checked, full_precision, see
 from zoo.attacks.gradient import fgsm, pgd
+from zoo.attacks.images import check_batch, full_precision
 from zoo.attacks.losses import Loss
+from zoo.attacks.models import Randomness, checked_model
+from zoo.attacks.outputs import Model, Output
 from zoo.attacks.random_gates import Sampler, eot_pgd
 from zoo.attacks.square import square
+from zoo.attacks.training_mode import check_mode
 from zoo.errors import BadInput
 from zoo.evaluation.int8_graph import Int8Network, attack_weights
 from zoo.evaluation.linter.differentiable import Form, differentiable
@@ -60,7 +63,7 @@ def parts(tensor: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def logits_of(model: Model, images: Tensor) -> Tensor:
+def answers_of(model: Model, images: Tensor) -> Tensor:
     """Return a model's answers (image, class), asked in batches."""
     return torch.cat([model(part) for part in parts(images)])
 
@@ -102,12 +105,15 @@ class Evidence:
         queries: int,
         output: Output | None = None,
     ) -> None:
-        images, labels, _ = checked(model, images, labels)
-        checked(surrogate, images[:0], labels[:0])
+        check_mode(model)
+        check_mode(surrogate)
+        images, labels, _ = check_batch(images, labels)
         self.model, self.sampler, self.served = model, sampler, served
         self.eps, self.seed, self.queries = eps, seed, queries
         self._output = output
-        self._whole = see(model, output, chance=self._chance, moving=True)  # M1 reports what moves
+        self._whole = checked_model(
+            model, output, randomness=self._randomness, may_move_buffers=True
+        )  # M1 reports what moves
         dtype, images = images.dtype, full_precision(images)
         self.state = state_of(model, images.device)
         self.outputs, self.passes = self._first_answers(images[:REPEATED_IMAGES].to(dtype))
@@ -120,9 +126,13 @@ class Evidence:
         self.form = Form.of(self.outputs, dtype, differentiates=self.passes > 0)
         drawn = model if sampler is None else sampler()
         self.net = self._draw(drawn)
-        self.weights = differentiable(see(drawn.weights), self.form) if isinstance(drawn, Int8Network) else None
-        self.surrogate = None if surrogate is None else differentiable(see(surrogate, chance="tolerated"), self.form)
-        right = logits_of(self.net, images).argmax(1) == labels
+        self.weights = (
+            differentiable(checked_model(drawn.weights), self.form) if isinstance(drawn, Int8Network) else None
+        )
+        self.surrogate = (
+            None if surrogate is None else differentiable(checked_model(surrogate, randomness="allow"), self.form)
+        )
+        right = answers_of(self.net, images).argmax(1) == labels
         if not bool(right.any()):
             raise BadInput(
                 f"the model answers none of the {len(images)} images correctly, so there is nothing to attack; are the "
@@ -142,13 +152,15 @@ class Evidence:
         return outputs, passes[0]
 
     @property
-    def _chance(self) -> Chance:
+    def _randomness(self) -> Randomness:
         """What a draw may do at random; R1 is there to say it."""
-        return "tolerated" if self.sampler is None else "expected"
+        return "allow" if self.sampler is None else "expect"
 
     def _draw(self, model: Model) -> Model:
         """Return the model, or a draw of it, as attacks need it; the whole was asked before."""
-        return differentiable(see(model, self._output, chance=self._chance, watched=True), self.form)
+        return differentiable(
+            checked_model(model, self._output, randomness=self._randomness, operations_checked=True), self.form
+        )
 
     # what the figures say of the setting
 
@@ -241,7 +253,7 @@ class Evidence:
     @cached_property
     def mean_margin(self) -> float:
         """The mean clean margin between the two largest logits; at least a tiny number."""
-        top = logits_of(self.net, self.images).topk(2, dim=1).values
+        top = answers_of(self.net, self.images).topk(2, dim=1).values
         margins = (top[:, 0] - top[:, 1]).nan_to_num(0, posinf=1e4)
         return max(float(margins.mean()), 1e-12)
 
@@ -313,7 +325,7 @@ class Evidence:
     def corner_logits(self) -> Tensor:
         """The logits at all random corners (corner, image, class)."""
         moved = ((self.images + self.eps * self.corner(number)).clamp(0, 1) for number in range(2 * NOISES))
-        return torch.stack([logits_of(self.net, images) for images in moved])
+        return torch.stack([answers_of(self.net, images) for images in moved])
 
     @cached_property
     def on_surrogate(self) -> tuple[Tensor, Tensor, Tensor]:

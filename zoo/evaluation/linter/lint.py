@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from zoo.attacks.budget import number, whole
-from zoo.attacks.checks import Model, Output
+from zoo.attacks.outputs import Model, Output
 from zoo.attacks.random_gates import Sampler
 from zoo.bundle.card import Finding
 from zoo.errors import BadInput
@@ -97,7 +97,7 @@ def lint_model(
         queries: of the Square attack, for each image that no gradient broke.
         watch: called with each finding as soon as it is there.
         output: where the logits are in what the model and its draws return; a surrogate that needs it is given as
-            `zoo.attacks.checks.see(surrogate, output)`.
+            `zoo.attacks.models.checked_model(surrogate, output)`.
         checks: what to ask, in this order.
 
     Returns:
@@ -105,7 +105,7 @@ def lint_model(
 
     Raises:
         BadInput: no image is answered correctly, eps is outside (0, 1], fewer than 1 query, a model that fails, returns
-            no logits or NaN, or is partly in training mode; see `zoo.attacks.checks`.
+            no logits or NaN, or is partly in training mode; see `zoo.attacks.models.checked_model`.
     """
     eps, queries, seed = number(eps, "eps"), whole(queries, "queries"), whole(seed, "seed")
     if not 0 < eps <= 1:

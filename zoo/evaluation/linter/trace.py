@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import Model
 from zoo.attacks.gradient import pgd
+from zoo.attacks.outputs import Model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo import paths
-from zoo.attacks.checks import asked
+from zoo.attacks.outputs import logits_of
 from zoo.attacks.random_gates import path_model
 from zoo.bundle.card import Result
 from zoo.evaluation.intervals import share
@@ -22,8 +22,8 @@ def measure(run: Run) -> list[Result]:
 
 def _once(run: Run) -> Result:
     def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
-        found = asked(run.network, pixels).argmax(1)
-        of_weights = asked(run.weights, pixels).argmax(1) if run.int8 else found
+        found = logits_of(run.network, pixels).argmax(1)
+        of_weights = logits_of(run.weights, pixels).argmax(1) if run.int8 else found
         return torch.stack([found == labels, found == of_weights], dim=1)
 
     images = run.images(None)
@@ -46,7 +46,7 @@ def _over_draws(run: Run) -> Result:
         if not run.int8:
             return right
         both = run.along(drawn[0]), path_model(run.rgn, drawn[0])
-        of_graph, of_weights = (asked(model, pixels).argmax(1) for model in both)
+        of_graph, of_weights = (logits_of(model, pixels).argmax(1) for model in both)
         return torch.cat([right, (of_graph == of_weights)[:, None]], dim=1)
 
     images = run.images(None)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from zoo import paths
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import Model, asked
 from zoo.attacks.distillation import distil
+from zoo.attacks.outputs import Model, logits_of
 from zoo.bundle.card import Result
 from zoo.data.datasets import Images
 from zoo.errors import BadInput
@@ -77,7 +77,7 @@ def _distilled_on(run: Run, path: paths.Path, images: Images, models: Sequence[M
         order = [following[row] for row in range(len(labels))]  # no image is its own target
         feature = run.rgn.runner(layer, tensors, folded=True)
         distilled = distil(feature, pixels, pixels[order], budget, momentum=1.0)
-        logits = [asked(model, distilled) for model in models]
+        logits = [logits_of(model, distilled) for model in models]
         losses = torch.stack([F.cross_entropy(each, labels[order], reduction="none") for each in logits], dim=1)
         right = torch.stack([each.argmax(1) == labels for each in logits], dim=1)
         return torch.stack([losses, right.to(losses.dtype)], dim=2)

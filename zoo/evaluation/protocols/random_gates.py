@@ -16,8 +16,8 @@ from torch import Tensor
 
 from zoo import paths
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import asked
 from zoo.attacks.losses import ascent
+from zoo.attacks.outputs import logits_of
 from zoo.attacks.random_gates import eot_pgd, path_sampler
 from zoo.bundle.card import Check, Result
 from zoo.data.datasets import Images
@@ -122,7 +122,7 @@ def _on_draws(run: Run, pixels: Tensor, labels: Tensor, batch: int, draws: int) 
     with torch.no_grad():
         for draw in range(draws):
             path = paths.sample(run.rgn.num_gates, run.rgn.candidates, rng)
-            answer = asked(run.along(path), pixels)
+            answer = logits_of(run.along(path), pixels)
             right.append(answer.argmax(1) == labels)
             if draw < AVERAGED:
                 logits.append(answer)

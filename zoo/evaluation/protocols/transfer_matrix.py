@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import Model
 from zoo.attacks.gradient import pgd
+from zoo.attacks.outputs import Model
 from zoo.bundle.card import Result
 from zoo.data.datasets import Images
 from zoo.errors import BadInput

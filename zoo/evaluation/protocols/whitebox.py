@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import asked
 from zoo.attacks.gradient import pgd
+from zoo.attacks.outputs import logits_of
 from zoo.bundle.card import Check, Result, Table
 from zoo.data.datasets import Images
 from zoo.evaluation.int8_graph import attack_weights
@@ -78,7 +78,7 @@ def _on_weights(run: Run, images: Images, eps: Fraction, budget: LinfBudget) -> 
     def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
         generator = run.generator(stage, batch)
         weights_kept, graph_kept, last = attack_weights(run.weights, run.network, pixels, labels, budget, generator)
-        same = asked(run.network, last).argmax(1) == asked(run.weights, last).argmax(1)
+        same = logits_of(run.network, last).argmax(1) == logits_of(run.weights, last).argmax(1)
         return torch.stack([weights_kept, graph_kept, same], dim=1)
 
     judged = run.judged(stage, images, judge)

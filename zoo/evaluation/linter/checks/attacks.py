@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import as_it_is
 from zoo.attacks.gradient import pgd
 from zoo.attacks.pixel_grid import to_grid
+from zoo.attacks.training_mode import unchecked
 from zoo.evaluation.intervals import exceeds
 from zoo.evaluation.linter.check import Answer, check
 from zoo.evaluation.linter.evidence import CURVE_STEPS, LONG_STEPS, NOISES, STEPS, Evidence, count
@@ -235,7 +235,7 @@ def planted(evidence: Evidence) -> Answer:
         found.logical_or_(beyond.detach() > 0)
         return torch.stack([torch.zeros_like(beyond), beyond], 1)
 
-    pgd(as_it_is(binary), images, torch.zeros_like(labels), budget, generator=generator)
+    pgd(unchecked(binary), images, torch.zeros_like(labels), budget, generator=generator)
     missed, total = count(planted & ~found), count(planted)
     return exceeds(missed, total, PLANTED_MISSED), (
         f"PGD-{STEPS} misses {missed} of {total} planted adversarial examples ({INNER_POINTS} inner points; "

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from zoo.attacks.checks import are_probabilities
+from zoo.attacks.outputs import are_probabilities
 from zoo.errors import BadInput
 from zoo.evaluation.intervals import exceeds
 from zoo.evaluation.linter.check import Answer, check
-from zoo.evaluation.linter.evidence import LONG_STEPS, NOISES, STEPS, Evidence, count, logits_of, parts
+from zoo.evaluation.linter.evidence import LONG_STEPS, NOISES, STEPS, Evidence, answers_of, count, parts
 from zoo.evaluation.thresholds import (
     BLACK_BOX_ALONE,
     ROUNDED_AWAY,
@@ -84,7 +84,7 @@ def rounding_keeps(evidence: Evidence) -> Answer:
         return None, NO_GRAPH
     weights_kept, graph_kept, last = evidence.on_weights
     alone = count(~weights_kept & graph_kept)
-    same = logits_of(evidence.net, last).argmax(1) == logits_of(evidence.weights, last).argmax(1)
+    same = answers_of(evidence.net, last).argmax(1) == answers_of(evidence.weights, last).argmax(1)
     return exceeds(alone, evidence.number, ROUNDED_AWAY), (
         f"PGD-{LONG_STEPS} on the weights, 2 starts, breaks {count(~weights_kept)} of {evidence.number} on the weights "
         f"and {count(~graph_kept)} on the graph, {alone} on the weights alone; both say the same of {count(same)} "
