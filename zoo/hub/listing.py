@@ -9,22 +9,13 @@ from dataclasses import asdict
 from fractions import Fraction
 from typing import Any
 
+from zoo.bundle import headline
 from zoo.bundle.card import Card, Result
-from zoo.bundle.headline import (
-    AUTOATTACK,
-    CLEAN,
-    TRANSFER,
-    WHITEBOX,
-    accuracy_of,
-    eps_shown,
-    main_variant,
-    measured_eps,
-)
 from zoo.bundle.wording import eps_text, plain
 from zoo.errors import BadInput, UnknownName
 from zoo.hub.source import KnownModel
 
-KINDS = {"whitebox": WHITEBOX, "transfer": TRANSFER, "autoattack": AUTOATTACK}
+KINDS = {"whitebox": headline.WHITEBOX, "transfer": headline.TRANSFER, "autoattack": headline.AUTOATTACK}
 """What `sort` can name beside "name", "method" and "clean"; each may be followed by ":EPS"."""
 SORTS = ("name", "method", "clean", *KINDS)
 MANY_IMAGES = 1000
@@ -94,11 +85,11 @@ def _order(models: Sequence[KnownModel], sort: str) -> Callable[[KnownModel], tu
 
     def key(model: KnownModel) -> tuple[Any, ...]:
         if name == "clean":
-            found = accuracy_of(model.card, CLEAN, Fraction(0))
+            found = headline.accuracy_of(model.card, headline.CLEAN, Fraction(0))
         else:
             cards = [other.card for other in models if other.card.dataset == model.card.dataset]
             places = [eps] if eps is not None else _shown(cards, KINDS[name])[:1]
-            found = accuracy_of(model.card, KINDS[name], places[0]) if places else None
+            found = headline.accuracy_of(model.card, KINDS[name], places[0]) if places else None
         return (found is None, 0.0 if found is None else -found.accuracy, model.card.name, model.source)
 
     return key
@@ -127,7 +118,7 @@ def _document(model: KnownModel) -> dict[str, Any]:
         "parameters": card.architecture.parameters,
         "single_path_parameters": card.architecture.single_path_parameters,
         "variants": card.variants,
-        "main": main_variant(card),
+        "main": headline.main_variant(card),
         "files": {name: entry.size for name, entry in sorted(card.files.items())},
         "bytes": sum(entry.size for entry in card.files.values()),
         "weights": weights[0] if weights else "",
@@ -246,14 +237,14 @@ def _table(dataset: str, models: Sequence[KnownModel]) -> list[str]:
 
 
 def _row(model: KnownModel, columns: Sequence[tuple[str, Fraction]]) -> tuple[str, ...]:
-    card, variant = model.card, main_variant(model.card)
+    card, variant = model.card, headline.main_variant(model.card)
     alarms = f"ALARM: {', '.join(card.suspect)}" if card.suspect else _LINTER[_linter(card, variant)]
     return (
         plain(card.name if model.commands else model.source),
         plain(card.architecture.name),
         variant,
-        _number(accuracy_of(card, CLEAN, Fraction(0)), 2),
-        *(_number(accuracy_of(card, KINDS[kind], eps), 1) for kind, eps in columns),
+        _number(headline.accuracy_of(card, headline.CLEAN, Fraction(0)), 2),
+        *(_number(headline.accuracy_of(card, KINDS[kind], eps), 1) for kind, eps in columns),
         alarms,
         _origin(model),
     )
@@ -261,7 +252,7 @@ def _row(model: KnownModel, columns: Sequence[tuple[str, Fraction]]) -> tuple[st
 
 def _shown(cards: Iterable[Card], protocols: Sequence[str]) -> list[Fraction]:
     """Return the radii at which the main variants of these models are compared."""
-    return eps_shown(eps for card in cards for eps in measured_eps(card, protocols))
+    return headline.eps_shown(eps for card in cards for eps in headline.measured_eps(card, protocols))
 
 
 def _number(found: Result | None, digits: int) -> str:

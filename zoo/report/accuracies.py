@@ -138,7 +138,7 @@ def _costs(entry: Entry) -> tuple[Cell, Cell]:
     architecture = entry.card.architecture
     return (
         Cell(text=f"{architecture.single_path_parameters:,}", detail=f"{architecture.parameters:,}"),
-        Cell(text=MISSING if entry.passes is None else str(entry.passes), value=entry.passes),
+        entry.cost,
     )
 
 

@@ -142,7 +142,7 @@ class _Board:
                     entry.model,
                     entry.said,
                     entry.card.method,
-                    Cell(text=MISSING if entry.passes is None else str(entry.passes), value=entry.passes),
+                    entry.cost,
                     standing.clean.cell(entry, Fraction(0)),
                     *(attack.cell(entry, eps) for attack, eps in standing.places),
                     _trained(entry.card),
