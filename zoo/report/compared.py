@@ -266,8 +266,8 @@ _SECTIONS = (
     (
         "steps",
         "Accuracy against steps",
-        "A curve that still falls at its right end belongs to an attack that needs more steps, and the accuracy above it "
-        "is too high.",
+        "A curve that still falls at its right end belongs to an attack that needs more steps, and the accuracy above "
+        "it is too high.",
         _curves,
     ),
     (

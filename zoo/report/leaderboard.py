@@ -55,9 +55,7 @@ def write_leaderboard(cards: Sequence[Card], file: Path) -> list[Path]:
         BadInput: without cards, if the page has not exactly one pair of marks, or if matplotlib is not installed.
     """
     if not cards:
-        raise BadInput(
-            "no cards to compare, expected at least one; put bundles into zoo/bundles or cards into zoo/cards"
-        )
+        raise BadInput("no cards to compare, expected one or more; put bundles into zoo/bundles, cards into zoo/cards")
     if file.suffix != ".md":
         raise BadInput(f"--out is {str(file)!r}, expected a page of Markdown for the leaderboard, such as docs/zoo.md")
     page = file.read_text(encoding="utf-8") if file.is_file() else _NEW_PAGE
