@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from zoo.errors import BadInput
-from zoo.export.nodes import branches, renamed
+from zoo.export.nodes import branches, needed, renamed
 from zoo.gates import graphs
 from zoo.networks import num_exits
 from zoo.runtime import session
@@ -199,12 +199,8 @@ class _Fold:
 
     def __call__(self, known: Weights) -> dict[str, np.ndarray]:
         """Return the weight and the bias of the convolution that does the work of both."""
-        weight, bias, scale, shift, mean, variance = (
-            torch.tensor(known[name]) if name else None for name in (*self.conv, *self.norm)
-        )
-        assert weight is not None
-        assert mean is not None
-        assert variance is not None
+        weight, scale, shift, mean, variance = (torch.tensor(known[name]) for name in (self.conv[0], *self.norm))
+        bias = torch.tensor(known[self.conv[1]]) if self.conv[1] else None
         folded = fuse_conv_bn_weights(weight, bias, mean, variance, self.eps, scale, shift)
         return {name: tensor.detach().numpy() for name, tensor in zip(self.made, folded, strict=True)}
 
@@ -232,7 +228,7 @@ def _separated(
             gates.update(dict.fromkeys(node.output, frozenset[int]().union(*(gates[name] for name in node.input))))
         else:
             behind.append(node)
-    behind, folds = _folded(_needed(behind, outputs), gates, {*constants, *own})
+    behind, folds = _folded(needed(behind, outputs), gates, {*constants, *own})
     made = {
         name: frozenset().union(*(gates[read] for read in (*fold.conv, *fold.norm)))
         for fold in folds
@@ -240,8 +236,8 @@ def _separated(
     }
     direct = [name for name in dict.fromkeys(name for node in behind for name in node.input) if name in gates]
     direct = [name for name in direct if name and name not in constants and name not in made]
-    needed = {*direct, *(name for fold in folds for name in (*fold.conv, *fold.norm))}
-    run = _computing(steady, constants, [name for node in steady for name in node.output if name in needed])
+    read = {*direct, *(name for fold in folds for name in (*fold.conv, *fold.norm))}
+    run = _computing(steady, constants, [name for node in steady for name in node.output if name in read])
 
     def computed(tensors: Weights) -> dict[str, np.ndarray]:
         known = {**constants, **tensors, **run(tensors)}
@@ -298,22 +294,11 @@ def _folded(
     return merged, folds
 
 
-def _needed(nodes: Sequence[NodeProto], outputs: Sequence[str]) -> list[NodeProto]:
-    """Return the nodes that an output depends on, in their order."""
-    wanted = set(outputs)
-    kept = []
-    for node in reversed(nodes):
-        if wanted & set(node.output):
-            kept.append(node)
-            wanted.update(node.input)
-    return kept[::-1]
-
-
 def _computing(
     nodes: Sequence[NodeProto], constants: Weights, wanted: Sequence[str]
 ) -> Callable[[Weights], dict[str, np.ndarray]]:
     """Return a function that computes the values named in `wanted` from tensors by name."""
-    nodes = _needed(nodes, wanted)
+    nodes = needed(nodes, wanted)
     makes = {output for node in nodes for output in node.output}
     read = [name for name in dict.fromkeys(name for node in nodes for name in node.input) if name and name not in makes]
     fixed = [tensor(constants[name], name) for name in read if name in constants]
