@@ -192,7 +192,7 @@ def model_of(
     Raises:
         BadInput: it is larger than one file can be.
     """
-    size = sum(part.ByteSize() for part in (*constants, *nodes))
+    size = sum(constant.ByteSize() for constant in constants) + sum(node.ByteSize() for node in nodes)
     if size > LARGEST:
         raise BadInput(
             f"the graph would have {size / 2**30:.2f} GiB, but one ONNX file holds at most {LARGEST / 2**30:.2f}; "
