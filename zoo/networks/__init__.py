@@ -12,18 +12,16 @@ from typing import Any
 from torch import nn
 
 from zoo.errors import BadInput, UnknownName
-from zoo.networks.bottleneck_resnet import CifarResNet50
 from zoo.networks.image_format import CIFAR_FORMAT as CIFAR_FORMAT
 from zoo.networks.image_format import MNIST_FORMAT as MNIST_FORMAT
 from zoo.networks.image_format import ImageFormat as ImageFormat
 from zoo.networks.lenet import LeNet
 from zoo.networks.msdnet import MSDNet
-from zoo.networks.preact_resnet import PreActResNet18
-from zoo.networks.resnet import CifarResNet
+from zoo.networks.resnet import CifarResNet, CifarResNet50
 from zoo.networks.small_cnn import SmallCNN
 from zoo.networks.two_layer import TwoLayerCNN
 from zoo.networks.vgg import VGG16
-from zoo.networks.wide_resnet import WideResNet
+from zoo.networks.wide_resnet import PreActResNet18, WideResNet
 
 
 def _resnet(depth: int) -> Callable[..., nn.Module]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from zoo.networks.normalise import Normalise
+from zoo.networks.image_format import Normalise
 from zoo.networks.resnet import initialise
 
 # Output channels of each convolution; 0 is a 2x2 max pool.
