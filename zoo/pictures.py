@@ -35,19 +35,8 @@ _FILTERS: Final = {
 }
 # what Pillow raises on damaged files; UnidentifiedImageError is an OSError, zlib.error has no nearer base of ours
 DAMAGE: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    RuntimeError,
-    AssertionError,
-    MemoryError,
-    struct.error,
-    zlib.error,
+    *(OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, AttributeError, TypeError),
+    *(RuntimeError, AssertionError, MemoryError, struct.error, zlib.error),
 )
 # what makes pixels
 _PNG_PARTS: Final = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
@@ -140,10 +129,9 @@ def encode_png(image: NDArray[np.floating]) -> bytes:
     if not (planes.min() >= 0 and planes.max() <= 1):
         raise BadInput(f"pixels reach from {planes.min()} to {planes.max()}, expected [0, 1]; divide by 255")
     levels = np.rint(planes * 255).astype(np.uint8)
+    pixels = levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0))
     stream = io.BytesIO()
-    Image.fromarray(levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0))).save(
-        stream, format="PNG"
-    )
+    Image.fromarray(pixels).save(stream, format="PNG")
     return stream.getvalue()
 
 

@@ -61,21 +61,13 @@ class Bundle:
             raise BundleError(f"{card_file} is not UTF-8 ({error}); fetch or export the bundle again") from error
         except BundleError as error:
             raise type(error)(f"{folder}: {error}") from error
-        for variant in card.variants:
-            if f"{variant}.onnx" not in card.files:
-                raise MissingFile(
-                    f"{folder}: the card has the variant {variant!r} but lists no {variant}.onnx; export it again"
-                )
-        for variant in () if card.int8 is None else card.int8.variants:
-            if int8_file(variant) not in card.files:
-                raise MissingFile(
-                    f"{folder}: the card has an int8 graph of {variant!r} but lists no {int8_file(variant)}; quantise "
-                    f"it again with `manygates export {folder} --int8`"
-                )
-        if card.exits and EARLY_EXIT_FILE not in card.files:
-            raise MissingFile(
-                f"{folder}: the card has {len(card.exits)} exits but lists no {EARLY_EXIT_FILE}; export it again"
-            )
+        quantise = f"quantise it again with `manygates export {folder} --int8`"
+        graphs = [(f"{name}.onnx", f"the variant {name!r}", "export it again") for name in variants_in(card, "fp32")]
+        graphs += [(int8_file(name), f"an int8 graph of {name!r}", quantise) for name in variants_in(card, "int8")]
+        graphs += [(EARLY_EXIT_FILE, f"{len(card.exits)} exits", "export it again")] if card.exits else []
+        for name, what, advice in graphs:
+            if name not in card.files:
+                raise MissingFile(f"{folder}: the card has {what} but lists no {name}; {advice}")
         bundle = cls(folder, card, verify=verify)
         for name in card.files if only is None else only:
             bundle.file(name)

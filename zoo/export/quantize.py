@@ -35,18 +35,8 @@ BATCH, GATED_BATCH = 32, 8
 """Images per batch of the calibration; a gated graph takes each batch along a path of its own, so it has many."""
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 ROUNDED = (
-    *WEIGHTED,
-    "Add",
-    "AveragePool",
-    "Clip",
-    "Concat",
-    "Flatten",
-    "GlobalAveragePool",
-    "MaxPool",
-    "Relu",
-    "Reshape",
-    "Squeeze",
-    "Unsqueeze",
+    *(*WEIGHTED, "Add", "AveragePool", "Clip", "Concat", "Flatten", "GlobalAveragePool"),
+    *("MaxPool", "Relu", "Reshape", "Squeeze", "Unsqueeze"),
 )
 """What ONNX Runtime computes on integers; anything else stays in float32."""
 _INSIDE = "/inside/"
@@ -110,12 +100,9 @@ def _ranges(model: ModelProto, images: np.ndarray, facts: Mapping[str, str], see
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "model.onnx"
         onnx.save(_with_what_branchesreads(model), file)
-        calibrator = _library.create_calibrator(
-            file,
-            [*ROUNDED, "If", "Identity"],
-            str(Path(scratch) / "augmented.onnx"),
-            _library.CalibrationMethod.MinMax,
-        )
+        method = _library.CalibrationMethod.MinMax
+        augmented = str(Path(scratch) / "augmented.onnx")
+        calibrator = _library.create_calibrator(file, [*ROUNDED, "If", "Identity"], augmented, method)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of NaN, which `_check_ranges` refuses
             calibrator.collect_data(_Reader(feeds()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
@@ -19,18 +19,16 @@ from zoo import paths
 from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle, int8_file
 from zoo.bundle.card import Card, Check, Exit
 from zoo.data import datasets
-from zoo.errors import CheckpointError, DataMissing
+from zoo.errors import DataMissing
 from zoo.export import onnx_graphs
 from zoo.export.nodes import all_nodes, all_tensors
 from zoo.export.stencil import AGREEMENT, EXIT, EXIT_LOGITS, GATES, IMAGES, LIMITS, LOGITS, PROBABILITIES
 from zoo.gates.cost import macs
 from zoo.gates.derive import Ensemble, agreement, derive, folded_copy
 from zoo.gates.early_exit import leaving
-from zoo.gates.rgn import RandomGatedNetwork
 from zoo.networks import num_exits
 from zoo.runtime import GraphError, run, session
-from zoo.weights.checkpoint import Architecture, load_network
-from zoo.weights.models import AtExit, load_members, weights_file
+from zoo.weights.models import AtExit, Weights
 
 TOLERANCE = 1e-4
 """How far logits below 100 may differ; larger ones by a millionth of the largest, about what float32 rounds away."""
@@ -58,7 +56,7 @@ def verify_graphs(bundle: Bundle) -> list[Check]:
     Real test images are used where the data set is on this machine, else seeded random ones; each check says which.
     """
     images, origin = sample_images(bundle.card, max(BATCH_SIZES))
-    weights = _Weights.of(bundle)
+    weights = Weights.of(bundle)
     checks = [_check_card(bundle, weights)]
     for variant in bundle.card.variants:
         checks += _unless_broken(_answers(variant), partial(_check_variant, bundle, variant, weights, images, origin))
@@ -82,51 +80,19 @@ def sample_images(card: Card, number: int) -> tuple[Tensor, str]:
         return torch.rand(shape, generator=generator), f"{number} random images ({card.dataset} is not on this machine)"
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """What a bundle's file of weights holds: one random gated network, or plain networks of one architecture."""
-
-    networks: list[nn.Module]
-    architecture: Architecture
-    card: Card
-
-    @classmethod
-    def of(cls, bundle: Bundle) -> _Weights:
-        file = bundle.file(weights_file(bundle.card))
-        if not bundle.card.architecture.gated_layers:
-            return cls(*load_members(file), bundle.card)
-        network, architecture = load_network(file)
-        if not isinstance(network, RandomGatedNetwork):
-            raise CheckpointError(f"{file} holds a plain network, and its card a gated one; export the bundle again")
-        return cls([network], architecture, bundle.card)
-
-    @property
-    def rgn(self) -> RandomGatedNetwork | None:
-        (first, *_) = self.networks
-        return first if isinstance(first, RandomGatedNetwork) else None
-
-    def members(self, variant: str) -> list[nn.Module]:
-        """Return the networks of the variant "single" or "ensemble", as `zoo.weights.models.member_networks` does."""
-        if self.rgn is None:
-            answering = [network if num_exits(network) == 1 else AtExit(network) for network in self.networks]
-            return answering[:1] if variant == "single" else answering
-        chosen = [self.card.paths.single] if variant == "single" else self.card.paths.ensemble
-        shape = self.rgn.num_gates, self.rgn.candidates
-        return [derive(self.rgn, paths.parse(path, *shape)) for path in chosen if path is not None]
-
-    def answering(self, variant: str) -> list[Asked]:
-        """Return what a variant computes: for a gated one along several paths."""
-        if variant != "gated":
-            members = self.members(variant)
-            return [({}, "", members[0] if variant == "single" else Ensemble(members).eval())]
-        rgn, rng = self.rgn, random.Random(0)  # noqa: S311 - repeatable
-        assert rgn is not None
-        chosen = [(gate,) * rgn.num_gates for gate in range(rgn.candidates)]  # every candidate of every layer runs
-        chosen += [paths.sample(rgn.num_gates, rgn.candidates, rng) for _ in range(DRAWN_PATHS)]
-        return [
-            ({GATES: np.array(path, np.int64)}, f"path {paths.format_path(path)}", partial(rgn, path=path))
-            for path in chosen
-        ]
+def _answering(weights: Weights, variant: str) -> list[Asked]:
+    """Return what a variant computes: for a gated one along several paths."""
+    if variant != "gated":
+        members = weights.members(variant)
+        return [({}, "", members[0] if variant == "single" else Ensemble(members).eval())]
+    rgn, rng = weights.rgn, random.Random(0)  # noqa: S311 - repeatable
+    assert rgn is not None
+    chosen = [(gate,) * rgn.num_gates for gate in range(rgn.candidates)]  # every candidate of every layer runs
+    chosen += [paths.sample(rgn.num_gates, rgn.candidates, rng) for _ in range(DRAWN_PATHS)]
+    return [
+        ({GATES: np.array(path, np.int64)}, f"path {paths.format_path(path)}", partial(rgn, path=path))
+        for path in chosen
+    ]
 
 
 def exits_of(network: nn.Module) -> tuple[Exit, ...]:
@@ -158,7 +124,7 @@ def _run(
     return run(opened, {IMAGES: onnx_graphs.as_numpy(images), **feeds}, LOGITS, PROBABILITIES, *more)
 
 
-def _check_variant(bundle: Bundle, variant: str, weights: _Weights, images: Tensor, origin: str) -> list[Check]:
+def _check_variant(bundle: Bundle, variant: str, weights: Weights, images: Tensor, origin: str) -> list[Check]:
     opened = session(content := bundle.read(f"{variant}.onnx"))
     checks = [_check_answers(variant, opened, weights, images, origin)]
     if variant == "ensemble":
@@ -173,7 +139,7 @@ def _check_variant(bundle: Bundle, variant: str, weights: _Weights, images: Tens
     return checks
 
 
-def _check_card(bundle: Bundle, weights: _Weights) -> Check:
+def _check_card(bundle: Bundle, weights: Weights) -> Check:
     """Compare what the card says of the network and its classes with the weights and the data set."""
     card, architecture, rgn = bundle.card, weights.architecture, weights.rgn
     layers = () if rgn is None else tuple(layer.conv for layer in rgn.layers)
@@ -206,9 +172,9 @@ def _check_card(bundle: Bundle, weights: _Weights) -> Check:
     )
 
 
-def _check_answers(variant: str, opened: Any, weights: _Weights, images: Tensor, origin: str) -> Check:
+def _check_answers(variant: str, opened: Any, weights: Weights, images: Tensor, origin: str) -> Check:
     """Compare a graph with the weights; a gated one along several paths, of which the first that differs is told."""
-    chosen = weights.answering(variant)
+    chosen = _answering(weights, variant)
     for feeds, path, network in chosen:
         check = _compare(_answers(variant), partial(_run, opened, feeds=feeds), network, images, origin)
         if path and not check.held:
@@ -328,7 +294,7 @@ def _compare(name: str, graph: Answers, network: Callable[[Tensor], Tensor], ima
     return Check(name=name, held=held, detail=detail)
 
 
-def _check_int8(bundle: Bundle, variant: str, weights: _Weights, images: Tensor, origin: str) -> list[Check]:
+def _check_int8(bundle: Bundle, variant: str, weights: Weights, images: Tensor, origin: str) -> list[Check]:
     """Compare an int8 graph with its float32 twin, what it takes and holds, and with the weights, what it answers."""
     file, twin = int8_file(variant), f"{variant}.onnx"
     content, original = bundle.read(file), bundle.read(twin)
@@ -336,7 +302,7 @@ def _check_int8(bundle: Bundle, variant: str, weights: _Weights, images: Tensor,
     ours, theirs = _signature(opened), _signature(session(original))
     unknown = strangers(content, original)
     name = _answers(f"{variant}.int8")
-    answers = _unless_broken(name, lambda: [_check_rounded(name, opened, weights.answering(variant), images, origin)])
+    answers = _unless_broken(name, lambda: [_check_rounded(name, opened, _answering(weights, variant), images, origin)])
     return [
         Check(
             name=f"{file} has the signature of {twin}",

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from zoo.bundle import headline
-from zoo.bundle.card import Card, Result
+from zoo.bundle.card import Card, Lint, Result
 from zoo.bundle.wording import eps_text, plain
 from zoo.errors import BadInput, UnknownName
 from zoo.hub.source import KnownModel
@@ -101,51 +101,32 @@ def documents(models: Iterable[KnownModel]) -> list[dict[str, Any]]:
 
 
 def _document(model: KnownModel) -> dict[str, Any]:
-    card = model.card
+    card, network, training = model.card, model.card.architecture, model.card.training
     weights = [entry.sha256 for name, entry in card.files.items() if name.endswith(".safetensors")]
-    dates = [card.training.date, *(result.date for result in card.results), *(lint.date for lint in card.lint)]
+    dates = [training.date, *(result.date for result in card.results), *(lint.date for lint in card.lint)]
     document = {
-        "name": card.name,
-        "description": card.description,
-        "method": card.method,
-        "license": card.license,
-        "architecture": card.architecture.name,
+        **{name: getattr(card, name) for name in ("name", "description", "method", "license")},
+        "architecture": network.name,
         "dataset": card.dataset,
         "classes": card.classes,
-        "gates": len(card.architecture.gated_layers),
-        "candidates": card.architecture.candidates,
-        "sharing": card.architecture.sharing,
-        "parameters": card.architecture.parameters,
-        "single_path_parameters": card.architecture.single_path_parameters,
+        "gates": len(network.gated_layers),
+        **{name: getattr(network, name) for name in ("candidates", "sharing", "parameters", "single_path_parameters")},
         "variants": card.variants,
         "main": headline.main_variant(card),
         "files": {name: entry.size for name, entry in sorted(card.files.items())},
         "bytes": sum(entry.size for entry in card.files.values()),
         "weights": weights[0] if weights else "",
-        "where": {
-            "bundled": model.bundled,
-            "repository": model.repository,
-            "commit": model.commit,
-            "commands": model.commands,
-        },
+        "where": {name: getattr(model, name) for name in ("bundled", "repository", "commit", "commands")},
         "trained": {
-            "summary": card.training.summary,
-            "recipe": str(card.training.recipe.get("name", "")),
-            "epochs": card.training.epochs,
-            "published": None if card.training.published is None else asdict(card.training.published),
-            "seed": card.training.seed,
-            "date": card.training.date,
+            "summary": training.summary,
+            "recipe": str(training.recipe.get("name", "")),
+            "epochs": training.epochs,
+            "published": None if training.published is None else asdict(training.published),
+            "seed": training.seed,
+            "date": training.date,
         },
         "results": [_result(card, result) for result in card.results],
-        "lint": [
-            {
-                "variant": lint.variant,
-                "alarms": [finding.code for finding in lint.alarms],
-                "images": lint.images,
-                "date": lint.date,
-            }
-            for lint in card.lint
-        ],
+        "lint": [_lint(lint) for lint in card.lint],
         "date": max(dates),
         "card": hashlib.sha256(card.to_json().encode()).hexdigest(),
         "suspect": card.suspect,
@@ -155,20 +136,8 @@ def _document(model: KnownModel) -> dict[str, Any]:
 
 
 _IN_SHORT = (
-    "variant",
-    "protocol",
-    "attack",
-    "norm",
-    "eps",
-    "eps_fraction",
-    "steps",
-    "restarts",
-    "draws",
-    "images",
-    "seed",
-    "accuracy",
-    "interval",
-    "date",
+    *("variant", "protocol", "attack", "norm", "eps", "eps_fraction", "steps", "restarts", "draws"),
+    *("images", "seed", "accuracy", "interval", "date"),
 )
 
 
@@ -178,6 +147,11 @@ def _result(card: Card, result: Result) -> dict[str, Any]:
         "held": all(check.held for check in result.checks),
         "linter": _linter(card, result.variant),
     }
+
+
+def _lint(lint: Lint) -> dict[str, Any]:
+    alarms = [finding.code for finding in lint.alarms]
+    return {"variant": lint.variant, "alarms": alarms, "images": lint.images, "date": lint.date}
 
 
 def _linter(card: Card, variant: str) -> str:
@@ -224,16 +198,13 @@ def _table(dataset: str, models: Sequence[KnownModel]) -> list[str]:
         room += missing
         above += f" {_HEADS[kind]} ".center(room, "-") + "  "
         place += span
-    return [
-        *([above.rstrip()] if columns else []),
-        *(
-            "  ".join(
-                cell.rjust(width) if _NUMBERS - 1 <= index < len(row) - 2 else cell.ljust(width)
-                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ),
-    ]
+    lines = [above] if columns else []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        numbers = slice(_NUMBERS - 1, len(row) - 2)
+        cells[numbers] = [cell.rjust(width) for cell, width in zip(row[numbers], widths[numbers], strict=True)]
+        lines.append("  ".join(cells))
+    return [line.rstrip() for line in lines]
 
 
 def _row(model: KnownModel, columns: Sequence[tuple[str, Fraction]]) -> tuple[str, ...]:
