@@ -111,12 +111,7 @@ class Bundle:
         return place
 
     def read(self, name: str) -> bytes:
-        """Return a listed file's content; the very bytes returned are what was checked.
-
-        Raises:
-            MissingFile: if the card does not list it, or it is not on the disk.
-            ChecksumMismatch: if it is not the file that the card describes.
-        """
+        """Return a listed file's content; the very bytes returned are what was checked. Raises as `file`."""
         place, entry = self._entry(name)
         if place.stat().st_size != entry.size:
             raise _mismatch(place, f"{place.stat().st_size} bytes", f"{entry.size} bytes")
@@ -176,12 +171,9 @@ def write_bundle(folder: Path | str, card: Card, files: Mapping[str, bytes | Pat
     """Write a bundle, replacing the one that `folder` held in one step.
 
     Args:
-        folder: where to; created, and replaced as a whole if it holds a bundle.
+        folder: created, and replaced as a whole if it holds a bundle.
         card: its `files` are ignored and filled in from `files`.
         files: the content of each file, or the file to copy it from.
-
-    Returns:
-        The bundle, opened and checked.
 
     Raises:
         BadInput: if `folder` holds something that is not part of a bundle (it would be lost).

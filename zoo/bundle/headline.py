@@ -100,11 +100,7 @@ def measured_eps(card: Card, protocols: Sequence[str], *, variant: str | None = 
 
 
 def eps_shown(eps: Iterable[Fraction]) -> list[Fraction]:
-    """Return which radii to compare at, ascending: the usual ones that occur, else those that occur most often.
-
-    Args:
-        eps: the radius of each measurement.
-    """
+    """Return which radii to compare at, ascending: the usual ones among these, else those that occur most often."""
     counted = Counter(place for place in eps if place)
     usual = [place for place in USUAL_EPS if place in counted]
     return sorted(usual or sorted(counted, key=lambda place: (-counted[place], place))[:SHOWN_EPS])

@@ -157,10 +157,8 @@ def _registry(torchvision: bool) -> Any:
     """Return torch's table of ONNX functions, made once per process: `torch.onnx.export` makes it anew at every call.
 
     That is half of the time that a small network takes. The exporter below the public function takes a table and only
-    reads it. torch is pinned to one version, and a test compares what both make.
-
-    Args:
-        torchvision: whether torchvision is loaded, because its operators are in the table from then on.
+    reads it. torch is pinned to one version, and a test compares what both make. Once torchvision is loaded, its
+    operators are in the table.
     """
     from torch.onnx._internal.exporter import _registration
 
@@ -208,13 +206,7 @@ class _Fold:
 def _separated(
     nodes: Sequence[NodeProto], constants: Weights, own: Mapping[str, frozenset[int]], outputs: Sequence[str]
 ) -> tuple[list[NodeProto], dict[str, frozenset[int]], Callable[[Weights], dict[str, np.ndarray]]]:
-    """Separate what depends on the images from what depends on the network's own tensors alone.
-
-    Args:
-        nodes: of the exported graph.
-        constants: its tensors that are no tensors of the network.
-        own: the gates that each of the network's tensors has.
-        outputs: what the graph is to compute.
+    """Separate what depends on the images from what depends on the network's own tensors alone, which have gates.
 
     Returns:
         The nodes that depend on the images, each BatchNorm folded into the convolution that it alone reads; the gates

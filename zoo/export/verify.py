@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo import paths
 from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle, int8_file
-from zoo.bundle.card import Card, Check, Exit
+from zoo.bundle.card import Card, Check, Exit, NetworkSummary
 from zoo.data import datasets
 from zoo.errors import DataMissing
 from zoo.export import onnx_graphs
@@ -26,8 +26,10 @@ from zoo.export.stencil import AGREEMENT, EXIT, EXIT_LOGITS, GATES, IMAGES, LIMI
 from zoo.gates.cost import macs
 from zoo.gates.derive import Ensemble, agreement, derive, folded_copy
 from zoo.gates.early_exit import leaving
+from zoo.gates.rgn import RandomGatedNetwork
 from zoo.networks import num_exits
 from zoo.runtime import GraphError, run, session
+from zoo.weights.checkpoint import Architecture
 from zoo.weights.models import AtExit, Weights
 
 TOLERANCE = 1e-4
@@ -95,6 +97,21 @@ def _answering(weights: Weights, variant: str) -> list[Asked]:
     ]
 
 
+def summary_of(networks: Sequence[nn.Module], architecture: Architecture) -> NetworkSummary:
+    """Return what a card says of one random gated network, or of plain networks of one architecture."""
+    rgn = networks[0] if isinstance(networks[0], RandomGatedNetwork) else None
+    one = networks[0] if rgn is None else derive(rgn, [0] * rgn.num_gates)
+    return NetworkSummary(
+        name=architecture.network,
+        options=architecture.options,
+        gated_layers=() if rgn is None else tuple(layer.conv for layer in rgn.layers),
+        candidates=1 if rgn is None else rgn.candidates,
+        sharing=None if rgn is None else rgn.sharing,
+        parameters=sum(map(count_parameters, networks)),
+        single_path_parameters=count_parameters(one),
+    )
+
+
 def exits_of(network: nn.Module) -> tuple[Exit, ...]:
     """Return what a card says of a network's exits: nothing if it has one."""
     return tuple(Exit(macs=cost) for cost in macs(network)) if num_exits(network) > 1 else ()
@@ -141,35 +158,21 @@ def _check_variant(bundle: Bundle, variant: str, weights: Weights, images: Tenso
 
 def _check_card(bundle: Bundle, weights: Weights) -> Check:
     """Compare what the card says of the network and its classes with the weights and the data set."""
-    card, architecture, rgn = bundle.card, weights.architecture, weights.rgn
-    layers = () if rgn is None else tuple(layer.conv for layer in rgn.layers)
-    one = weights.networks[0] if rgn is None else derive(rgn, [0] * rgn.num_gates)
-    total = sum(map(count_parameters, weights.networks))
-    dataset = datasets.source(architecture.dataset)
-    pairs = {
-        "architecture.name": (card.architecture.name, architecture.network),
-        "architecture.options": (card.architecture.options, architecture.options),
-        "architecture.gated_layers": (card.architecture.gated_layers, layers),
-        "architecture.candidates": (card.architecture.candidates, architecture.candidates),
-        "architecture.sharing": (card.architecture.sharing, architecture.sharing),
-        "architecture.parameters": (card.architecture.parameters, total),
-        "architecture.single_path_parameters": (card.architecture.single_path_parameters, count_parameters(one)),
+    card, architecture = bundle.card, weights.architecture
+    network, dataset = summary_of(weights.networks, architecture), datasets.source(architecture.dataset)
+    images = {**asdict(dataset.format), "range": (0.0, 1.0)}
+    pairs: dict[str, tuple[object, object]] = {
         "dataset": (card.dataset, architecture.dataset),
         "classes": (card.classes, dataset.classes),
-        "input.channels": (card.input.channels, dataset.format.channels),
-        "input.height": (card.input.height, dataset.format.height),
-        "input.width": (card.input.width, dataset.format.width),
-        "input.range": (card.input.range, (0.0, 1.0)),
-        "input.mean": (card.input.mean, dataset.format.mean),
-        "input.std": (card.input.std, dataset.format.std),
-        "exits": (card.exits, exits_of(one)),
+        "exits": (card.exits, exits_of(weights.networks[0])),
     }
+    for name in (field.name for field in fields(network)):
+        pairs[f"architecture.{name}"] = getattr(card.architecture, name), getattr(network, name)
+    for name, found in images.items():
+        pairs[f"input.{name}"] = getattr(card.input, name), found
     wrong = [f"{key} is {said!r}, the weights say {found!r}" for key, (said, found) in pairs.items() if said != found]
-    return Check(
-        name="the card describes its weights",
-        held=not wrong,
-        detail="; ".join(wrong) or f"{len(pairs)} entries, {total} parameters",
-    )
+    detail = "; ".join(wrong) or f"{len(pairs)} entries, {network.parameters} parameters"
+    return Check(name="the card describes its weights", held=not wrong, detail=detail)
 
 
 def _check_answers(variant: str, opened: Any, weights: Weights, images: Tensor, origin: str) -> Check:

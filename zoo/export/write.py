@@ -16,8 +16,7 @@ from zoo.bundle.card import Calibration, Card, Int8, Lint, NetworkSummary, Paths
 from zoo.data import datasets
 from zoo.errors import BadInput, BundleError
 from zoo.export import onnx_graphs, quantize
-from zoo.export.verify import count_parameters, exits_of, verify_graphs
-from zoo.gates.derive import derive
+from zoo.export.verify import exits_of, summary_of, verify_graphs
 from zoo.gates.rgn import RandomGatedNetwork
 from zoo.input_format import InputFormat
 from zoo.networks import num_exits
@@ -64,15 +63,7 @@ def export_rgn(
     card = _card(
         description,
         architecture,
-        NetworkSummary(
-            name=architecture.network,
-            options=architecture.options,
-            gated_layers=tuple(layer.conv for layer in rgn.layers),
-            candidates=rgn.candidates,
-            sharing=rgn.sharing,
-            parameters=count_parameters(rgn),
-            single_path_parameters=count_parameters(derive(rgn, single)),
-        ),
+        summary_of([rgn], architecture),
         paths=Paths(single=paths.format_path(single), ensemble=tuple(map(paths.format_path, ensemble))),
         variants=tuple(graphs),
     )
@@ -109,15 +100,7 @@ def export_members(
     card = _card(
         description,
         architecture,
-        NetworkSummary(
-            name=architecture.network,
-            options=architecture.options,
-            gated_layers=(),
-            candidates=1,
-            sharing=None,
-            parameters=sum(count_parameters(member) for member in members),
-            single_path_parameters=count_parameters(members[0]),
-        ),
+        summary_of(members, architecture),
         paths=Paths(single=None, ensemble=()),
         variants=variants,
         exits=exits_of(members[0]),

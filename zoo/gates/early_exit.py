@@ -16,14 +16,10 @@ from zoo.errors import BadInput
 
 
 def leaving(confidence: Tensor, limits: Sequence[float]) -> Tensor:
-    """Return the exit at which each image leaves (image,) int64, from 0.
-
-    Args:
-        confidence: of each image at each exit (image, exit).
-        limits: one for each exit but the last.
+    """Return the exit at which each image leaves (image,) int64, from 0; `confidence` is (image, exit).
 
     Raises:
-        BadInput: another number of limits.
+        BadInput: the limits are not one for each exit but the last.
     """
     if len(limits) != confidence.shape[1] - 1:
         raise BadInput(f"need {confidence.shape[1] - 1} limits, one per exit but the last, got {len(limits)}")

@@ -316,12 +316,7 @@ def _equal(alternatives: nn.Module) -> bool:
 
 
 def _warn(rgn: RandomGatedNetwork, *, drawn: bool) -> None:
-    """Say what a user would not expect: convolutions without gates, candidates that are equal, a network with one gate.
-
-    Args:
-        rgn: fresh from `randomly_gate`.
-        drawn: whether its candidates should differ.
-    """
+    """Say what a user would not expect: convolutions without gates, a single gate, or equal candidates if `drawn`."""
     said = []
     equal = [layer.conv for layer, bank in zip(rgn.layers, rgn.bank, strict=True) if drawn and _equal(bank)]
     if equal:

@@ -236,10 +236,10 @@ def check_reach(
 
     Args:
         network: the template; in evaluation mode for the time.
-        tensors: those of the path that takes this candidate everywhere, under their names in the template.
+        tensors: of the path that takes this candidate everywhere, under their names in the template.
         parts: the names of the convolutions and norms that have candidates.
         images: some that the network takes.
-        candidate: named in the error.
+        candidate: its number, for the error.
 
     Raises:
         BadInput: a part that changes nothing.

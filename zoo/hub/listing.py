@@ -27,14 +27,7 @@ _LINTER = {PASSED: "ok", FAILED: "ALARM", NOT_LINTED: "-"}
 
 
 def on_the_hub(author: str | None = None) -> tuple[KnownModel, ...]:
-    """Return the models that are published on the hub now, sorted by name.
-
-    Args:
-        author: an organisation or user; None is everybody.
-
-    Raises:
-        BadInput: the hub cannot be reached.
-    """
+    """Return the models that are published on the hub now, sorted by name; takes and raises what `hub_cards` does."""
     from zoo.hub.fetch import hub_cards
 
     models = (
@@ -49,12 +42,8 @@ def select(
 ) -> list[KnownModel]:
     """Return the models of a data set and a method, in the order asked for: numbers from high to low, missing last.
 
-    Args:
-        models: the catalogue.
-        dataset: its name; None is any.
-        method: its name; None is any.
-        sort: "name" (the default), "method", "clean", or "whitebox", "transfer" or "autoattack" at the lowest radius
-            that is shown, or at the radius that stands behind a colon: "whitebox:8/255".
+    `sort` is "name" (the default), "method", "clean", or "whitebox", "transfer" or "autoattack" at the lowest radius
+    that is shown, or at the radius that stands behind a colon: "whitebox:8/255".
 
     Raises:
         UnknownName: no model has such a data set or method.

@@ -67,15 +67,7 @@ class Source:
         return Found(name=self.written, source=self, bundle=Bundle.open(self.folder, only=()))
 
     def open(self, only: Iterable[str] | Callable[[Card], Iterable[str]] | None = None) -> Bundle:
-        """Find the model, and return its bundle with its files here and checked.
-
-        Args:
-            only: the files that are needed, like ("single.onnx",), or a function that names them for a card; None is
-                all of them. Others are not fetched.
-
-        Raises:
-            ManygatesError: as `find` and `Found.open`.
-        """
+        """Find the model and open it: `find` and `Found.open` at once; `only` may also name the files for a card."""
         found = self.find()
         return found.open(only(found.card) if callable(only) else only)
 
@@ -144,27 +136,12 @@ def resolve(model: str) -> Source:
 
 
 def find(model: str) -> Found:
-    """Find a model by name and read its card: `resolve` and `Source.find` at once.
-
-    Args:
-        model: a catalogue name, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME[@REVISION]`.
-
-    Raises:
-        ManygatesError: as these two.
-    """
+    """Find a model by name and read its card: `resolve` and `Source.find` at once; raises as these two."""
     return resolve(model).find()
 
 
 def open_model(model: str, *, only: Iterable[str] | Callable[[Card], Iterable[str]] | None = None) -> Bundle:
-    """Find a model by name, and open its bundle with its checksums checked: `resolve` and `Source.open` at once.
-
-    Args:
-        model: a catalogue name, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME[@REVISION]`.
-        only: the files that are needed, or a function that names them for a card; None is all of them.
-
-    Raises:
-        ManygatesError: as these two.
-    """
+    """Open the bundle of a model by name, checksums checked: `resolve` and `Source.open` at once; raises as these."""
     return resolve(model).open(only)
 
 
@@ -255,10 +232,7 @@ def known_models(warn: Callable[[str], None] | None = None) -> tuple[KnownModel,
 
     A model on the hub is one of the package if its card is the same: a card has the digest of every file, so it does
     not matter who published it. Any other is a further model, called by its repository; a stranger's numbers never
-    stand beside a name of the package.
-
-    Args:
-        warn: is told, in one sentence, of a card in the cache that cannot be used; the list is then without it.
+    stand beside a name of the package. A card in the cache that cannot be used is left out, and `warn` is told.
 
     Raises:
         BundleError: as `package_models`.
@@ -282,12 +256,7 @@ def known_model(name: str) -> KnownModel | None:
 def keep_seen(models: Sequence[KnownModel], author: str | None = None) -> Path:
     """Keep the cards of models that are on the hub now, in the place of those that were seen before.
 
-    Args:
-        models: with their repositories and commits.
-        author: whose models they are; cards of others stay. None is everybody.
-
-    Returns:
-        The folder in the user's cache.
+    Where they are those of one `author`, cards of others stay. Returns the folder in the user's cache.
 
     Raises:
         OSError: it cannot be written; what was there stays.

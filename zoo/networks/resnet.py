@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import BadInput
-from zoo.networks.image_format import Normalise
+from zoo.networks.image_format import ImageFormat, Normalise
 
 EXPANSION = 4
 
@@ -104,8 +104,7 @@ class _ResNet(nn.Module):
 
     def __init__(
         self,
-        mean: Sequence[float],
-        std: Sequence[float],
+        images: ImageFormat,
         classes: int,
         stages: Sequence[tuple[int, int]],
         block: Callable[[int, int, int], nn.Module],
@@ -114,8 +113,8 @@ class _ResNet(nn.Module):
     ) -> None:
         super().__init__()
         width = stages[0][0]
-        self.normalise = Normalise(mean, std)
-        self.conv1 = nn.Conv2d(len(mean), width, 3, padding=1, bias=False)
+        self.normalise = Normalise(images.mean, images.std)
+        self.conv1 = nn.Conv2d(images.channels, width, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(width)
         self.activation1 = activation()
         self.stages, channels = staged(width, stages, block, expansion)
@@ -137,25 +136,18 @@ class CifarResNet(_ResNet):
     """
 
     def __init__(
-        self,
-        depth: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        classes: int = 10,
-        *,
-        width: int = 16,
-        negative_slope: float = 0.0,
+        self, depth: int, images: ImageFormat, classes: int = 10, *, width: int = 16, negative_slope: float = 0.0
     ) -> None:
         if depth < 8 or (depth - 2) % 6 != 0:
             raise BadInput(f"a CIFAR ResNet has depth 6k + 2 (8, 14, 20, 32, …), got {depth}")
         activation = partial(nn.LeakyReLU, negative_slope) if negative_slope else nn.ReLU
         stages = [(width << stage, (depth - 2) // 6) for stage in range(3)]
-        super().__init__(mean, std, classes, stages, partial(BasicBlock, activation=activation), activation)
+        super().__init__(images, classes, stages, partial(BasicBlock, activation=activation), activation)
 
 
 class CifarResNet50(_ResNet):
     """Four stages of 3, 4, 6 and 3 bottlenecks, `width`, 2, 4 and 8 `width` wide inside."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], classes: int = 10, *, width: int = 64) -> None:
+    def __init__(self, images: ImageFormat, classes: int = 10, *, width: int = 64) -> None:
         stages = [(width << stage, number) for stage, number in enumerate((3, 4, 6, 3))]
-        super().__init__(mean, std, classes, stages, Bottleneck, expansion=EXPANSION)
+        super().__init__(images, classes, stages, Bottleneck, expansion=EXPANSION)

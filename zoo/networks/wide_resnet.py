@@ -6,14 +6,13 @@ arXiv:1603.05027) is as AWP and Fast AT train it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import BadInput
-from zoo.networks.image_format import Normalise
+from zoo.networks.image_format import ImageFormat, Normalise
 from zoo.networks.resnet import initialise, staged
 
 
@@ -46,21 +45,12 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """A wide residual network, for example depth 28 and widening factor 10."""
 
-    def __init__(
-        self,
-        depth: int,
-        widen: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        classes: int = 10,
-        *,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, depth: int, widen: int, images: ImageFormat, classes: int = 10, *, dropout: float = 0.0) -> None:
         if depth < 10 or (depth - 4) % 6 != 0:
             raise BadInput(f"a wide ResNet has depth 6k + 4 (10, 16, 28, 34, …), got {depth}")
         super().__init__()
-        self.normalise = Normalise(mean, std)
-        self.conv1 = nn.Conv2d(len(mean), 16, 3, padding=1, bias=False)
+        self.normalise = Normalise(images.mean, images.std)
+        self.conv1 = nn.Conv2d(images.channels, 16, 3, padding=1, bias=False)
         groups = [(width * widen, (depth - 4) // 6) for width in (16, 32, 64)]
         self.groups, channels = staged(16, groups, partial(WideBlock, dropout=dropout))
         self.norm = nn.BatchNorm2d(channels)
@@ -79,10 +69,10 @@ class WideResNet(nn.Module):
 class PreActResNet18(nn.Module):
     """Four stages of two pre-activation blocks with `width`, 2, 4 and 8 `width` channels, a final BN and ReLU."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], classes: int = 10, *, width: int = 64) -> None:
+    def __init__(self, images: ImageFormat, classes: int = 10, *, width: int = 64) -> None:
         super().__init__()
-        self.normalise = Normalise(mean, std)
-        self.conv1 = nn.Conv2d(len(mean), width, 3, padding=1, bias=False)
+        self.normalise = Normalise(images.mean, images.std)
+        self.conv1 = nn.Conv2d(images.channels, width, 3, padding=1, bias=False)
         self.stages, channels = staged(width, [(width << stage, 2) for stage in range(4)], WideBlock)
         self.norm = nn.BatchNorm2d(channels)
         self.activation = nn.ReLU()

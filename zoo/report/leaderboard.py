@@ -39,17 +39,10 @@ _NEW_PAGE = f"""# The zoo, measured
 
 
 def write_leaderboard(cards: Sequence[Card], file: Path) -> list[Path]:
-    """Write the comparison of all cards between the marks of a Markdown page, and its figures beside it.
+    """Write the comparison of all cards between the marks of a Markdown page; returns its figures.
 
-    What else stands in the page stays. The same cards give the same bytes; a figure of last time that is not drawn
-    again is removed.
-
-    Args:
-        cards: of any data sets; those without a result are named below the table.
-        file: the page; made if it is not there. Figures are in `figures/` beside it, called `zoo-….svg`.
-
-    Returns:
-        The figures.
+    The page is made if it is not there; what else stands in it stays. Its figures are in `figures/` beside it, called
+    `zoo-….svg`; one of last time that is not drawn again is removed. The same cards give the same bytes.
 
     Raises:
         BadInput: without cards, if the page has not exactly one pair of marks, or if matplotlib is not installed.
