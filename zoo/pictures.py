@@ -87,7 +87,9 @@ def decode_image(content: bytes, wanted: InputFormat, *, max_pixels: int = MAX_P
             image.load()
             if kind == "WEBP":  # whose metadata Pillow leaves alone
                 exif = image.info.get("exif", b"")
-            pixels = _resized(_converted(_upright(image, _orientation(exif)), wanted.channels), wanted)
+            turn = _TO_UPRIGHT.get(_orientation(exif))
+            upright = image if turn is None else image.transpose(turn)
+            pixels = _resized(_converted(upright, wanted.channels), wanted)
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -231,12 +233,6 @@ def _orientation(exif: bytes) -> int:
         if tag == _ORIENTATION and kind == _SHORT and count == 1:
             return int(value)
     return 1
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Turn an image as its camera was held."""
-    turn = _TO_UPRIGHT.get(orientation)
-    return image if turn is None else image.transpose(turn)
 
 
 def _converted(image: Image.Image, channels: int) -> Image.Image:

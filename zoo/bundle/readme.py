@@ -29,9 +29,7 @@ _LIMITS = """## Limits
 def model_card(card: Card, source: str | None = None) -> str:
     """Return the README of a bundle: the hub's YAML front matter, the measured results, how to use it, its limits.
 
-    Args:
-        card: of the bundle.
-        source: how a reader names the model in a command, like `hf-hub:ORGANISATION/NAME`; its bare name by default.
+    `source` is how a reader names the model in a command, like `hf-hub:ORGANISATION/NAME`; None is its bare name.
     """
     parts = [
         f"---\n{_front_matter(card)}\n---",

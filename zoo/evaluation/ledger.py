@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.cache import cache_dir
-from zoo.files import writing
+from zoo.files import cache_dir, writing
 
 
 def digest_of(terms: Mapping[str, Any]) -> str:

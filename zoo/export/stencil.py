@@ -57,12 +57,9 @@ class Stencil:
 
 
 def stencil_of(network: nn.Module, image_shape: tuple[int, ...], gate_of: Mapping[str, int] | None = None) -> Stencil:
-    """Export a network.
+    """Export a network in evaluation mode for images of (channel, height, width).
 
-    Args:
-        network: in evaluation mode.
-        image_shape: (channel, height, width).
-        gate_of: names of those of its parameters and buffers that get other values later -> position of their gate.
+    `gate_of` maps those of its parameters and buffers that get other values later to the position of their gate.
 
     Raises:
         BadInput: a part is in training mode, torch cannot export it, or an operation reads the tensors of two gates.
@@ -246,10 +243,8 @@ def _folded(
 ) -> tuple[list[NodeProto], list[_Fold]]:
     """Merge each BatchNorm into the convolution that it alone reads: valid in evaluation mode, where it is affine.
 
-    Args:
-        nodes: that depend on the images.
-        steady: names of all values that do not.
-        given: those among them that no node computes.
+    The nodes depend on the images, `steady` are the names of all values that do not, and `given` are those among them
+    that no node computes.
     """
     readers: dict[str, list[NodeProto]] = {}
     for node in nodes:

@@ -31,9 +31,7 @@ def leaving(confidence: Tensor, limits: Sequence[float]) -> Tensor:
 def thresholds(confidence: Tensor, quotas: Sequence[Fraction | float]) -> list[float]:
     """Return the limits at which each exit takes its quota of the images given.
 
-    Args:
-        confidence: of each validation image at each exit (image, exit).
-        quotas: the share of the images that leaves at each exit; they sum to 1, the last exit takes the rest.
+    `confidence` is that of each validation image at each exit (image, exit); the last exit takes what is left.
 
     Raises:
         BadInput: quotas that are not one share per exit, or do not sum to 1.

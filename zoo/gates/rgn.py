@@ -137,10 +137,9 @@ class RandomGatedNetwork(nn.Module):
     def prefix(self, layer: int, *, activated: bool = False, folded: bool = False) -> fx.GraphModule:
         """Return the network cut off at feature `layer`, sharing its layers; call it through `functional_call`.
 
-        Args:
-            layer: 1 to `num_features`; the last is the logits.
-            activated: take the feature behind the activation (the released Ensemble-in-One) or before it (DVERGE).
-            folded: leave the BatchNorms out, for the tensors of `folded`.
+        Layers are 1 to `num_features`, of which the last is the logits. A feature is taken behind the activation if
+        `activated` (the released Ensemble-in-One), else before it (DVERGE). `folded` leaves the BatchNorms out, for the
+        tensors of `folded`.
 
         Raises:
             BadInput: a layer out of range.

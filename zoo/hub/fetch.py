@@ -55,12 +55,7 @@ def fetch_card(repository: str, revision: str | None = None) -> Bundle:
 
 
 def fetch_files(repository: str, bundle: Bundle, only: Iterable[str] | None = None) -> None:
-    """Fetch files of a bundle whose card is here, from the commit of that card, and check them.
-
-    Args:
-        repository: `organisation/name`.
-        bundle: as `fetch_card` returned it.
-        only: the files that are needed; None is all that the card lists.
+    """Fetch the files named in `only`, or all, of a bundle from `fetch_card`, from the same commit, and check them.
 
     Raises:
         BadInput: if the hub cannot be reached, or the disk is full.

@@ -14,6 +14,7 @@ weights nor a network.
 from __future__ import annotations
 
 import importlib.resources
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,15 +23,13 @@ from typing import Literal
 
 from zoo.bundle.bundle import CARD_FILE, Bundle
 from zoo.bundle.card import Card
-from zoo.cache import cache_dir
 from zoo.errors import BadInput, BundleError, ManygatesError, UnknownName
-from zoo.files import replace_directory
+from zoo.files import cache_dir, replace_directory
 from zoo.hub.client import HUB_PREFIX as HUB_PREFIX
 from zoo.hub.client import named, parse_repository
-from zoo.hub.commands import LOCAL_PREFIX as LOCAL_PREFIX
-from zoo.hub.commands import commands_of
 from zoo.hub.fetch import fetch_card, fetch_files
 
+LOCAL_PREFIX = "local-dir:"
 HUB_CARDS_DIR = "hub-cards"
 """In the user's cache: ORGANISATION--NAME--COMMIT.json; no name on the hub holds two hyphens in a row."""
 
@@ -88,10 +87,7 @@ class Found:
         return self.bundle.card
 
     def open(self, only: Iterable[str] | None = None) -> Bundle:
-        """Return the bundle with its files here and checked.
-
-        Args:
-            only: the files that are needed, like ("single.onnx",); None is all of them. Others are not fetched.
+        """Return the bundle with the files named in `only`, or all, here and checked; others are not fetched.
 
         Raises:
             BadInput: the hub cannot be reached.
@@ -197,6 +193,45 @@ class KnownModel:
         if self.commands:
             ways.append(f"`{' && '.join(self.commands)}` trains it and writes its bundle")
         return ", or ".join(ways) or "no recipe of this version makes it"
+
+
+def commands_of(card: Card) -> tuple[str, ...]:
+    """Return the commands that make a model from nothing, as its card tells; none where no recipe of this version does."""
+    recipe, overrides = card.training.recipe, card.training.overrides
+    if overrides is None:
+        return ()
+    seeds = recipe.get("seeds")
+    several = seeds if isinstance(seeds, list) and len(seeds) > 1 else [None]  # networks trained apart
+    runs, commands = [], []
+    for seed in several:
+        run = f"runs/{card.name}" + ("" if seed is None else f"-{seed}")
+        changes = [text for text in overrides if seed is None or not text.startswith("seed=")]
+        changes += [] if seed is None else [f"seed={seed}"]
+        words = ["manygates", "train", str(recipe.get("name", "")), "--out", run]
+        for text in changes:
+            words += ["--set", text]
+        runs.append(run)
+        commands.append(shlex.join(words))
+    commands.append(shlex.join(_last_step(card, runs)))
+    if card.int8 is not None and isinstance(recipe.get("derived"), dict):  # `derive` writes no int8 graphs
+        commands.append(f"manygates export {LOCAL_PREFIX}models/{card.name} --int8")
+    return tuple(commands)
+
+
+def _last_step(card: Card, runs: Sequence[str]) -> list[str]:
+    """Return the words of the command that writes the bundle of trained runs."""
+    derived = card.training.recipe.get("derived")
+    target = ["--out", f"models/{card.name}", "--name", card.name]
+    if not isinstance(derived, dict):
+        best = ["--checkpoint", "best"] if "(best checkpoint)" in card.training.summary else []
+        return ["manygates", "export", *runs, *target, *best, *(["--int8"] if card.int8 else [])]
+    words = ["manygates", "derive", *runs, *target]
+    for option, key in (("--path", "paths"), ("--member", "members")):
+        for value in derived.get(key) or []:
+            words += [option, str(value)]
+    words += ["--recalibrate"] if derived.get("recalibrated") else []
+    words += ["--finetune", str(derived["finetune_epochs"])] if derived.get("finetune_epochs") else []
+    return [*words, "--seed", str(derived["seed"])] if derived.get("seed") else words
 
 
 def bundled_dir() -> Path:

@@ -36,10 +36,7 @@ RGN_WEIGHTS, PLAIN_WEIGHTS = "rgn.safetensors", "weights.safetensors"
 class RandomGates(nn.Module):
     """A random gated network that answers every image along a fresh path of its own, as the server does.
 
-    Args:
-        rgn: in evaluation mode.
-        rng: where the gates come from; the operating system's generator if None. An evaluation that must be repeatable
-            passes `random.Random(seed)`.
+    Gates come from `rng`, the operating system's generator if that is None; `random.Random(seed)` is repeatable.
     """
 
     def __init__(self, rgn: RandomGatedNetwork, rng: random.Random | None = None) -> None:
@@ -56,9 +53,7 @@ class RandomGates(nn.Module):
 class AtExit(nn.Module):
     """One exit of a multi-exit network as a network of its own, with one answer.
 
-    Args:
-        network: returns a tuple of logits, first exit first; its layers and mode are shared.
-        exit_index: which exit, from 0; negative from the last.
+    Its layers and mode are the network's. Exits count from 0; negative ones count from the last.
 
     Raises:
         BadInput: a network with one exit, or no such exit.
@@ -190,23 +185,15 @@ def load_exits(bundle: Bundle) -> nn.Module:
     return network
 
 
-def load_variant(
-    bundle: Bundle, variant: str, *, rng: random.Random | None = None, exit_index: int | None = None
-) -> nn.Module:
+def load_variant(bundle: Bundle, variant: str, *, rng: random.Random | None = None) -> nn.Module:
     """Return what a variant deploys, in evaluation mode: a plain network, an `Ensemble` or `RandomGates`.
 
-    Args:
-        bundle: its weights are read.
-        variant: "single", "ensemble" or "gated".
-        rng: where random gates come from; see `RandomGates`.
-        exit_index: which exit of a multi-exit network answers, from 0; the last if None (`load_exits` gives all).
+    Of a multi-exit network the last exit answers; `load_exits` and `AtExit` give the others.
 
     Raises:
-        BadInput: the bundle has no such variant, its network no such exit.
+        BadInput: the bundle has no such variant.
     """
     check_variant(bundle, variant)
-    if exit_index is not None:
-        return AtExit(load_exits(bundle), exit_index)
     if variant == "gated":
         return RandomGates(load_rgn(bundle), rng).eval()
     members = member_networks(bundle, variant)

@@ -28,13 +28,12 @@ from zoo.attacks.gradient import InputDiversity, pgd
 from zoo.attacks.skip_gradient import skip_gradient
 from zoo.bundle.bundle import Bundle
 from zoo.bundle.card import Result
-from zoo.cache import cache_dir
 from zoo.data import datasets
 from zoo.data.datasets import Images
 from zoo.errors import BadInput, ChecksumMismatch, ManygatesError, MissingFile
 from zoo.evaluation.ledger import digest_of
 from zoo.evaluation.run import BATCH, Run, ready, share, table
-from zoo.files import sha256_of, write_bytes_atomic, write_json_atomic
+from zoo.files import cache_dir, sha256_of, write_bytes_atomic, write_json_atomic
 from zoo.gates.derive import Ensemble
 from zoo.hub.source import open_model
 from zoo.weights.models import member_networks, weights_file
