@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zoo.attacks import Budget
-    from zoo.attacks.registry import Named, Settings
+    from zoo.attacks.registry import Attack, AttackOptions
     from zoo.attacks.remote import RemoteModel
     from zoo.bundle.bundle import Bundle
 
@@ -64,12 +64,12 @@ class _Victim:
         """Return the probabilities (class,); of random gates the share of 20 fresh draws that answer each class."""
         import torch
 
-        from zoo.attacks.checks import asked
+        from zoo.attacks.outputs import logits_of
 
         with torch.no_grad():
             if not self.gated:
-                return asked(self.network, image).softmax(1)[0]
-            votes = asked(self.network, image.expand(JUDGING_DRAWS, -1, -1, -1)).argmax(1)
+                return logits_of(self.network, image).softmax(1)[0]
+            votes = logits_of(self.network, image.expand(JUDGING_DRAWS, -1, -1, -1)).argmax(1)
         return torch.bincount(votes, minlength=len(self.classes)) / JUDGING_DRAWS
 
 
@@ -99,7 +99,7 @@ class _Attempt:
 def _attack(arguments: argparse.Namespace) -> int:
     import torch
 
-    from zoo.attacks.registry import Settings, attack_named
+    from zoo.attacks.registry import AttackOptions, attack_named
     from zoo.evaluation import parse_eps
     from zoo.hub.source import resolve
     from zoo.pictures import read_image
@@ -113,15 +113,15 @@ def _attack(arguments: argparse.Namespace) -> int:
     victim = _victim(arguments, bundle, chosen)
     budget = _budget(arguments, eps)
     if victim.remote is not None:
-        from zoo.attacks.registry import linf_of
+        from zoo.attacks.budget import linf_of
         from zoo.attacks.remote import eight_bit
 
         image, budget = eight_bit(image, linf_of(budget, arguments.attack))
     before = victim.answer(image)
     label = int(before.argmax()) if arguments.label is None else _class(arguments.label, victim.classes)
     target = _target(arguments, chosen, victim.classes, label)
-    settings = chosen.settled(
-        Settings(
+    options = chosen.with_loss(
+        AttackOptions(
             budget=budget,
             generator=torch.Generator().manual_seed(arguments.seed),
             loss=arguments.loss,
@@ -131,7 +131,7 @@ def _attack(arguments: argparse.Namespace) -> int:
         ),
         arguments.attack,
     )
-    adversarial = chosen.run(victim.network, image, torch.tensor([label]), settings) if eps else image
+    adversarial = chosen.run(victim.network, image, torch.tensor([label]), options) if eps else image
     remote = victim.remote  # counted before the picture is judged
     server = (
         None if remote is None else {"url": arguments.server, "queries": remote.queries, "requests": remote.requests}
@@ -146,7 +146,7 @@ def _attack(arguments: argparse.Namespace) -> int:
         label=label,
         target=target,
     )
-    report = _report(arguments, bundle.card.name, settings, eps, attempt, server)
+    report = _report(arguments, bundle.card.name, options, eps, attempt, server)
     _write(arguments.out, attempt, report)
     _print(arguments, eps, attempt, report)
     return DONE
@@ -169,7 +169,7 @@ def _budget(arguments: argparse.Namespace, eps: Fraction) -> Budget:
     return norm(eps=float(eps), steps=arguments.steps, restarts=arguments.restarts)
 
 
-def _victim(arguments: argparse.Namespace, bundle: Bundle, chosen: Named) -> _Victim:
+def _victim(arguments: argparse.Namespace, bundle: Bundle, chosen: Attack) -> _Victim:
     """Return the model that is attacked.
 
     Raises:
@@ -207,7 +207,7 @@ def _class(name: str, classes: Sequence[str]) -> int:
     return list(classes).index(name)
 
 
-def _target(arguments: argparse.Namespace, chosen: Named, classes: Sequence[str], label: int) -> int | None:
+def _target(arguments: argparse.Namespace, chosen: Attack, classes: Sequence[str], label: int) -> int | None:
     """Return the index of the class that is to be reached; None if any wrong one will do."""
     if arguments.target is None:
         if arguments.targeted:
@@ -237,7 +237,7 @@ def _as_picture(adversarial: Tensor, image: Tensor, budget: Budget) -> Tensor:
 def _report(
     arguments: argparse.Namespace,
     model: str,
-    settings: Settings,
+    options: AttackOptions,
     eps: Fraction,
     attempt: _Attempt,
     server: dict[str, Any] | None,
@@ -250,8 +250,8 @@ def _report(
         "model": model,
         "variant": arguments.variant,
         "attack": arguments.attack,
-        "norm": settings.budget.norm,
-        "loss": settings.loss or "none",
+        "norm": options.budget.norm,
+        "loss": options.loss or "none",
         "eps": float(eps),
         "eps_fraction": str(eps),
         "steps": 1 if one_step else arguments.steps,

@@ -70,7 +70,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from zoo.evaluation import evaluate, resumable
+    from zoo.evaluation import evaluate, ledger_of
     from zoo.hub.source import resolve
 
     source = resolve(arguments.model)
@@ -79,13 +79,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     bundle = source.open(lambda card: _files(card, [arguments.variant], arguments.precision))
     request = _request(arguments, _repeatable_name(source, arguments.model, bundle.card.name))
     device = usable_device(arguments.device)
-    if not arguments.fresh and (done := resumable(bundle, request, device=device)):
-        say(f"going on with an interrupted evaluation: {done} batches are done (--fresh begins again)")
+    ledger = ledger_of(bundle, request, device=device)
+    if not arguments.fresh and len(ledger):
+        say(f"going on with an interrupted evaluation: {len(ledger)} batches are done (--fresh begins again)")
     try:
-        results = evaluate(bundle, request, device=device, fresh=arguments.fresh)
+        results = evaluate(bundle, request, device=device, fresh=arguments.fresh, ledger=ledger)
     except KeyboardInterrupt:
-        kept = resumable(bundle, request, device=device)
-        say(f"interrupted; {kept} batches are kept, the same command goes on there")
+        say(f"interrupted; {len(ledger)} batches are kept, the same command goes on there")
         raise
     _print_results(results, as_json=arguments.json)
     failed = [check for result in results for check in result.checks if not check.held]

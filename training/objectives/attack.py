@@ -11,7 +11,7 @@ from torch import Tensor
 
 from training.objectives.checks import check_choice
 from training.objectives.network import Network, Statistics, together
-from zoo.attacks import LinfBudget, as_it_is, pgd
+from zoo.attacks import LinfBudget, pgd, unchecked
 from zoo.errors import BadInput
 
 
@@ -62,7 +62,7 @@ class TrainingAttack:
         with ExitStack() as modes:
             for network in networks:
                 modes.enter_context(network.statistics(self.batch_norm))
-            return pgd(as_it_is(model), images, labels, self.budget(), generator=generator)
+            return pgd(unchecked(model), images, labels, self.budget(), generator=generator)
 
     @property
     def forwards(self) -> float:

@@ -25,7 +25,7 @@ from training.objectives.checks import check_choice
 from training.objectives.network import Network, together
 from training.objectives.pgd_at import Attacked
 from training.objectives.single import Loss, NetworkObjective, View, kl_divergence
-from zoo.attacks import as_it_is, pgd
+from zoo.attacks import pgd, unchecked
 from zoo.errors import BadInput
 
 
@@ -91,7 +91,7 @@ class Trades(NetworkObjective):
                 return F.kl_div(logits.log_softmax(1), clean, reduction="none", log_target=True).sum(1)
 
             return pgd(
-                as_it_is(model),
+                unchecked(model),
                 images,
                 batch.labels,
                 self.attack.budget(),

@@ -196,7 +196,7 @@ class KnownModel:
 
 
 def commands_of(card: Card) -> tuple[str, ...]:
-    """Return the commands that make a model from nothing, as its card tells; none where no recipe of this version does."""
+    """Return the commands that make a model from nothing, as its card tells; none where no recipe here makes it."""
     recipe, overrides = card.training.recipe, card.training.overrides
     if overrides is None:
         return ()

@@ -6,13 +6,11 @@ results in one of them differ in images, steps, restarts, draws or seed, the ter
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from zoo.bundle.card import Card
-from zoo.bundle.wording import MISSING, plain, plural
+from zoo.bundle.wording import plural
 from zoo.errors import BadInput
 from zoo.files import replace_directory
 from zoo.report.accuracies import accuracies
@@ -20,18 +18,16 @@ from zoo.report.alone import variant_section
 from zoo.report.compared import against_eps, compared_tables
 from zoo.report.document import Figures, Report
 from zoo.report.entries import entries_of, tables_of
-from zoo.report.figures import Rendered, needs_extra, render
+from zoo.report.figures import needs_extra, render
 from zoo.report.markdown import markdown_of
 from zoo.report.overview import overview
+from zoo.report.page import MARK, figure_files, page_of
 from zoo.report.provenance import models, trust
 
 TITLE = "Robustness report"
 HTML_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
 FIGURES_DIR = "figures"
-MARK = '<meta name="generator" content="manygates report">'
-"""By which a page is known as a report."""
-_TONES = ("good", "alarm", "unknown")
 
 
 def write_report(cards: Sequence[Card], folder: Path, *, title: str = TITLE) -> Path:
@@ -79,10 +75,10 @@ def check_report_target(folder: Path) -> None:
         raise BadInput(
             f"{folder} is not empty and holds no report, so its content would be lost; choose an empty or new folder"
         )
-    figures = re.findall(r'href="(figures/[a-z0-9-]+\.(?:svg|png))"', text)
+    written = {HTML_FILE, MARKDOWN_FILE, *(f"{FIGURES_DIR}/{name}" for name in figure_files(text))}
     for place in sorted(folder.rglob("*")):
         name = place.relative_to(folder).as_posix()
-        known = name == FIGURES_DIR if place.is_dir() else name in (HTML_FILE, MARKDOWN_FILE, *figures)
+        known = name == FIGURES_DIR if place.is_dir() else name in written
         if not known or place.is_symlink():
             raise BadInput(
                 f"{folder} holds {name!r}, which is no part of its report and would be lost; "
@@ -114,25 +110,3 @@ def report_of(cards: Sequence[Card], *, title: str) -> Report:
         compared=tuple(section for section in compared if section.exhibits),
         alone=tuple(variant_section(entry, figure) for entry in entries),
     )
-
-
-def page_of(report: Report, figures: Mapping[str, Rendered]) -> str:
-    """Return the page, which needs no network and no script; `figures` are those of `report.pictures`, by name."""
-    import jinja2
-    from markupsafe import Markup
-
-    def shown(value: Any) -> Any:
-        """Make every text printable; what is already HTML stays, and jinja2 escapes the rest."""
-        return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("zoo.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    template = environment.get_template("report.html.jinja")
-    return template.render(report=report, figures=figures, mark=MARK, missing=MISSING, tones=_TONES)

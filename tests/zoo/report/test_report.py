@@ -21,7 +21,8 @@ from zoo.report.drawings import INK, MUTED, PAGE, SERIES, VARIABLES, Lines, Styl
 from zoo.report.entries import Entry, entries_of
 from zoo.report.figures import Rendered
 from zoo.report.markdown import markdown_of, markdown_table
-from zoo.report.write import check_report_target, page_of, report_of, write_report
+from zoo.report.page import page_of
+from zoo.report.write import check_report_target, report_of, write_report
 
 pytest.importorskip("matplotlib", reason="the figures of a report need manygates[report]")
 
