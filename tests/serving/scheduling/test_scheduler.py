@@ -741,10 +741,10 @@ def test_two_busy_models_share_the_computing_time_by_their_weights(
     asyncio.run(main())
     assert len(log) > 400
     shares = [seconds_of(log, name) / weight for name, weight in zip("ab", weights, strict=True)]
-    # in no share more than the batches that a worker computes and has at hand, whose time was not known yet
-    slack = 2 * (workers + 1) * max(each / weight for each, weight in zip(seconds, weights, strict=True))
+    # the batches that workers compute or have at hand, whose time is not known yet, and those that end while we look
+    slack = 3 * (workers + 1) * max(each / weight for each, weight in zip(seconds, weights, strict=True))
     assert abs(shares[0] - shares[1]) <= slack
-    assert slack < 0.25 * max(shares)
+    assert slack < 0.35 * max(shares)
 
 
 def test_a_model_that_was_idle_has_no_claim_on_the_past_and_need_not_wait_for_it_either(clock: Clock) -> None:
