@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from training.objectives import Awp, FastAt, FreeAt, PgdAt, Standard, Trades, TrainingAttack
+from training.objectives import Awp, FastAt, FreeAt, Objective, PgdAt, Standard, Trades, TrainingAttack
 from training.recipes.recipe import Phase, Recipe
 
 # Five steps instead of ten: what two cores can pay for. A step of eps / 3.2 still reaches every corner of the ball.
 SHORT_ATTACK = TrainingAttack(steps=5, step_size=2.5 / 255)
+
+# How recipes for two CPU cores differ from those of PreAct-ResNet-18, besides training for fewer epochs.
+TWO_CORES: dict[str, Any] = {"network": "resnet20", "held_out": 1000, "validation_attacked": 256}
+
+
+def _sgd(objective: Objective, epochs: int, **options: Any) -> Phase:
+    return Phase(objective=objective, epochs=epochs, weight_decay=5e-4, **options)
 
 
 def pgd_at_preact18_cifar10() -> Recipe:
@@ -19,10 +27,9 @@ def pgd_at_preact18_cifar10() -> Recipe:
     overfits. Export it with --checkpoint best.
     """
     return Recipe(
-        name="pgd-at-preact18-cifar10",
         description="PreAct-ResNet-18, PGD adversarial training at 8/255, 200 epochs",
         network="preact_resnet18",
-        phases=(Phase(objective=PgdAt(), epochs=200, weight_decay=5e-4),),
+        phases=(_sgd(PgdAt(), 200),),
         held_out=5000,
         selection="robust",
         validation_eps=8 / 255,
@@ -37,13 +44,24 @@ def pgd_at_resnet20_cifar10_cpu() -> Recipe:
     """
     return replace(
         pgd_at_preact18_cifar10(),
-        name="pgd-at-resnet20-cifar10-cpu",
         description="ResNet-20, PGD adversarial training at 8/255, trained on two CPU cores",
-        network="resnet20",
-        phases=(Phase(objective=PgdAt(attack=SHORT_ATTACK), epochs=25, schedule="cosine", weight_decay=5e-4),),
-        held_out=1000,
+        phases=(_sgd(PgdAt(attack=SHORT_ATTACK), 25, schedule="cosine"),),
         validate_every=5,
-        validation_attacked=256,
+        **TWO_CORES,
+    )
+
+
+def pgd_at_eps4_resnet20_cifar10_cpu() -> Recipe:
+    """The same at half the radius, 4/255: more accurate, less robust.
+
+    manygates train pgd-at-eps4-resnet20-cifar10-cpu --out RUN        not run
+    """
+    attack = TrainingAttack(eps=4 / 255, steps=5, step_size=1.25 / 255)
+    return replace(
+        pgd_at_resnet20_cifar10_cpu(),
+        description="ResNet-20, PGD adversarial training at 4/255, trained on two CPU cores",
+        phases=(_sgd(PgdAt(attack=attack), 25, schedule="cosine"),),
+        validation_eps=4 / 255,
     )
 
 
@@ -58,7 +76,6 @@ def pgd_at_lenet_mnist_cpu() -> Recipe:
     clean = Phase(objective=Standard(), epochs=1, optimizer="adam", learning_rate=1e-3, weight_decay=0)
     attack = TrainingAttack(eps=0.3, steps=10, step_size=0.05)
     return Recipe(
-        name="pgd-at-lenet-mnist-cpu",
         description="LeNet on MNIST, PGD adversarial training at 0.3, trained on two CPU cores",
         network="lenet",
         dataset="mnist",
@@ -71,21 +88,6 @@ def pgd_at_lenet_mnist_cpu() -> Recipe:
     )
 
 
-def pgd_at_eps4_resnet20_cifar10_cpu() -> Recipe:
-    """The same at half the radius, 4/255: more accurate, less robust.
-
-    manygates train pgd-at-eps4-resnet20-cifar10-cpu --out RUN        not run
-    """
-    attack = TrainingAttack(eps=4 / 255, steps=5, step_size=1.25 / 255)
-    return replace(
-        pgd_at_resnet20_cifar10_cpu(),
-        name="pgd-at-eps4-resnet20-cifar10-cpu",
-        description="ResNet-20, PGD adversarial training at 4/255, trained on two CPU cores",
-        phases=(Phase(objective=PgdAt(attack=attack), epochs=25, schedule="cosine", weight_decay=5e-4),),
-        validation_eps=4 / 255,
-    )
-
-
 def fast_at_preact18_cifar10() -> Recipe:
     """Fast adversarial training (Wong et al. 2020): one FGSM step from a random start, 15 epochs, cyclic rate.
 
@@ -95,9 +97,8 @@ def fast_at_preact18_cifar10() -> Recipe:
     """
     return replace(
         pgd_at_preact18_cifar10(),
-        name="fast-at-preact18-cifar10",
         description="PreAct-ResNet-18, FGSM adversarial training from a random start at 8/255, 15 epochs",
-        phases=(Phase(objective=FastAt(), epochs=15, learning_rate=0.2, schedule="cyclic", weight_decay=5e-4),),
+        phases=(_sgd(FastAt(), 15, learning_rate=0.2, schedule="cyclic"),),
         collapse=0.2,
     )
 
@@ -111,13 +112,10 @@ def fast_at_resnet20_cifar10_cpu() -> Recipe:
     """
     return replace(
         fast_at_preact18_cifar10(),
-        name="fast-at-resnet20-cifar10-cpu",
         description="ResNet-20, FGSM adversarial training from a random start at 8/255, trained on two CPU cores",
-        network="resnet20",
-        phases=(Phase(objective=FastAt(), epochs=30, learning_rate=0.2, schedule="cyclic", weight_decay=5e-4),),
-        held_out=1000,
+        phases=(_sgd(FastAt(), 30, learning_rate=0.2, schedule="cyclic"),),
         validate_every=2,
-        validation_attacked=256,
+        **TWO_CORES,
     )
 
 
@@ -129,9 +127,8 @@ def free_at_preact18_cifar10() -> Recipe:
     """
     return replace(
         pgd_at_preact18_cifar10(),
-        name="free-at-preact18-cifar10",
         description="PreAct-ResNet-18, free adversarial training at 8/255 with 8 replays, 10 epochs",
-        phases=(Phase(objective=FreeAt(), epochs=10, learning_rate=0.04, schedule="cyclic", weight_decay=5e-4),),
+        phases=(_sgd(FreeAt(), 10, learning_rate=0.04, schedule="cyclic"),),
     )
 
 
@@ -142,15 +139,10 @@ def free_at_resnet20_cifar10_cpu() -> Recipe:
     """
     return replace(
         free_at_preact18_cifar10(),
-        name="free-at-resnet20-cifar10-cpu",
         description="ResNet-20, free adversarial training at 8/255 with 4 replays, trained on two CPU cores",
-        network="resnet20",
-        phases=(
-            Phase(objective=FreeAt(replays=4), epochs=24, learning_rate=0.1, schedule="cyclic", weight_decay=5e-4),
-        ),
-        held_out=1000,
+        phases=(_sgd(FreeAt(replays=4), 24, schedule="cyclic"),),
         validate_every=4,
-        validation_attacked=256,
+        **TWO_CORES,
     )
 
 
@@ -162,7 +154,6 @@ def trades_wrn34_cifar10() -> Recipe:
     input; ours does, inside.
     """
     return Recipe(
-        name="trades-wrn34-cifar10",
         description="WRN-34-10, TRADES at 0.031 with beta 6, 76 epochs",
         network="wide_resnet34_10",
         phases=(Phase(objective=Trades(), epochs=76, milestones=(74,), weight_decay=2e-4),),
@@ -181,14 +172,12 @@ def trades_resnet20_cifar10_cpu() -> Recipe:
     4,723 s. What came out is in the card of the model `trades-resnet20-cifar10`.
     """
     attack = replace(Trades().attack, steps=5, step_size=0.01)
-    phase = Phase(objective=Trades(attack=attack), epochs=6, learning_rate=0.05, schedule="cosine", weight_decay=5e-4)
     return replace(
         trades_wrn34_cifar10(),
-        name="trades-resnet20-cifar10-cpu",
         description="ResNet-20, TRADES at 0.031 with beta 6 behind fast adversarial training, on two CPU cores",
         network="resnet20",
         start_from="fast-at-resnet20-cifar10",
-        phases=(phase,),
+        phases=(_sgd(Trades(attack=attack), 6, learning_rate=0.05, schedule="cosine"),),
         validate_every=2,
     )
 
@@ -201,9 +190,8 @@ def at_awp_preact18_cifar10() -> Recipe:
     """
     return replace(
         pgd_at_preact18_cifar10(),
-        name="at-awp-preact18-cifar10",
         description="PreAct-ResNet-18, PGD adversarial training at 8/255 with weight perturbation, 200 epochs",
-        phases=(Phase(objective=Awp(inner=PgdAt()), epochs=200, weight_decay=5e-4),),
+        phases=(_sgd(Awp(inner=PgdAt()), 200),),
     )
 
 
@@ -215,9 +203,8 @@ def at_awp_resnet20_cifar10_cpu() -> Recipe:
     objective = Awp(inner=PgdAt(attack=SHORT_ATTACK), gamma=0.005)
     return replace(
         pgd_at_resnet20_cifar10_cpu(),
-        name="at-awp-resnet20-cifar10-cpu",
         description="ResNet-20, PGD adversarial training at 8/255 with weight perturbation, trained on two CPU cores",
-        phases=(Phase(objective=objective, epochs=20, schedule="cosine", weight_decay=5e-4),),
+        phases=(_sgd(objective, 20, schedule="cosine"),),
     )
 
 
@@ -231,7 +218,6 @@ def trades_awp_preact18_cifar10() -> Recipe:
     inner = Trades(attack=replace(Trades().attack, step_size=2 / 255))
     return replace(
         pgd_at_preact18_cifar10(),
-        name="trades-awp-preact18-cifar10",
         description="PreAct-ResNet-18, TRADES at 0.031 with weight perturbation, 200 epochs",
-        phases=(Phase(objective=Awp(inner=inner, gamma=0.005, warm_up=10), epochs=200, weight_decay=5e-4),),
+        phases=(_sgd(Awp(inner=inner, gamma=0.005, warm_up=10), 200),),
     )

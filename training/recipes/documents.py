@@ -28,6 +28,8 @@ def from_resolved(document: dict[str, Any]) -> Recipe:
         UnknownName: A method that this version does not know.
     """
     try:
+        if "name" not in document:
+            raise TypeError("it has no name")
         return cast(Recipe, _built(Recipe, document))
     except TypeError as error:
         raise BadInput(f"not a recipe of this version: {error}") from error

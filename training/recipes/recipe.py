@@ -61,7 +61,8 @@ class Phase:
 class Recipe:
     """Everything that determines a trained model."""
 
-    name: str
+    name: str = "unnamed"
+    """Recipes of `RECIPES` are called like their functions."""
     description: str
     network: str = "resnet20"
     network_options: dict[str, Any] = field(default_factory=dict)

@@ -14,7 +14,6 @@ def standard_resnet20_cifar10() -> Recipe:
     manygates train standard-resnet20-cifar10 --out RUN        one GPU; not run
     """
     return Recipe(
-        name="standard-resnet20-cifar10",
         description="Plain ResNet-20, cross-entropy on clean images, 200 epochs",
         phases=(Phase(objective=Standard(), epochs=200),),
     )
@@ -28,7 +27,6 @@ def standard_resnet20_cifar10_cpu() -> Recipe:
     """
     return replace(
         standard_resnet20_cifar10(),
-        name="standard-resnet20-cifar10-cpu",
         description="Plain ResNet-20, cross-entropy on clean images, trained on two CPU cores",
         phases=(Phase(objective=Standard(), epochs=24, schedule="cosine"),),
         validate_every=2,
@@ -43,7 +41,6 @@ def baseline3_resnet20_cifar10() -> Recipe:
     """
     return replace(
         standard_resnet20_cifar10(),
-        name="baseline3-resnet20-cifar10",
         description="Three plain ResNet-20 trained side by side, averaged",
         members=3,
     )
@@ -56,7 +53,6 @@ def baseline3_resnet20_cifar10_cpu() -> Recipe:
     """
     return replace(
         baseline3_resnet20_cifar10(),
-        name="baseline3-resnet20-cifar10-cpu",
         description="Three plain ResNet-20 trained side by side on two CPU cores, averaged",
         phases=(Phase(objective=Standard(), epochs=24, schedule="cosine"),),
         validate_every=4,
