@@ -13,15 +13,16 @@ from pathlib import Path
 def advice(error: OSError, arguments: argparse.Namespace) -> str | None:
     """Say in a sentence which place cannot be used, and what puts it elsewhere; None of errors that have no place."""
     place = error.filename2 or error.filename
-    if place is None and error.errno == errno.ENOENT:  # of tempfile, which has tried them all
+    if place is not None:
+        return f"{place}: {error.strerror}; {_elsewhere(Path(str(place)), arguments)}"
+    if error.errno == errno.ENOENT:  # of tempfile, which has tried them all
         return f"{error.strerror}; set TMPDIR to a folder that can be written"
-    if place is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return None
-    if place is None:  # `zoo.files` names every other place
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed, or no file
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
-        return f"standard output: {error.strerror}; send it to another place, or make room"
-    return f"{place}: {error.strerror}; {_elsewhere(Path(str(place)), arguments)}"
+    # `zoo.files` names every other place
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed, or no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+    return f"standard output: {error.strerror}; send it to another place, or make room"
 
 
 def _elsewhere(place: Path, arguments: argparse.Namespace) -> str:

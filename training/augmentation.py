@@ -78,15 +78,9 @@ AUGMIX_OPERATIONS = (
 AUGMIX_WIDTH = 3  # chains that are mixed
 AUGMIX_DEPTH = 3  # the most operations in a chain; 1 to as many are drawn
 
-_MAXIMA = {
-    "ShearX": 0.3,
-    "ShearY": 0.3,
-    "Rotate": 30.0,
-    "Brightness": 0.9,
-    "Color": 0.9,
-    "Contrast": 0.9,
-    "Sharpness": 0.9,
-}
+# What torchvision calls the operations that change a factor; the saturation of a grey image stays as it is.
+_ADJUSTED = {"Brightness": "brightness", "Color": "saturation", "Contrast": "contrast", "Sharpness": "sharpness"}
+_MAXIMA = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0} | dict.fromkeys(_ADJUSTED, 0.9)
 _WITHOUT_MAGNITUDE = ("AutoContrast", "Equalize", "Invert")
 
 
@@ -113,8 +107,7 @@ class Operation:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return images uint8 (n, 1 or 3, height, width), each changed by itself; perhaps the given tensor."""
-        functional = transforms().functional
-        magnitude = self.magnitude
+        functional, magnitude = transforms().functional, self.magnitude
         match self.name:
             case "Identity":
                 changed = images
@@ -124,26 +117,14 @@ class Operation:
                 changed = self._affine(images, translate=int(magnitude))
             case "Rotate":
                 changed = functional.rotate(images, angle=magnitude, interpolation=self.interpolation)
-            case "Brightness":
-                changed = functional.adjust_brightness(images, brightness_factor=1 + magnitude)
-            case "Color":  # leaves grey images as they are
-                changed = functional.adjust_saturation(images, saturation_factor=1 + magnitude)
-            case "Contrast":
-                changed = functional.adjust_contrast(images, contrast_factor=1 + magnitude)
-            case "Sharpness":
-                changed = functional.adjust_sharpness(images, sharpness_factor=1 + magnitude)
             case "Posterize":
                 changed = functional.posterize(images, bits=int(magnitude))
             case "Solarize":
                 changed = functional.solarize(images, threshold=255 * magnitude)
-            case "AutoContrast":
-                changed = functional.autocontrast(images)
-            case "Equalize":
-                changed = functional.equalize(images)
-            case "Invert":
-                changed = functional.invert(images)
-            case _:
-                raise AssertionError(f"{self.name} is in a table above, and not here")
+            case name if name in _ADJUSTED:
+                changed = getattr(functional, f"adjust_{_ADJUSTED[name]}")(images, 1 + magnitude)
+            case name:
+                changed = getattr(functional, name.lower())(images)
         assert isinstance(changed, Tensor)
         return changed
 
@@ -179,13 +160,13 @@ def at_level(name: str, level: int, negative: bool, reach: Reach, height: int, w
         magnitude = _levels(0.0, _MAXIMA[name])[level]
     if magnitude == 0:
         return IDENTITY
-    geometric = name not in ("Brightness", "Color", "Contrast", "Sharpness")
-    return Operation(name, -magnitude if negative else magnitude, reach.interpolation if geometric else "nearest")
+    interpolation = "nearest" if name in _ADJUSTED else reach.interpolation
+    return Operation(name, -magnitude if negative else magnitude, interpolation)
 
 
 def _levels(first: float, last: float) -> list[float]:
     """Return the magnitudes of all levels, with torchvision's rounding to single precision."""
-    return list(torch.linspace(first, last, NUM_LEVELS).tolist())
+    return torch.linspace(first, last, NUM_LEVELS).tolist()
 
 
 Table = tuple[tuple[Operation, ...], Tensor]

@@ -32,24 +32,15 @@ from zoo.errors import BadInput, CheckpointError, UnknownName
 from zoo.files import replace_directory, write_json_atomic, write_text_atomic
 from zoo.weights.checkpoint import Architecture, assembled, load, read_architecture, save
 
-LAST, BEST, RECIPE, PROVENANCE, LOG = (
-    "last.safetensors",
-    "best.safetensors",
-    "recipe.json",
-    "provenance.json",
-    "log.csv",
-)
-COLUMNS = (
-    "epoch",
-    "objective",
-    "steps",
-    "learning_rate",
-    "loss",
-    "accuracy",
-    "held_out_clean",
-    "held_out_robust",
-    "seconds",
-)
+LAST, BEST = "last.safetensors", "best.safetensors"
+RECIPE, PROVENANCE, LOG = "recipe.json", "provenance.json", "log.csv"
+LABELS = ("epoch", "objective")
+NUMBERS = ("steps", "learning_rate", "loss", "accuracy", "held_out_clean", "held_out_robust", "seconds")
+COLUMNS = (*LABELS, *NUMBERS)
+"""Of the log."""
+
+PARTS = {"model": "model", "ema": "average", "optimizer": "optimizer", "memory": "memory"}
+"""By the prefix of its tensors' names in the file, the field of a `Checkpoint`."""
 
 Row = dict[str, float | int | str]
 """A line of the log, by column."""
@@ -96,8 +87,9 @@ class Checkpoint:
 
     def write(self, file: Path) -> None:
         """Write it in one rename."""
-        parts = {"model": self.model, "ema": self.average, "optimizer": self.optimizer, "memory": self.memory}
-        tensors = {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+        tensors = {
+            f"{part}/{name}": tensor for part, field in PARTS.items() for name, tensor in getattr(self, field).items()
+        }
         save(file, tensors, {"architecture": self.architecture.described(), "position": asdict(self.position)})
 
     @classmethod
@@ -108,17 +100,14 @@ class Checkpoint:
             CheckpointError: The file is damaged, or does not say how far the run is.
         """
         tensors, header = load(file)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "memory": {}}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = tensor
         return cls(
             architecture=read_architecture(header, file),
             position=_position(header, file),
-            model=parts["model"],
-            average=parts["ema"],
-            optimizer=parts["optimizer"],
-            memory=parts["memory"],
+            **{field: parts[part] for part, field in PARTS.items()},
         )
 
 
@@ -296,7 +285,7 @@ def log(run_dir: Path) -> tuple[Table, ...]:
         return ()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{run_dir / LOG} cannot be read ({error}); put it back, or take it away") from error
-    columns = tuple(column for column in COLUMNS[2:] if any(line.get(column) for line in lines))
+    columns = tuple(column for column in NUMBERS if any(line.get(column) for line in lines))
     try:
         rows = tuple(f"{line['epoch']} {line['objective']}" for line in lines)
         values = tuple(

@@ -19,11 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from training.objectives.adversarial import PgdAt
 from training.objectives.base import Batch
 from training.objectives.network import Network
-from training.objectives.pgd_at import PgdAt
-from training.objectives.single import Loss, NetworkObjective
-from training.objectives.wrapper import Wrapper
+from training.objectives.single import Loss, NetworkObjective, Wrapper
 from zoo.errors import BadInput
 
 
@@ -50,11 +49,8 @@ class Awp(Wrapper):
             raise BadInput(f"need a finite gamma >= 0, got {self.gamma}; the paper's are 0.01 and 0.005")
         if self.warm_up < 0:
             raise BadInput(f"need warm_up >= 0 epochs, got {self.warm_up}")
-        within: NetworkObjective = self.inner
-        while isinstance(within, Wrapper):
-            if isinstance(within, Awp):
-                raise BadInput("awp is within awp, and weights are perturbed once; raise gamma instead")
-            within = within.inner
+        if any(isinstance(inner, Awp) for inner in self.within):
+            raise BadInput("awp is within awp, and weights are perturbed once; raise gamma instead")
 
     def forwards(self, networks: int = 1, exits: int = 1) -> float:
         """See `Objective.forwards`; one more evaluation of the loss, and its gradient."""

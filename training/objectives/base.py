@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from training.randomness import gate_generator, tensor_generator
 from zoo.errors import BadInput
@@ -152,6 +153,14 @@ class Objective(ABC):
             exits: of a multi-exit network.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what a step costs")
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy of logits (batch, class) with smoothed labels, given as int64 (batch,)."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def cross_entropies(self, answers: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """Return the `cross_entropy` of each of several answers, as (answer,)."""
+        return torch.stack([self.cross_entropy(logits, labels) for logits in answers])
 
     def check(self, model: nn.Module) -> None:  # noqa: B027 - most methods train whatever they are given
         """Check that `model` can be trained with this objective; called before the first step.

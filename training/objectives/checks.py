@@ -27,3 +27,14 @@ def check_weights(**weights: float) -> None:
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
             raise BadInput(f"need a finite {name} >= 0, got {weight}")
+
+
+def check_positive(**numbers: float) -> None:
+    """Check that numbers are finite and greater than 0.
+
+    Raises:
+        BadInput: One is not; the message names it.
+    """
+    for name, number in numbers.items():
+        if not 0 < number < math.inf:
+            raise BadInput(f"need a finite {name} > 0, got {number}")

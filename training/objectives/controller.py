@@ -107,16 +107,11 @@ class Controller(nn.Module):
         self.entropy_weight, self.clip, self.log_prob = entropy_weight, clip, log_prob
         self.cell = nn.LSTMCell(HIDDEN, HIDDEN)
         self.paths = nn.ModuleList(_Decision(PATHS, space.paths) for _ in (space.blocks if space.paths < PATHS else ()))
-        self.channels = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    str(position): _Decision(count, number)
-                    for position, (count, number) in enumerate(zip(block.channels, numbers, strict=True))
-                    if number < count
-                }
-            )
-            for block, numbers in zip(space.blocks, space.channels, strict=True)
-        )
+        self.channels = nn.ModuleList()
+        for block, numbers in zip(space.blocks, space.channels, strict=True):
+            pairs = enumerate(zip(block.channels, numbers, strict=True))
+            some = {str(position): _Decision(*pair) for position, pair in pairs if pair[1] < pair[0]}
+            self.channels.append(nn.ModuleDict(some))
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.uniform_(-INITIAL, INITIAL, generator=generator)
@@ -175,9 +170,8 @@ class Controller(nn.Module):
         """
         weights = {key.removeprefix("weights/"): tensor for key, tensor in state.items() if key.startswith("weights/")}
         own = dict(self.named_parameters())
-        if "baseline" not in state or {name: p.shape for name, p in own.items()} != {
-            name: tensor.shape for name, tensor in weights.items()
-        }:
+        shapes = [{name: tensor.shape for name, tensor in named.items()} for named in (own, weights)]
+        if "baseline" not in state or shapes[0] != shapes[1]:
             raise CheckpointError(
                 "the checkpoint's EWS controller chooses among other subnets than this recipe's; "
                 "continue with the recipe, its keep and its paths that the run began with, or train again"
@@ -207,12 +201,8 @@ class _Walk:
         drawn = draw(scores, decision.number, self.generator)
         self.input = decision.embedding[drawn].mean(0, keepdim=True)
         if torch.is_grad_enabled():
-            log_probs = F.log_softmax(scores, 0)
-            if self.controller.log_prob == "plackett_luce":
-                log_prob = plackett_luce(scores, drawn)
-            else:
-                log_probs = log_probs[drawn]
-                log_prob = log_probs.sum()
-            self.log_prob = self.log_prob + log_prob
+            exact = self.controller.log_prob == "plackett_luce"
+            log_probs = F.log_softmax(scores, 0) if exact else F.log_softmax(scores, 0)[drawn]
+            self.log_prob = self.log_prob + (plackett_luce(scores, drawn) if exact else log_probs.sum())
             self.entropy = self.entropy - (log_probs.exp() * log_probs).sum()
         return drawn.tolist()

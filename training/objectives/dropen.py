@@ -105,7 +105,7 @@ class Dropen(Objective):
     def _train(self, network: Network, batch: Batch, step: Step) -> dict[str, Tensor]:
         images = self.smoothness.images([network], batch.images, batch.labels, step)
         logits, gradients = input_gradients(network, batch.images, batch.labels)
-        cross_entropy = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        cross_entropy = self.cross_entropy(logits, batch.labels)
         similarity = self.similarity(gradients, self.others(network, batch, gradients.detach(), step))
         loss = cross_entropy + self.lambda_a * similarity
         if self.smoothness.perturbed == "none":

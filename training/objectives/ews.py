@@ -15,7 +15,6 @@ The views are those of the loss within: the image (standard), each augmentation 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -25,13 +24,11 @@ from torch import Tensor, nn
 
 from training.objectives.awp import Awp
 from training.objectives.base import Batch, Needs
-from training.objectives.checks import check_choice, check_weights
+from training.objectives.checks import check_choice, check_positive, check_weights
 from training.objectives.controller import Controller, LogProb
 from training.objectives.network import Network
-from training.objectives.single import Loss, NetworkObjective, View, kl_divergence
-from training.objectives.standard import Standard
+from training.objectives.single import Loss, NetworkObjective, Standard, View, Wrapper, kl_divergence
 from training.objectives.subnets import Choice, Rounding, Space, applied, lowest_norm_choice, random_choice, space_of
-from training.objectives.wrapper import Wrapper
 from zoo.errors import BadInput
 from zoo.gates.derive import Ensemble
 from zoo.gates.rgn import RandomGatedNetwork
@@ -73,15 +70,10 @@ class Ews(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within: NetworkObjective = self.inner
-        while isinstance(within, Wrapper):
-            if isinstance(within, Ews):
-                raise BadInput("ews cannot go around ews; once enhances the weak subnets already")
-            if isinstance(within, Awp):
-                raise BadInput(
-                    "ews cannot go around awp, whose perturbation is the whole network's; put awp around ews"
-                )
-            within = within.inner
+        if any(isinstance(inner, Ews) for inner in self.within):
+            raise BadInput("ews cannot go around ews; once enhances the weak subnets already")
+        if any(isinstance(inner, Awp) for inner in self.within):
+            raise BadInput("ews cannot go around awp, whose perturbation is the whole network's; put awp around ews")
         for name, kind in (("search", Search), ("kl_reduction", Reduction), ("paths", Rounding), ("log_prob", LogProb)):
             check_choice(name, getattr(self, name), kind)
         if not 0 < self.keep <= 1:
@@ -89,9 +81,7 @@ class Ews(Wrapper):
         if self.controller_every < 1:
             raise BadInput(f"need controller_every >= 1, got {self.controller_every}")
         check_weights(weight=self.weight, entropy_weight=self.entropy_weight)
-        for name in ("controller_learning_rate", "controller_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise BadInput(f"need {name} > 0, got {getattr(self, name)}")
+        check_positive(controller_learning_rate=self.controller_learning_rate, controller_clip=self.controller_clip)
         if len(self.controller_betas) != 2 or not all(0 <= beta < 1 for beta in self.controller_betas):
             raise BadInput(f"controller_betas must be two numbers, 0 <= beta < 1, got {self.controller_betas}")
 
