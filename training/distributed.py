@@ -53,9 +53,8 @@ class World:
             BadInput: the batch cannot be shared evenly.
         """
         if batch_size % self.size:
-            raise BadInput(
-                f"batch_size {batch_size} cannot be shared evenly by {self.size} processes; choose a multiple"
-            )
+            shared = f"shared evenly by {self.size} processes"
+            raise BadInput(f"batch_size {batch_size} cannot be {shared}; choose a multiple")
         part = batch_size // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 

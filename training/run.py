@@ -131,9 +131,8 @@ def check_folder(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
     if (run_dir / RECIPE).exists():
         stored = _read_json(run_dir / RECIPE, "name")
         if not resume:
-            raise BadInput(
-                f"{run_dir} already holds a run of {stored.get('name')!r}; add --resume, or choose another folder"
-            )
+            name = stored.get("name")
+            raise BadInput(f"{run_dir} already holds a run of {name!r}; add --resume, or choose another folder")
         if stored != document and _meaning(stored) != recipe:
             differing = sorted(key for key in {*stored, *document} if stored.get(key) != document.get(key))
             raise BadInput(
@@ -305,9 +304,8 @@ def _read_json(file: Path, *keys: str) -> dict[str, Any]:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file.parent} holds no readable {file.name} ({error}); put it back, or train again"
-        ) from error
+        message = f"{file.parent} holds no readable {file.name} ({error}); put it back, or train again"
+        raise CheckpointError(message) from error
     if not isinstance(document, dict) or any(key not in document for key in keys):
         raise CheckpointError(f"{file} is not what a run writes, expected an object with {', '.join(keys)}")
     return document

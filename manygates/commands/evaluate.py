@@ -46,15 +46,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         ("--queries", "of the protocol queries, per image; 1,000 by default"),
     ):
         parser.add_argument(option, type=count(), metavar="N", help=text)
-    parser.add_argument(
-        "--paths", type=count(2), default=PATHS_COMPARED, metavar="K", help="paths that a transfer matrix compares"
-    )
-    parser.add_argument(
-        "--surrogates", nargs="+", default=[], metavar="MODEL", help="models on which transfer attacks are made"
-    )
-    parser.add_argument(
-        "--set", type=Path, metavar="DIR", help="stored adversarial set: reused, or made if DIR is empty"
-    )
+    parser.add_argument("--paths", type=count(2), default=PATHS_COMPARED, metavar="K", help="of a transfer matrix")
+    parser.add_argument("--surrogates", nargs="+", default=[], metavar="MODEL", help="what transfer attacks start from")
+    parser.add_argument("--set", type=Path, metavar="DIR", help="adversarial set: reused, or made if DIR is empty")
     parser.add_argument("--corrupted", type=Path, metavar="DIR", help="folder with the official CIFAR-10-C files")
     add_seed(parser)
     parser.add_argument("--device", default="cpu", metavar="DEVICE")
@@ -170,9 +164,7 @@ def _variants(arguments: argparse.Namespace, card: Card) -> list[str]:
 
     variants = [arguments.variant] if arguments.variant else list(variants_in(card, arguments.precision))
     if not variants:
-        raise BadInput(
-            f"{card.name} has no int8 graphs; `manygates export MODEL --int8` adds some to a bundle of yours"
-        )
+        raise BadInput(f"{card.name} has no int8 graphs; `manygates export MODEL --int8` adds some to your bundle")
     return variants
 
 

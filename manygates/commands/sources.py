@@ -94,9 +94,8 @@ def _load_model(source: str) -> Trained:
     try:
         bundle = resolve(source).open(lambda card: (weights_file(card),))
     except (BadInput, UnknownName) as error:
-        raise BadInput(
-            f"{source!r} is neither a training run (a folder with a recipe.json) nor a model: {error}"
-        ) from error
+        message = f"{source!r} is neither a training run (a folder with a recipe.json) nor a model: {error}"
+        raise BadInput(message) from error
     card = bundle.card
     file = bundle.file(weights_file(card))
     if card.architecture.gated_layers:

@@ -1,13 +1,11 @@
 """What a training step minimises. One objective is one frozen dataclass, named once here."""
 
-from training.objectives.adversarial import FastAt, FreeAt, PgdAt, Trades, TrainingAttack
-from training.objectives.awp import Awp
+from training.objectives.adversarial import Awp, FastAt, FreeAt, PgdAt, Trades, TrainingAttack
 from training.objectives.base import Batch, Memory, Objective, Step
 from training.objectives.distilled import Dverge, EnsembleInOne
-from training.objectives.dropen import Dropen
 from training.objectives.ews import Ews
 from training.objectives.exits import MultiExit, NeoKd
-from training.objectives.members import Adp, Gal, Trs
+from training.objectives.members import Adp, Dropen, Gal, Trs
 from training.objectives.single import Standard
 
 OF_ONE_NETWORK = (Standard, PgdAt, FastAt, FreeAt, Trades, Awp, Ews)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from training.objectives.awp import Awp
+from training.objectives.adversarial import Awp
 from training.objectives.base import Batch, Needs
 from training.objectives.checks import check_choice, check_positive, check_weights
 from training.objectives.controller import Controller, LogProb

@@ -96,9 +96,8 @@ class ExitsObjective(Objective):
                 "network=msdnet3 or small_cnn3, or a method for one exit"
             )
         if self.attacked_exit is not None and self.attacked_exit > exits:
-            raise BadInput(
-                f"attacked_exit is {self.attacked_exit}, expected 1 to {exits}, the exits of {type(model).__name__}"
-            )
+            expected = f"1 to {exits}, the exits of {type(model).__name__}"
+            raise BadInput(f"attacked_exit is {self.attacked_exit}, expected {expected}")
 
     @abstractmethod
     def clean_term(self, clean: Sequence[Tensor]) -> Tensor:

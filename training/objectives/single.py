@@ -111,9 +111,8 @@ class Wrapper(NetworkObjective):
                 f"got {type(self.inner).__name__}"
             )
         if self.label_smoothing:
-            raise BadInput(
-                f"label_smoothing={self.label_smoothing} belongs to the loss within; set inner.label_smoothing instead"
-            )
+            smoothing = f"label_smoothing={self.label_smoothing}"
+            raise BadInput(f"{smoothing} belongs to the loss within; set inner.label_smoothing instead")
 
     @property
     def within(self) -> list[NetworkObjective]:

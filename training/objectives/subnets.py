@@ -201,9 +201,8 @@ def applied(network: nn.Module, choice: Choice) -> Iterator[None]:
 
 def _check(network: nn.Module, blocks: tuple[Block, ...], choice: Choice) -> None:
     if len(choice) != len(blocks):
-        raise BadInput(
-            f"a choice for {len(choice)} residual blocks does not fit {type(network).__name__}, which has {len(blocks)}"
-        )
+        its = f"{type(network).__name__}, which has {len(blocks)}"
+        raise BadInput(f"a choice for {len(choice)} residual blocks does not fit {its}")
     for block, kept in zip(blocks, choice, strict=True):
         if not (kept.branch or kept.skip):
             raise BadInput(f"{block.name} must keep a path, got neither its residual branch nor its skip")

@@ -1,4 +1,4 @@
-"""Recipes: a training run is a Python function that returns a `Recipe`; a variant is `replace(base(), field=...)`.
+"""Recipes: a training run is a Python function that returns a `Recipe`; a variant is `base().variant(field=...)`.
 
 A recipe is called like its function, with dashes. The function's docstring says command, hardware, time and what to
 expect; "not run" where nobody has run it yet.
@@ -7,7 +7,6 @@ expect; "not run" where nobody has run it yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import wraps
 from types import ModuleType
 
@@ -28,7 +27,7 @@ def _recipes_in(module: ModuleType) -> Iterator[tuple[str, Callable[[], Recipe]]
 def _named(name: str, function: Callable[[], Recipe]) -> Callable[[], Recipe]:
     @wraps(function)
     def make() -> Recipe:
-        return replace(function(), name=name)
+        return function().variant(name=name)
 
     return make
 

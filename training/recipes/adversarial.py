@@ -42,8 +42,7 @@ def pgd_at_resnet20_cifar10_cpu() -> Recipe:
 
     manygates train pgd-at-resnet20-cifar10-cpu --out RUN        not run
     """
-    return replace(
-        pgd_at_preact18_cifar10(),
+    return pgd_at_preact18_cifar10().variant(
         description="ResNet-20, PGD adversarial training at 8/255, trained on two CPU cores",
         phases=(_sgd(PgdAt(attack=SHORT_ATTACK), 25, schedule="cosine"),),
         validate_every=5,
@@ -57,8 +56,7 @@ def pgd_at_eps4_resnet20_cifar10_cpu() -> Recipe:
     manygates train pgd-at-eps4-resnet20-cifar10-cpu --out RUN        not run
     """
     attack = TrainingAttack(eps=4 / 255, steps=5, step_size=1.25 / 255)
-    return replace(
-        pgd_at_resnet20_cifar10_cpu(),
+    return pgd_at_resnet20_cifar10_cpu().variant(
         description="ResNet-20, PGD adversarial training at 4/255, trained on two CPU cores",
         phases=(_sgd(PgdAt(attack=attack), 25, schedule="cosine"),),
         validation_eps=4 / 255,
@@ -95,8 +93,7 @@ def fast_at_preact18_cifar10() -> Recipe:
     Expect (published, the authors' repository): 86.1 % clean, 46.1 % under PGD-50-10 at 8/255. Training stops when
     robustness collapses; export it with --checkpoint best, which is from before.
     """
-    return replace(
-        pgd_at_preact18_cifar10(),
+    return pgd_at_preact18_cifar10().variant(
         description="PreAct-ResNet-18, FGSM adversarial training from a random start at 8/255, 15 epochs",
         phases=(_sgd(FastAt(), 15, learning_rate=0.2, schedule="cyclic"),),
         collapse=0.2,
@@ -110,8 +107,7 @@ def fast_at_resnet20_cifar10_cpu() -> Recipe:
     measured, 5,341 s. Came out (best checkpoint, one seed): 74.6 % clean (10,000 images), 40.8 % [36.6, 45.2] under
     PGD-50 from 5 starts at 8/255 (500 images); every check of that protocol held, and it did not collapse.
     """
-    return replace(
-        fast_at_preact18_cifar10(),
+    return fast_at_preact18_cifar10().variant(
         description="ResNet-20, FGSM adversarial training from a random start at 8/255, trained on two CPU cores",
         phases=(_sgd(FastAt(), 30, learning_rate=0.2, schedule="cyclic"),),
         validate_every=2,
@@ -125,8 +121,7 @@ def free_at_preact18_cifar10() -> Recipe:
     manygates train free-at-preact18-cifar10 --out RUN        one GPU; not run
     Expect (published, the code of Fast AT): 86.0 % clean, 46.3 % under PGD-50-10 at 8/255.
     """
-    return replace(
-        pgd_at_preact18_cifar10(),
+    return pgd_at_preact18_cifar10().variant(
         description="PreAct-ResNet-18, free adversarial training at 8/255 with 8 replays, 10 epochs",
         phases=(_sgd(FreeAt(), 10, learning_rate=0.04, schedule="cyclic"),),
     )
@@ -137,8 +132,7 @@ def free_at_resnet20_cifar10_cpu() -> Recipe:
 
     manygates train free-at-resnet20-cifar10-cpu --out RUN        not run
     """
-    return replace(
-        free_at_preact18_cifar10(),
+    return free_at_preact18_cifar10().variant(
         description="ResNet-20, free adversarial training at 8/255 with 4 replays, trained on two CPU cores",
         phases=(_sgd(FreeAt(replays=4), 24, schedule="cyclic"),),
         validate_every=4,
@@ -172,8 +166,7 @@ def trades_resnet20_cifar10_cpu() -> Recipe:
     4,723 s. What came out is in the card of the model `trades-resnet20-cifar10`.
     """
     attack = replace(Trades().attack, steps=5, step_size=0.01)
-    return replace(
-        trades_wrn34_cifar10(),
+    return trades_wrn34_cifar10().variant(
         description="ResNet-20, TRADES at 0.031 with beta 6 behind fast adversarial training, on two CPU cores",
         network="resnet20",
         start_from="fast-at-resnet20-cifar10",
@@ -188,8 +181,7 @@ def at_awp_preact18_cifar10() -> Recipe:
     manygates train at-awp-preact18-cifar10 --out RUN        one GPU; not run
     Expect (published logs): 81.7 % clean, 54.3 % under PGD-20 at 8/255 at the last epoch.
     """
-    return replace(
-        pgd_at_preact18_cifar10(),
+    return pgd_at_preact18_cifar10().variant(
         description="PreAct-ResNet-18, PGD adversarial training at 8/255 with weight perturbation, 200 epochs",
         phases=(_sgd(Awp(inner=PgdAt()), 200),),
     )
@@ -201,8 +193,7 @@ def at_awp_resnet20_cifar10_cpu() -> Recipe:
     manygates train at-awp-resnet20-cifar10-cpu --out RUN        not run
     """
     objective = Awp(inner=PgdAt(attack=SHORT_ATTACK), gamma=0.005)
-    return replace(
-        pgd_at_resnet20_cifar10_cpu(),
+    return pgd_at_resnet20_cifar10_cpu().variant(
         description="ResNet-20, PGD adversarial training at 8/255 with weight perturbation, trained on two CPU cores",
         phases=(_sgd(objective, 20, schedule="cosine"),),
     )
@@ -216,8 +207,7 @@ def trades_awp_preact18_cifar10() -> Recipe:
     manygates train trades-awp-preact18-cifar10 --out RUN        one GPU; not run
     """
     inner = Trades(attack=replace(Trades().attack, step_size=2 / 255))
-    return replace(
-        pgd_at_preact18_cifar10(),
+    return pgd_at_preact18_cifar10().variant(
         description="PreAct-ResNet-18, TRADES at 0.031 with weight perturbation, 200 epochs",
         phases=(_sgd(Awp(inner=inner, gamma=0.005, warm_up=10), 200),),
     )

@@ -149,9 +149,8 @@ def _objective(kind: type[Objective], document: dict[str, Any]) -> Objective:
     """
     method = document.get("method")
     if not isinstance(method, str):
-        raise TypeError(
-            f"{document} is no objective, expected a method ({', '.join(OBJECTIVES)}) or an object with one"
-        )
+        known = ", ".join(OBJECTIVES)
+        raise TypeError(f"{document} is no objective, expected a method ({known}) or an object with one")
     if method not in OBJECTIVES:
         raise UnknownName(method, OBJECTIVES, kind="method")
     chosen = OBJECTIVES[method]

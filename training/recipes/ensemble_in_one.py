@@ -31,8 +31,7 @@ def eio_resnet20_cifar10_paper() -> Recipe:
 
     manygates train eio-resnet20-cifar10-paper --out RUN        one GPU; not run
     """
-    return replace(
-        eio_resnet20_cifar10(),
+    return eio_resnet20_cifar10().variant(
         description="Ensemble-in-One random gated ResNet-20, the paper's reading of every disputed detail",
         phases=(PRETRAINING, Phase(objective=EnsembleInOne.paper(), epochs=200)),
     )
@@ -45,8 +44,7 @@ def eio_resnet20_cifar10_release() -> Recipe:
     Expect (their checkpoint, measured by others): 85.8 % clean, 63.6 % white-box at eps 0.01 on 500 images. One quirk
     is not copied: the release takes the first layer's feature before its activation, all others behind it.
     """
-    return replace(
-        eio_resnet20_cifar10(),
+    return eio_resnet20_cifar10().variant(
         description="Ensemble-in-One random gated ResNet-20, the released code's reading of every disputed detail",
         sharing="shared_conv",
         phases=tuple(replace(phase, nesterov=True) for phase in eio_resnet20_cifar10().phases),
@@ -58,8 +56,7 @@ def eio_adv_resnet20_cifar10() -> Recipe:
 
     manygates train eio-adv-resnet20-cifar10 --out RUN        one GPU; not run
     """
-    return replace(
-        eio_resnet20_cifar10(),
+    return eio_resnet20_cifar10().variant(
         description="Ensemble-in-One random gated ResNet-20 with adversarial training, 200 + 200 epochs",
         phases=(PRETRAINING, Phase(objective=EnsembleInOne.release(adversarial=TrainingAttack()), epochs=200)),
         validation_eps=8 / 255,
@@ -75,8 +72,7 @@ def eio_resnet20_cifar10_cpu() -> Recipe:
     and diversity training takes 2 paths and 5 distillation steps. What came out is in the card of the bundled model
     `eio-resnet20-cifar10`; what was tried before in docs/experiments.md.
     """
-    return replace(
-        eio_resnet20_cifar10(),
+    return eio_resnet20_cifar10().variant(
         description="Ensemble-in-One random gated ResNet-20, trained on two CPU cores from a standard model",
         start_from="standard-resnet20-cifar10",
         phases=(
@@ -97,8 +93,7 @@ def eio_adv_resnet20_cifar10_cpu() -> Recipe:
     objective = EnsembleInOne.release(
         paths=2, distillation_steps=3, adversarial=TrainingAttack(steps=2, step_size=5 / 255, batch_norm="train_frozen")
     )
-    return replace(
-        eio_adv_resnet20_cifar10(),
+    return eio_adv_resnet20_cifar10().variant(
         description="Ensemble-in-One random gated ResNet-20 behind fast adversarial training, on two CPU cores",
         start_from="fast-at-resnet20-cifar10",
         phases=(Phase(objective=objective, epochs=3, learning_rate=0.05, schedule="cosine"),),

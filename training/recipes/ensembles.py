@@ -43,8 +43,7 @@ def dverge3_resnet20_cifar10_cpu() -> Recipe:
     The zoo's `dverge3-resnet20-cifar10` went on from three plain networks for 1 + 4 epochs: its card has the command.
     """
     objective = Dverge(distillation_steps=5, batch_norm="eval", layer_drawn="batch")
-    return replace(
-        dverge3_resnet20_cifar10(),
+    return dverge3_resnet20_cifar10().variant(
         description="DVERGE, three ResNet-20, trained on two CPU cores",
         phases=(
             Phase(objective=Standard(), epochs=10, schedule="cosine"),
@@ -79,8 +78,7 @@ def adp3_resnet20_cifar10_cpu() -> Recipe:
 
     manygates train adp3-resnet20-cifar10-cpu --out RUN        not run
     """
-    return replace(
-        adp3_resnet20_cifar10(),
+    return adp3_resnet20_cifar10().variant(
         description="ADP, three ResNet-20, trained on two CPU cores",
         phases=(_cosine_adam(Adp(), 30, learning_rate=2e-3),),
         validate_every=5,
@@ -103,8 +101,7 @@ def gal3_resnet20_cifar10_cpu() -> Recipe:
 
     manygates train gal3-resnet20-cifar10-cpu --out RUN        not run
     """
-    return replace(
-        gal3_resnet20_cifar10(),
+    return gal3_resnet20_cifar10().variant(
         description="GAL, three leaky-ReLU ResNet-20, trained on two CPU cores",
         phases=(_cosine_adam(Gal(), 10, learning_rate=2e-3),),
         validate_every=2,
@@ -126,8 +123,7 @@ def trs3_resnet20_cifar10_cpu() -> Recipe:
     manygates train trs3-resnet20-cifar10-cpu --out RUN        not run
     """
     objective = Trs(smoothness=replace(Trs().smoothness, steps=2))
-    return replace(
-        trs3_resnet20_cifar10(),
+    return trs3_resnet20_cifar10().variant(
         description="TRS, three ResNet-20, trained on two CPU cores",
         phases=(_cosine_adam(objective, 3, learning_rate=2e-3),),
         **SECOND_ORDER_ON_CPU,
@@ -217,8 +213,7 @@ def dropen_lenet_mnist_cpu() -> Recipe:
     manygates train dropen-lenet-mnist-cpu --out RUN        one core of an AMD EPYC (Zen 4), other work beside it:
     1,723 s. What came out is in the card of the model `dropen-lenet-mnist`.
     """
-    return replace(
-        dropen_lenet_mnist(),
+    return dropen_lenet_mnist().variant(
         description="Dropen, LeNet with dropout on MNIST, trained on two CPU cores",
         phases=(_cosine_adam(Dropen.mnist(), 6, learning_rate=2e-3),),
         batch_size=250,
@@ -233,8 +228,7 @@ def dropen_two_layer_cifar10() -> Recipe:
     manygates train dropen-two-layer-cifar10 --out RUN        not run
     Expect (published, relative drop at eps 0.02 / 0.025): 65.4 / 72.9 % for the adapted TRS, 86.9 / 93.2 % for plain.
     """
-    return replace(
-        dropen_lenet_mnist(),
+    return dropen_lenet_mnist().variant(
         description="Dropen, a two-layer network with dropout on CIFAR-10, 120 epochs",
         phases=(_adam(Dropen(), 120, (40, 80)),),
         network="two_layer_cnn",

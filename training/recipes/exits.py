@@ -35,8 +35,7 @@ def multi_exit_adv_msdnet3_cifar10() -> Recipe:
     manygates train multi-exit-adv-msdnet3-cifar10 --out RUN        one GPU; not run
     The baselines with distillation: --set phases.0.objective.distillation=self (or ard).
     """
-    return replace(
-        multi_exit_msdnet3_cifar10(),
+    return multi_exit_msdnet3_cifar10().variant(
         description="MSDNet with three exits, adversarial training of all exits, 300 epochs",
         phases=_milestones(MultiExit.adversarial()),
         selection="robust",
@@ -49,8 +48,7 @@ def multi_exit_msdnet3_cifar10_cpu() -> Recipe:
 
     manygates train multi-exit-msdnet3-cifar10-cpu --out RUN        not run
     """
-    return replace(
-        multi_exit_msdnet3_cifar10(),
+    return multi_exit_msdnet3_cifar10().variant(
         description="MSDNet with three exits, clean training on two CPU cores",
         phases=(Phase(objective=MultiExit(), epochs=24, schedule="cosine"),),
         batch_size=128,
@@ -64,8 +62,7 @@ def neo_kd_msdnet3_cifar10() -> Recipe:
     manygates train neo-kd-msdnet3-cifar10 --out RUN        one GPU; not run
     Expect (published, by a third party's digest): 44.2 % on average over exits under the average attack at 8/255.
     """
-    return replace(
-        multi_exit_adv_msdnet3_cifar10(),
+    return multi_exit_adv_msdnet3_cifar10().variant(
         description="NEO-KD, MSDNet with three exits, 300 epochs",
         phases=_milestones(NeoKd()),
     )
@@ -77,8 +74,7 @@ def neo_kd_msdnet3_cifar10_cpu() -> Recipe:
     manygates train neo-kd-msdnet3-cifar10-cpu --out RUN        not run
     """
     attack = replace(EVAL_ATTACK, steps=5, step_size=2.5 / 255)
-    return replace(
-        neo_kd_msdnet3_cifar10(),
+    return neo_kd_msdnet3_cifar10().variant(
         description="NEO-KD, MSDNet with three exits, trained on two CPU cores",
         phases=(Phase(objective=NeoKd(attack=attack, attacked="average"), epochs=12, schedule="cosine"),),
         batch_size=128,
@@ -121,8 +117,7 @@ def neo_kd_small_cnn3_mnist_cpu() -> Recipe:
     77.7 % under the max-average attack, the mean over exits; 46, 70 and 82 % where each exit is attacked by itself.
     """
     objective = NeoKd(attack=SHORT_DIGITS_ATTACK, attacked="average")
-    return replace(
-        neo_kd_small_cnn3_mnist(),
+    return neo_kd_small_cnn3_mnist().variant(
         description="NEO-KD, SmallCNN with three exits on MNIST, trained on two CPU cores",
         phases=_digits(objective, 4),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from training.augmentation import check_augmentation
@@ -141,6 +141,10 @@ class Recipe:
             raise BadInput("stopping early needs held-out images to judge by; set held_out=1000")
         for name, kind in (("precision", Precision), ("sharing", Sharing), ("selection", Selection)):
             check_choice(name, getattr(self, name), kind)
+
+    def variant(self, **changes: Any) -> Recipe:
+        """Return this recipe with other values of some fields."""
+        return replace(self, **changes)
 
     @property
     def method(self) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from training.objectives import Standard
 from training.recipes.recipe import Phase, Recipe
 
@@ -25,8 +23,7 @@ def standard_resnet20_cifar10_cpu() -> Recipe:
     manygates train standard-resnet20-cifar10-cpu --out RUN        2 cores of an AMD EPYC (Zen 4)
     What came out is in the card of the bundled model `standard-resnet20-cifar10`.
     """
-    return replace(
-        standard_resnet20_cifar10(),
+    return standard_resnet20_cifar10().variant(
         description="Plain ResNet-20, cross-entropy on clean images, trained on two CPU cores",
         phases=(Phase(objective=Standard(), epochs=24, schedule="cosine"),),
         validate_every=2,
@@ -39,8 +36,7 @@ def baseline3_resnet20_cifar10() -> Recipe:
     manygates train baseline3-resnet20-cifar10 --out RUN        one GPU; not run
     Expect (published, EIO table 1): 0.0 % under transfer at eps 0.03 and 1.5 % white-box at 0.01.
     """
-    return replace(
-        standard_resnet20_cifar10(),
+    return standard_resnet20_cifar10().variant(
         description="Three plain ResNet-20 trained side by side, averaged",
         members=3,
     )
@@ -51,8 +47,7 @@ def baseline3_resnet20_cifar10_cpu() -> Recipe:
 
     manygates train baseline3-resnet20-cifar10-cpu --out RUN        not run; three times the standard recipe
     """
-    return replace(
-        baseline3_resnet20_cifar10(),
+    return baseline3_resnet20_cifar10().variant(
         description="Three plain ResNet-20 trained side by side on two CPU cores, averaged",
         phases=(Phase(objective=Standard(), epochs=24, schedule="cosine"),),
         validate_every=4,
