@@ -27,8 +27,7 @@ class World:
     def join(cls, device: str) -> World:
         """Join the process group that `torchrun` describes in the environment; a world of one without it.
 
-        Args:
-            device: what the processes compute on, "cpu" or "cuda"; each takes the CUDA device of its local rank.
+        On "cuda" each process takes the CUDA device of its local rank.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from training.recipes import RECIPES, Recipe, recipe, resolved
+from training.recipes import RECIPES, recipe, resolved
 from zoo.bundle.card import Published
 
 
@@ -75,7 +75,7 @@ def published_scale(run: Mapping[str, Any]) -> Published | None:
             return None
         keys = ("members", "candidates", "sharing", "network")
         nearest = max(alike, key=lambda name: [full[name][key] == run.get(key) for key in keys])
-    found: Recipe = recipe(nearest)
+    found = recipe(nearest)
     return Published(recipe=nearest, network=found.network, epochs=tuple(phase.epochs for phase in found.phases))
 
 

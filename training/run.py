@@ -166,11 +166,8 @@ def prepare_folder(recipe: Recipe, run_dir: Path) -> None:
 def record_start(run_dir: Path, *, step: int, ranks: int, start_from: str | None = None) -> None:
     """Add a start to the provenance: other code on another machine may resume a run.
 
-    Args:
-        run_dir: The run's folder.
-        step: Where the run goes on.
-        ranks: Processes that train together.
-        start_from: SHA-256 of the weights that the run began with, if they were trained before.
+    It goes on at `step`, on so many `ranks` (processes that train together); `start_from` is the SHA-256 of the weights
+    that the run began with, if they were trained before.
     """
     versions = {"python": platform.python_version()}
     for package in ("torch", "numpy", "safetensors", "manygates"):
@@ -228,11 +225,7 @@ def write_log(run_dir: Path, rows: list[Row]) -> None:
 
 
 def load_run(run_dir: Path, *, which: str = "last") -> tuple[nn.Module, Architecture, Recipe]:
-    """Load what a run trained, in evaluation mode, with its architecture and recipe.
-
-    Args:
-        run_dir: A folder that `train` wrote.
-        which: "last" or "best".
+    """Load what `train` left in a folder, in evaluation mode, with its architecture and recipe; "last" or "best".
 
     Raises:
         CheckpointError: Not a run, or one without such a checkpoint yet.

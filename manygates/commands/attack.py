@@ -127,17 +127,15 @@ def _attack(arguments: argparse.Namespace) -> int:
     before = victim.answer(image)
     label = int(before.argmax()) if arguments.label is None else _class(arguments.label, victim.classes)
     target = _target(arguments, chosen, victim.classes, label)
-    settings = chosen.settled(
-        Settings(
-            budget=budget,
-            generator=torch.Generator().manual_seed(arguments.seed),
-            loss=arguments.loss,
-            targets=None if target is None else torch.tensor([target]),
-            queries=arguments.queries,
-            draws=arguments.draws,
-        ),
-        arguments.attack,
+    settings = Settings(
+        budget=budget,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        loss=arguments.loss,
+        targets=None if target is None else torch.tensor([target]),
+        queries=arguments.queries,
+        draws=arguments.draws,
     )
+    settings = chosen.settled(settings, arguments.attack)
     adversarial = chosen.run(victim.network, image, torch.tensor([label]), settings) if eps else image
     server = None
     if (remote := victim.remote) is not None:  # counted before the picture is judged
@@ -165,10 +163,8 @@ def _check_folder(out: Path) -> None:
     """Refuse a folder that holds anything but the files of an earlier attack, which would be lost."""
     strangers = {entry.name for entry in out.iterdir()} - set(ATTACK_FILES) if out.is_dir() else set()
     if strangers:
-        raise BadInput(
-            f"{out} holds {min(strangers)!r}, which is no result of an attack and would be lost; "
-            "choose an empty or new folder"
-        )
+        lost = f"{min(strangers)!r}, which is no result of an attack and would be lost"
+        raise BadInput(f"{out} holds {lost}; choose an empty or new folder")
 
 
 def _victim(arguments: argparse.Namespace, bundle: Bundle, chosen: Named) -> _Victim:

@@ -17,7 +17,7 @@ from zoo.vocabulary import PRECISIONS, PROTOCOLS, VARIANTS
 
 if TYPE_CHECKING:
     from zoo.bundle.bundle import Bundle
-    from zoo.bundle.card import Card, Lint, Result
+    from zoo.bundle.card import Card, Lint
     from zoo.evaluation import Request
     from zoo.hub.source import Source
 
@@ -75,7 +75,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         kept = resumable(bundle, request, device=device)
         say(f"interrupted; {kept} batches are kept, the same command goes on there")
         raise
-    _print_results(results, as_json=arguments.json)
+    if arguments.json:
+        told = [{key: value for key, value in dataclasses.asdict(one).items() if value is not None} for one in results]
+        print_json(told if len(told) > 1 else told[0])
+    else:
+        for result in results:
+            print_result(result)
     failed = [check for result in results for check in result.checks if not check.held]
     for check in failed:
         say(f"ALARM: {check.name} does not hold ({check.detail}); this number may flatter the model")
@@ -103,15 +108,6 @@ def _repeating(arguments: argparse.Namespace, name: str, asked: dict[str, Any]) 
     """Return the command that repeats this, without what is as it is by default."""
     told = {option: value for option, value in asked.items() if value != UNSAID.get(option)}
     return repeating(arguments.command, name, **told)
-
-
-def _print_results(results: Sequence[Result], *, as_json: bool) -> None:
-    if as_json:
-        told = [{key: value for key, value in dataclasses.asdict(one).items() if value is not None} for one in results]
-        print_json(told if len(told) > 1 else told[0])
-        return
-    for result in results:
-        print_result(result)
 
 
 def _add_lint(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives.base import Batch
-from training.objectives.checks import check_choice
+from training.objectives.base import Batch, check_choice
 from training.objectives.network import Network, Statistics, statistics_of, together
 from training.objectives.single import Loss, NetworkObjective, View, Wrapper, kl_divergence
 from zoo.attacks import LinfBudget, as_it_is, pgd

@@ -1,13 +1,14 @@
-"""The small vocabulary that the loop and the objectives share."""
+"""The small vocabulary that the loop and the objectives share, and checks of hyper-parameters."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -148,9 +149,7 @@ class Objective(ABC):
     def forwards(self, networks: int = 1, exits: int = 1) -> float:
         """Return the predicted cost of a step in forward passes of one network over the batch; a backward counts two.
 
-        Args:
-            networks: members of an ensemble.
-            exits: of a multi-exit network.
+        `networks` are the members of an ensemble, `exits` those of a multi-exit network.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what a step costs")
 
@@ -176,3 +175,35 @@ class Objective(ABC):
         Returns:
             Scalars to log, detached; "loss" among them.
         """
+
+
+def check_choice(name: str, value: object, literal: Any) -> None:
+    """Check that a value is one of a `Literal`'s.
+
+    Raises:
+        BadInput: It is not; the message lists them.
+    """
+    if value not in get_args(literal):
+        raise BadInput(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")
+
+
+def check_weights(**weights: float) -> None:
+    """Check that the weights of a loss's terms are finite and not negative.
+
+    Raises:
+        BadInput: One is not; the message names it.
+    """
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise BadInput(f"need a finite {name} >= 0, got {weight}")
+
+
+def check_positive(**numbers: float) -> None:
+    """Check that numbers are finite and greater than 0.
+
+    Raises:
+        BadInput: One is not; the message names it.
+    """
+    for name, number in numbers.items():
+        if not 0 < number < math.inf:
+            raise BadInput(f"need a finite {name} > 0, got {number}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives.checks import check_choice
+from training.objectives.base import check_choice
 from training.objectives.subnets import PATHS, Choice, Space, kept_of
 from zoo.errors import CheckpointError
 
@@ -42,12 +42,8 @@ class Sample:
 def draw(scores: Tensor, number: int, generator: torch.Generator) -> Tensor:
     """Draw `number` indices without replacement, each in proportion to exp(score) among those left, in that order.
 
-    The largest of scores plus Gumbel noise are such a draw (Yellott 1977), without a loop.
-
-    Args:
-        scores: float (n,) on the CPU.
-        number: 1 to n.
-        generator: a CPU generator.
+    The largest of scores plus Gumbel noise are such a draw (Yellott 1977), without a loop. `scores` are float (n,), on
+    the CPU as the generator is, and `number` is 1 to n.
     """
     waiting = torch.empty_like(scores).exponential_(generator=generator)
     return (scores.detach() - waiting.log()).topk(number).indices
@@ -79,15 +75,9 @@ class _Decision(nn.Module):
 class Controller(nn.Module):
     """Proposes subnets of a space and learns from their accuracy.
 
-    Args:
-        space: the subnets to choose from.
-        generator: a CPU generator, for the initial weights.
-        learning_rate: of Adam.
-        betas: of Adam.
-        entropy_weight: how much the entropy of its decisions is worth to it.
-        clip: largest norm of its gradient.
-        log_prob: "plackett_luce" takes the exact probability of a draw without replacement and the entropy of the first
-            draw; "sum" adds up log softmax and -p log p of what was drawn, as the released code does.
+    Initial weights come from `generator`, on the CPU; `learning_rate` and `betas` are of Adam, `clip` is the largest
+    norm of the gradient. With "plackett_luce" the log-probability is exactly that of a draw without replacement and the
+    entropy that of the first draw; "sum" adds up log softmax and -p log p of what was drawn, as the released code does.
     """
 
     def __init__(
@@ -119,11 +109,7 @@ class Controller(nn.Module):
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, betas=betas)
 
     def sample(self, generator: torch.Generator) -> Sample:
-        """Propose a subnet; under `torch.no_grad` it cannot be learnt from.
-
-        Args:
-            generator: a CPU generator; the same one draws the same subnet.
-        """
+        """Propose a subnet, with a CPU generator; under `torch.no_grad` it cannot be learnt from."""
         walk = _Walk(self, generator)
         choice = []
         for position, block in enumerate(self.space.blocks):

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from training.objectives.adversarial import TrainingAttack
-from training.objectives.base import Batch, Needs, Objective, Step
-from training.objectives.checks import check_choice, check_weights
+from training.objectives.base import Batch, Needs, Objective, Step, check_choice, check_weights
 from training.objectives.network import Network, check_members, check_one_exit, networks_of
 from training.randomness import gate_generator
 from zoo.attacks.budget import LinfBudget
@@ -177,16 +176,12 @@ class DistilledObjective(Objective):
     def _feature(self, network: Network, layer: int) -> Callable[[Tensor], Tensor]:
         """Return the prefix as a function of images alone, its tensors bound and detached."""
         step, folded = network.step, self.batch_norm == "eval"
-        if network.rgn is not None and network.path is not None:
-            prefix = network.rgn.prefix(layer, activated=self.activated, folded=folded)
-            convolutions, chosen = network.rgn.convolutions, network.rgn.select(network.path)
-        else:
-            prefixes = Prefixes.of(network.module)
-            prefix = prefixes.prefix(layer, activated=self.activated, folded=folded)
-            convolutions, chosen = prefixes.convolutions, {}
+        prefixes = network.rgn or Prefixes.of(network.module)
+        prefix = prefixes.prefix(layer, activated=self.activated, folded=folded)
+        chosen = {} if network.rgn is None or network.path is None else network.rgn.select(network.path)
         if folded:
             dtype = None if step.precision == torch.float32 else step.precision
-            run = graphs.bound(prefix, fold(network.module, convolutions, chosen, dtype=dtype))
+            run = graphs.bound(prefix, fold(network.module, prefixes.convolutions, chosen, dtype=dtype))
             return lambda images: run(images.to(step.precision))
         own = {**dict(network.module.named_parameters()), **dict(network.module.named_buffers()), **chosen}
         run = graphs.bound(prefix, {name: tensor.detach() for name, tensor in own.items()})

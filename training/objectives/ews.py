@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from training.objectives.adversarial import Awp
-from training.objectives.base import Batch, Needs
-from training.objectives.checks import check_choice, check_positive, check_weights
+from training.objectives.base import Batch, Needs, check_choice, check_positive, check_weights
 from training.objectives.controller import Controller, LogProb
 from training.objectives.network import Network
 from training.objectives.single import Loss, NetworkObjective, Standard, View, Wrapper, kl_divergence

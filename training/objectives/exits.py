@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.objectives.adversarial import TrainingAttack
-from training.objectives.base import Batch, Needs, Objective, Step
-from training.objectives.checks import check_choice, check_positive, check_weights
+from training.objectives.base import Batch, Needs, Objective, Step, check_choice, check_positive, check_weights
 from training.objectives.network import Network, accuracy, statistics
 from training.objectives.single import kl_divergence
 from zoo.attacks import as_it_is, average_exits, max_average_exits, single_exit
@@ -99,9 +98,9 @@ class ExitsObjective(Objective):
             expected = f"1 to {exits}, the exits of {type(model).__name__}"
             raise BadInput(f"attacked_exit is {self.attacked_exit}, expected {expected}")
 
-    @abstractmethod
     def clean_term(self, clean: Sequence[Tensor]) -> Tensor:
         """Return what a method adds to the loss of clean images; `clean` are their logits, per exit (batch, class)."""
+        return clean[0].new_zeros(())
 
     @abstractmethod
     def adversarial_term(
@@ -190,9 +189,7 @@ class MultiExit(ExitsObjective):
 
     def clean_term(self, clean: Sequence[Tensor]) -> Tensor:
         """See `ExitsObjective.clean_term`."""
-        if self.distillation != "self":
-            return clean[0].new_zeros(())
-        return self._taught(clean[-1], clean[:-1])
+        return self._taught(clean[-1], clean[:-1]) if self.distillation == "self" else super().clean_term(clean)
 
     def adversarial_term(
         self, adversarial: Sequence[Tensor], clean: Sequence[Tensor], batch: Batch, step: Step
@@ -262,10 +259,6 @@ class NeoKd(ExitsObjective):
             with statistics(model, "eval"), torch.no_grad():
                 check_classes(model(torch.zeros(1, *shape, device=device))[-1].shape[1], exits)
 
-    def clean_term(self, clean: Sequence[Tensor]) -> Tensor:
-        """See `ExitsObjective.clean_term`; there is none."""
-        return clean[0].new_zeros(())
-
     def adversarial_term(
         self, adversarial: Sequence[Tensor], clean: Sequence[Tensor], batch: Batch, step: Step
     ) -> Tensor:
@@ -313,10 +306,8 @@ def check_classes(classes: int, exits: int) -> None:
 def neighbour_targets(clean: Sequence[Tensor], *, own_exit: bool = True, temperature: float = 1.0) -> list[Tensor]:
     """Return what teaches each exit in NKD: the mean probability of the exits around it, (batch, class), detached.
 
-    Args:
-        clean: logits of the clean images, per exit (batch, class); at least two exits.
-        own_exit: count the exit itself among those around it.
-        temperature: what the logits are divided by.
+    `clean` are the logits of the clean images, per exit (batch, class), of at least two exits; they are divided by the
+    temperature. With `own_exit` an exit counts among those around it.
     """
     probabilities = torch.stack([(logits.detach() / temperature).softmax(1) for logits in clean])
     exits = len(clean)
@@ -332,13 +323,8 @@ def orthogonal_targets(
 ) -> list[Tensor]:
     """Return what teaches each exit in EOKD: its probabilities of the true class and its own classes, detached.
 
-    All others are zero, and what is kept sums to 1.
-
-    Args:
-        clean: logits of the clean images, per exit (batch, class).
-        labels: int64 (batch,).
-        owners: of `dealt_classes`.
-        temperature: what the logits are divided by.
+    All others are zero, and what is kept sums to 1. `clean` are the logits of the clean images, per exit
+    (batch, class), `labels` int64 (batch,), `owners` those of `dealt_classes`.
     """
     owner = owners[labels]
     targets = []

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.objectives.base import Step
-from training.objectives.checks import check_choice
+from training.objectives.base import Step, check_choice
 from training.objectives.network import Network, Statistics, statistics_of
 from zoo.attacks import LinfBudget
 from zoo.errors import BadInput

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
-from training.objectives.base import Batch, Memory, Needs, Objective, Step
-from training.objectives.checks import check_choice, check_weights
+from training.objectives.base import Batch, Memory, Needs, Objective, Step, check_choice, check_weights
 from training.objectives.input_gradients import SECOND_ORDER, Smoothness, cosines, input_gradients
 from training.objectives.network import Network, accuracy, check_members, check_one_exit, networks_of
 from zoo.errors import BadInput

@@ -96,12 +96,8 @@ def statistics_of(networks: Sequence[Network], mode: Statistics) -> Iterator[Non
 
 
 def networks_of(model: nn.Module, step: Step, *, drawn: int = 1) -> list[Network]:
-    """Return what a step trains.
-
-    Args:
-        model: a plain network, an `Ensemble` (its members) or a random gated network.
-        step: where the run is.
-        drawn: how many distinct random paths are drawn of a random gated network; all ranks draw the same.
+    """Return what a step trains: a plain network, the members of an `Ensemble`, or `drawn` distinct random paths of a
+    random gated network, the same on all ranks.
     """
     if isinstance(model, RandomGatedNetwork):
         rng = step.rng("gates")

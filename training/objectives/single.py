@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.objectives.base import Batch, Objective, Step
-from training.objectives.checks import check_weights
+from training.objectives.base import Batch, Objective, Step, check_weights
 from training.objectives.network import Network, accuracy, check_one_exit, networks_of
 from zoo.errors import BadInput
 

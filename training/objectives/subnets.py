@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from training.objectives.checks import check_choice
+from training.objectives.base import check_choice
 from zoo.errors import BadInput
 from zoo.networks.bottleneck_resnet import Bottleneck
 from zoo.networks.resnet import BasicBlock
@@ -143,11 +144,8 @@ def lowest_norm_choice(space: Space, weights: Mapping[str, Tensor]) -> Choice:
     """Return the subnet of the channels, and paths, whose weights have the lowest L1 norms.
 
     The norm of a channel is that of the weights that read it; of a path, that of its convolutions. A skip without a
-    convolution counts as the 1x1 convolution with ones on its diagonal that it is.
-
-    Args:
-        space: the subnets.
-        weights: the network's parameters by name; those of the chosen path for a random gated network.
+    convolution counts as the 1x1 convolution with ones on its diagonal that it is. `weights` are the network's
+    parameters by name; of a random gated network those of the chosen path.
     """
     found = []
     for block, numbers in zip(space.blocks, space.channels, strict=True):
@@ -195,7 +193,7 @@ def applied(network: nn.Module, choice: Choice) -> Iterator[None]:
                 if not stays:
                     hooks.callback(network.get_submodule(layer).register_forward_hook(_nothing).remove)
         for name, mask in masks.items():
-            hooks.callback(network.get_submodule(name).register_forward_pre_hook(_keeping(mask)).remove)
+            hooks.callback(network.get_submodule(name).register_forward_pre_hook(partial(_keep, mask)).remove)
         yield
 
 
@@ -230,12 +228,8 @@ def _masks(network: nn.Module, blocks: tuple[Block, ...], choice: Choice) -> dic
     return {name: part.view(1, -1, 1, 1) for name, part in zip(masks, parts, strict=True)}
 
 
-def _keeping(mask: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]:
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
-        (features,) = inputs
-        return (features * mask.to(features.dtype),)
-
-    return hook
+def _keep(mask: Tensor, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0] * mask.to(inputs[0].dtype),)
 
 
 def _nothing(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

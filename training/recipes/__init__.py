@@ -6,22 +6,14 @@ expect; "not run" where nobody has run it yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
-from types import ModuleType
+from inspect import isfunction
 
 from training.recipes import adversarial, ensemble_in_one, ensembles, exits, standard, subnets
 from training.recipes.documents import from_resolved, override, resolved
 from training.recipes.recipe import Phase, Recipe
 from zoo.errors import UnknownName
-
-
-def _recipes_in(module: ModuleType) -> Iterator[tuple[str, Callable[[], Recipe]]]:
-    """Yield the public functions of a module, in their order, under the names of their recipes."""
-    for function in vars(module).values():
-        if getattr(function, "__module__", "") == module.__name__ and not function.__name__.startswith("_"):
-            name = function.__name__.replace("_", "-")
-            yield name, _named(name, function)
 
 
 def _named(name: str, function: Callable[[], Recipe]) -> Callable[[], Recipe]:
@@ -32,10 +24,14 @@ def _named(name: str, function: Callable[[], Recipe]) -> Callable[[], Recipe]:
     return make
 
 
+MODULES = (ensemble_in_one, standard, adversarial, ensembles, subnets, exits)
+"""Where recipes are: each public function that a module defines is one."""
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    name: make
-    for module in (ensemble_in_one, standard, adversarial, ensembles, subnets, exits)
-    for name, make in _recipes_in(module)
+    (dashed := name.replace("_", "-")): _named(dashed, value)
+    for module in MODULES
+    for name, value in vars(module).items()
+    if isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
 }
 
 

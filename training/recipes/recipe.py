@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from training.augmentation import check_augmentation
 from training.objectives import EnsembleInOne, Objective
-from training.objectives.checks import check_choice, check_positive, check_weights
+from training.objectives.base import check_choice, check_positive, check_weights
 from zoo.errors import BadInput, check_count
 from zoo.gates.rgn import Sharing
 from zoo.weights.checkpoint import Architecture
