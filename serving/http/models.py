@@ -6,7 +6,7 @@ from starlette.routing import Route
 
 from serving.errors import RequestError, bad_request
 from serving.http.bodies import Bodies
-from serving.http.documented import documented
+from serving.http.documented import Documented
 from serving.scheduling.administration import Administration
 from serving.scheduling.service import Served, Service
 
@@ -37,29 +37,29 @@ class Models:
             ]
         return routes
 
-    @documented("models", answer="ModelMetadata", refuses=(404,))
+    @Documented("models", answer="ModelMetadata", refuses=(404,))
     async def model_metadata(self, request: Request) -> Response:
         """The inputs and outputs of a model."""
         served = self._find(request)
         return JSONResponse({**served.codec.metadata(), "versions": self._service.versions(served.name)})
 
-    @documented("models", answer="ModelReady", refuses=(404,), says_no=True)
+    @Documented("models", answer="ModelReady", refuses=(404,), says_no=True)
     async def model_ready(self, request: Request) -> Response:
         """Whether a model takes requests."""
         served = self._find(request)
         return readiness({"name": served.name}, served.ready)
 
-    @documented("models", answer="ModelConfiguration", refuses=(404,))
+    @Documented("models", answer="ModelConfiguration", refuses=(404,))
     async def model_config(self, request: Request) -> Response:
         """How a model is batched and run."""
         return JSONResponse(self._find(request).configuration())
 
-    @documented("models", answer="Statistics", refuses=(404,))
+    @Documented("models", answer="Statistics", refuses=(404,))
     async def model_stats(self, request: Request) -> Response:
         """Counts and times of a model."""
         return JSONResponse({"model_stats": [self._find(request).metrics.statistics()]})
 
-    @documented("inference", takes="InferRequest", answer="InferResponse", refuses=(404, 408, 413, 415, 429, 500, 504))
+    @Documented("inference", takes="InferRequest", answer="InferResponse", refuses=(404, 408, 413, 415, 429, 500, 504))
     async def model_infer(self, request: Request) -> Response:
         """Probabilities and logits of images.
 
@@ -69,7 +69,7 @@ class Models:
         self._find(request)  # known models never get here, so this says what is wrong with the name
         raise RequestError(404, "not_found", f"no such path {request.url.path!r}; see /")
 
-    @documented("models", takes="RepositoryIndexRequest", answer="RepositoryIndex", refuses=(408, 413, 415))
+    @Documented("models", takes="RepositoryIndexRequest", answer="RepositoryIndex", refuses=(408, 413, 415))
     async def repository_index(self, request: Request) -> Response:
         """The models there are, and whether they are ready."""
         wanted = await self._bodies.read_json(request.scope, request.receive)
@@ -78,7 +78,7 @@ class Models:
             raise bad_request("'ready' must be true or false; leave it out for all models")
         return JSONResponse(self._administration.index(only_ready=only_ready))
 
-    @documented("models", takes="LoadRequest", answer="Loaded", refuses=(403, 404, 408, 413, 415))
+    @Documented("models", takes="LoadRequest", answer="Loaded", refuses=(403, 404, 408, 413, 415))
     async def model_load(self, request: Request) -> Response:
         """Load a model, again if it is served already, as the operator configured it.
 
@@ -89,7 +89,7 @@ class Models:
         gone = await self._administration.load(request.path_params["model"], parameters=wanted.get("parameters"))
         return JSONResponse({"gone": gone} if gone else {})
 
-    @documented("models", takes="UnloadRequest", answer="Unloaded", refuses=(403, 404, 408, 413, 415))
+    @Documented("models", takes="UnloadRequest", answer="Unloaded", refuses=(403, 404, 408, 413, 415))
     async def model_unload(self, request: Request) -> Response:
         """Serve a model no longer, until it is loaded again.
 

@@ -11,12 +11,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
-from pydantic import BaseModel
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
-from pydantic_core import core_schema
+import msgspec
 from starlette.routing import BaseRoute, Route
 
-from serving.http.documented import Documentation
+from serving.http.documented import Documented
 from serving.protocol import rest_messages
 from serving.protocol.open_inference import HEADER_LENGTH
 from serving.protocol.tensors import INPUT, ITEM_BYTES
@@ -69,7 +67,7 @@ def document(service: Service, routes: Sequence[BaseRoute]) -> Json:
 
     Args:
         service: whose models and settings it tells of.
-        routes: those whose handlers are `documented` are in it.
+        routes: those whose handlers are `Documented` are in it.
     """
     schemas = _schemas(service)
     paths: Json = {}
@@ -79,8 +77,7 @@ def document(service: Service, routes: Sequence[BaseRoute]) -> Json:
             (method,) = (route.methods or set()) - {"HEAD"}  # Starlette's own addition to GET
             operation = _operation(service, route, documentation, schemas)
             paths.setdefault(route.path, {})[method.lower()] = operation
-    for name in ("ClassifyQuery", "Choices"):  # which are parameters, and a part of others
-        schemas.pop(name, None)
+    del schemas["ClassifyQuery"]  # which is parameters
     settings = service.settings
     components: Json = {"schemas": schemas, "responses": {f"Error{status}": _error(status) for status in STATUSES}}
     if example := _pixels_example(service.everything()):
@@ -113,7 +110,7 @@ def document(service: Service, routes: Sequence[BaseRoute]) -> Json:
 # --- operations
 
 
-def _operation(service: Service, route: Route, documentation: Documentation, schemas: Json) -> Json:
+def _operation(service: Service, route: Route, documentation: Documented, schemas: Json) -> Json:
     summary, _, description = (inspect.getdoc(route.endpoint) or "").partition("\n")
     settings = service.settings
     changes = route.path.startswith("/v2/repository/models/")
@@ -142,7 +139,7 @@ def _operation(service: Service, route: Route, documentation: Documentation, sch
     return found
 
 
-def _parameters(service: Service, route: Route, documentation: Documentation, schemas: Json) -> list[Json]:
+def _parameters(service: Service, route: Route, documentation: Documented, schemas: Json) -> list[Json]:
     """Return what an operation takes beside a body; names of models and versions are those that are served."""
     served = service.everything()
     names: Json = {"enum": service.names} if served else {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"}
@@ -254,40 +251,20 @@ def _schema(name: str) -> Json:
 # --- schemas
 
 
-class _Generator(GenerateJsonSchema):
-    """Pydantic's, without titles, and with None for what is left out instead of null."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
-        return self.generate_inner(schema["schema"])
-
-    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        if schema.get("default", ...) is None:
-            return self.generate_inner(schema["schema"])
-        return super().default_schema(schema)
-
-
 def _schemas(service: Service) -> Json:
     """Return the schemas of all messages, narrowed to what this server takes and says."""
     messages = [
         each
-        for each in vars(rest_messages).values()
-        if inspect.isclass(each) and issubclass(each, BaseModel) and each.__module__ == rest_messages.__name__
+        for name, each in vars(rest_messages).items()
+        if inspect.isclass(each) and each.__module__ == rest_messages.__name__ and not name.startswith("_")
     ]
-    _, whole = models_json_schema(
-        [(each, "validation") for each in messages],
-        ref_template="#/components/schemas/{model}",
-        schema_generator=_Generator,
-    )
-    schemas: Json = whole["$defs"]
+    _, schemas = msgspec.json.schema_components(messages, ref_template="#/components/schemas/{name}")
     for schema in schemas.values():
-        schema.pop("title", None)
+        del schema["title"]
     served = service.everything()
     for name in ("InferParameters", "ClassifyQuery"):
         _narrow_choices(schemas[name]["properties"], served)
-    outputs = sorted({name for each in served for name in each.codec.choices.outputs}, key=_outputs_in_order(served))
+    outputs = list(dict.fromkeys(name for each in served for name in each.codec.choices.outputs))
     for name in ("WantedOutput", "Output", "BinaryOutput") if served else ():
         schemas[name]["properties"]["name"]["enum"] = outputs
     for name, binary in (("InferRequest", False), ("BinaryInferRequestHead", True)):
@@ -304,11 +281,6 @@ def _schemas(service: Service) -> Json:
         schemas["BinaryInferRequestHead"]["examples"] = [_binary_example(served[0])]
         schemas["InferResponse"]["examples"] = [_answer_example(served[0])]
     return schemas
-
-
-def _outputs_in_order(served: list[Served]) -> Any:
-    order = [name for each in served for name in each.codec.choices.outputs]
-    return order.index
 
 
 def _narrow_choices(properties: Json, served: list[Served]) -> None:

@@ -20,7 +20,7 @@ from serving.answers import Prediction
 from serving.engine.exits import read_confidence, read_exit
 from serving.errors import RequestError, bad_request, busy
 from serving.http.bodies import Bodies, ClientGone
-from serving.http.documented import documented
+from serving.http.documented import Documented
 from serving.http.inference import note, predict, stopped
 from serving.protocol.admission import Admission
 from serving.protocol.choices import Asked
@@ -112,7 +112,7 @@ class Pictures:
         """Whether a file is being decoded, also after the stop."""
         return self._decoders is not None and self._decoders.busy
 
-    @documented("inference", takes="Picture", answer="Classification", refuses=(404, 408, 413, 415, 429, 500, 504))
+    @Documented("inference", takes="Picture", answer="Classification", refuses=(404, 408, 413, 415, 429, 500, 504))
     async def classify(self, request: Request) -> Response:
         """Classify an image file.
 

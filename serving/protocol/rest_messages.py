@@ -1,107 +1,118 @@
 """The JSON messages over HTTP, as the OpenAPI document has them.
 
-They are for the document alone, and imported when it is asked for: `serving.protocol.open_inference` reads requests,
-a hundred times as fast on pixels. A field that may be left out has the default None; no field is ever null. Where a
-server narrows a field (names, shapes, choices), `serving.http.openapi` fills it in.
+They are for the document alone: `serving.protocol.open_inference` reads requests itself, pixels a hundred times as
+fast. A field that may be left out is `Maybe`; no field is ever null. Where a server narrows a field (names, shapes,
+choices), `serving.http.openapi` fills it in. `_Choices` is only what two messages share.
 """
 
 # ruff: noqa: D101 -- a docstring here is a sentence of the document, where one is needed
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from serving.protocol.choices import MAX_PRIORITY, MAX_TIMEOUT
 from serving.protocol.open_inference import MAX_ID
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Confidence = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Confidence = Annotated[float, Meta(gt=0, le=1)]
+Confidences = Annotated[str, Meta(pattern=r"^(0?\.[0-9]*[1-9][0-9]*|1(\.0*)?)(,(0?\.[0-9]*[1-9][0-9]*|1|inf))*$")]
+Timeout = Annotated[int, Meta(ge=0, le=MAX_TIMEOUT)]
+Priority = Annotated[int, Meta(ge=0, le=MAX_PRIORITY)]
+Top = Annotated[int, Meta(ge=1, le=999_999_999)]
+_T = TypeVar("_T")
+Maybe: TypeAlias = _T | UnsetType
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
+def says(text: str) -> Meta:
+    """Return the description of a field."""
+    return Meta(description=text)
 
 
-class Error(Message):
-    error: str
-    """What was wrong, what was expected, what to do."""
+WANTED = says(
+    "Which outputs, in which order, each at most once; `probabilities` and `logits` if this is left out or empty."
+)
+ENOUGH = says(
+    "The first exit answers whose largest probability reaches this; one number, or one per exit but the last."
+)
+
+
+class Error(Struct):
+    error: Annotated[str, says("What was wrong, what was expected, what to do.")]
 
 
 # --- the server
 
 
-class IndexedModel(Message):
+class IndexedModel(Struct):
     name: str
     mode: str
     modes: list[str]
     versions: list[str]
     description: str
     classes: list[str]
-    infer: str
-    """The path of its inference."""
-    exits: int | None = None
-    """How many a multi-exit model has."""
+    infer: Annotated[str, says("The path of its inference.")]
+    exits: Maybe[Annotated[int, says("How many a multi-exit model has.")]] = UNSET
 
 
-class Index(Message):
+class Index(Struct):
     name: str
     version: str
     models: list[IndexedModel]
     endpoints: list[str]
 
 
-class OpenApi(Message):
+class OpenApi(Struct):
     openapi: str
     info: dict[str, Any]
     paths: dict[str, Any]
 
 
-class ServerMetadata(Message):
+class ServerMetadata(Struct):
     name: str
     version: str
     extensions: list[str]
 
 
-class Live(Message):
+class Live(Struct):
     live: bool
 
 
-class Ready(Message):
+class Ready(Struct):
     ready: bool
 
 
 # --- the models
 
 
-class Tensor(Message):
+class Tensor(Struct):
     name: str
     datatype: str
-    shape: list[Annotated[int, Field(ge=-1)]]
+    shape: list[Annotated[int, Meta(ge=-1)]]
 
 
-class ModelMetadata(Message):
+class ModelMetadata(Struct):
     name: str
     versions: list[str]
     platform: str
     inputs: list[Tensor]
     outputs: list[Tensor]
-    parameters: dict[str, Any] | None = None
-    """Mode, precision, provider and the like."""
+    parameters: Maybe[Annotated[dict[str, Any], says("Mode, precision, provider and the like.")]] = UNSET
 
 
-class ModelReady(Message):
+class ModelReady(Struct):
     name: str
     ready: bool
 
 
-class ConfiguredTensor(Message):
+class ConfiguredTensor(Struct):
     name: str
     data_type: str
     dims: list[int]
 
 
-class ModelConfiguration(Message):
+class ModelConfiguration(Struct):
     name: str
     platform: str
     backend: str
@@ -112,12 +123,12 @@ class ModelConfiguration(Message):
     parameters: dict[str, Any]
 
 
-class Duration(Message):
+class Duration(Struct):
     count: Count
     ns: Count
 
 
-class InferStatistics(Message):
+class InferStatistics(Struct):
     success: Duration
     fail: Duration
     queue: Duration
@@ -128,7 +139,7 @@ class InferStatistics(Message):
     cache_miss: Duration
 
 
-class ModelStatistics(Message):
+class ModelStatistics(Struct):
     name: str
     version: str
     inference_count: Count
@@ -137,138 +148,121 @@ class ModelStatistics(Message):
     batch_stats: list[Any]
 
 
-class Statistics(Message):
+class Statistics(Struct):
     model_stats: list[ModelStatistics]
 
 
-class RepositoryIndexRequest(Message):
-    ready: bool = False
-    """Only the models that are ready."""
+class RepositoryIndexRequest(Struct):
+    ready: Annotated[bool, says("Only the models that are ready.")] = False
 
 
-class RepositoryEntry(Message):
+class RepositoryEntry(Struct):
     name: str
     version: str
     state: Literal["READY", "UNAVAILABLE"]
     reason: str
 
 
-class LoadRequest(Message):
+class LoadRequest(Struct):
     """Empty: a model is loaded as the operator configured it."""
 
 
-class Loaded(Message):
-    gone: list[str] | None = None
-    """Versions that have gone from the repository, and are served no longer."""
+class Loaded(Struct):
+    gone: Maybe[
+        Annotated[list[str], says("Versions that have gone from the repository, and are served no longer.")]
+    ] = UNSET
 
 
-class UnloadRequest(Message):
+class UnloadRequest(Struct):
     """Whatever is in it is ignored."""
 
 
-class Unloaded(Message):
+class Unloaded(Struct):
     pass
 
 
 # --- inference
 
 
-class Choices(Message):
-    timeout: Annotated[int, Field(ge=0, le=MAX_TIMEOUT)] | None = None
-    """Microseconds after which nobody wants the answer; 0 is none."""
-    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY)] | None = None
-    """0: by the number of images; 2: yields to others."""
-    mode: str | None = None
-    """How to answer; only where the model has it."""
-    draws: Positive | None = None
-    """Paths whose probabilities are averaged, in mode `random`."""
-    exit: Positive | None = None
-    """Which exit of a multi-exit model answers."""
+class _Choices(Struct):
+    timeout: Maybe[Annotated[Timeout, says("Microseconds after which nobody wants the answer; 0 is none.")]] = UNSET
+    priority: Maybe[Annotated[Priority, says("0: by the number of images; 2: yields to others.")]] = UNSET
+    mode: Maybe[Annotated[str, says("How to answer; only where the model has it.")]] = UNSET
+    draws: Maybe[Annotated[Positive, says("Paths whose probabilities are averaged, in mode `random`.")]] = UNSET
+    exit: Maybe[Annotated[Positive, says("Which exit of a multi-exit model answers.")]] = UNSET
 
 
-class InferParameters(Choices):
+class InferParameters(_Choices):
     """Others are ignored."""
 
-    confidence: Confidence | list[Confidence] | None = None
-    """The first exit answers whose largest probability reaches this; one number, or one per exit but the last."""
-    binary_data_output: bool = False
-    """All outputs in binary."""
+    confidence: Maybe[Annotated[Confidence | list[Confidence], ENOUGH]] = UNSET
+    binary_data_output: Annotated[bool, says("All outputs in binary.")] = False
 
 
-class ClassifyQuery(Choices):
-    model: str | None = None
-    """Which model; the first one served unless it is named."""
-    version: str | None = None
-    """Which version of it; the latest unless it is named."""
-    top: Annotated[int, Field(ge=1, le=999_999_999)] | None = None
-    """How many classes to tell of; all unless it is said."""
-    confidence: (
-        Annotated[str, Field(pattern=r"^(0?\.[0-9]*[1-9][0-9]*|1(\.0*)?)(,(0?\.[0-9]*[1-9][0-9]*|1|inf))*$")] | None
-    ) = None
-    """The first exit answers whose largest probability reaches this; one number, or one per exit but the last."""
+class ClassifyQuery(_Choices):
+    model: Maybe[Annotated[str, says("Which model; the first one served unless it is named.")]] = UNSET
+    version: Maybe[Annotated[str, says("Which version of it; the latest unless it is named.")]] = UNSET
+    top: Maybe[Annotated[Top, says("How many classes to tell of; all unless it is said.")]] = UNSET
+    confidence: Maybe[Annotated[Confidences, ENOUGH]] = UNSET
 
 
-class WantedOutputParameters(Message):
-    binary_data: bool | None = None
+class WantedOutputParameters(Struct):
+    binary_data: Maybe[bool] = UNSET
 
 
-class WantedOutput(Message):
+class WantedOutput(Struct):
     name: str
-    parameters: WantedOutputParameters | None = None
+    parameters: Maybe[WantedOutputParameters] = UNSET
 
 
-class BinarySize(Message):
+class BinarySize(Struct):
     binary_data_size: Positive
 
 
-class Asking(Message):
-    id: Annotated[str, Field(max_length=MAX_ID)] | None = None
-    """Comes back with the answer."""
-    parameters: InferParameters | None = None
-    outputs: list[WantedOutput] | None = None
-    """Which outputs, in which order, each at most once; `probabilities` and `logits` if this is left out or empty."""
+class InferRequest(Struct, kw_only=True):
+    id: Maybe[Annotated[str, Meta(max_length=MAX_ID, description="Comes back with the answer.")]] = UNSET
+    parameters: Maybe[InferParameters] = UNSET
+    inputs: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=1)]
+    outputs: Maybe[Annotated[list[WantedOutput], WANTED]] = UNSET
 
 
-class InferRequest(Asking):
-    inputs: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1)]
+class BinaryInferRequestHead(InferRequest):
+    pass
 
 
-class BinaryInferRequestHead(Asking):
-    inputs: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1)]
-
-
-class Output(Message):
+class Output(Struct):
     name: str
     datatype: Literal["FP32", "INT64"]
     shape: list[Positive]
-    data: list[float]
-    """Flat, row by row."""
+    data: Annotated[list[float], says("Flat, row by row.")]
 
 
-class BinaryOutput(Output):
-    data: list[float] | None = None  # type: ignore[assignment]  # left out where the numbers follow the JSON
-    parameters: BinarySize | None = None
+class BinaryOutput(Struct):
+    name: str
+    datatype: Literal["FP32", "INT64"]
+    shape: list[Positive]
+    data: Maybe[list[float]] = UNSET
+    parameters: Maybe[BinarySize] = UNSET
 
 
-class Answered(Message):
+class InferResponse(Struct, kw_only=True):
     model_name: str
     model_version: str
-    id: str | None = None
-
-
-class InferResponse(Answered):
+    id: Maybe[str] = UNSET
     outputs: list[Output]
 
 
-class BinaryInferResponseHead(Answered):
+class BinaryInferResponseHead(Struct, kw_only=True):
+    model_name: str
+    model_version: str
+    id: Maybe[str] = UNSET
     outputs: list[BinaryOutput]
 
 
-class Classification(Message):
+class Classification(Struct):
     model: str
     mode: str
     label: str
     probabilities: dict[str, Share]
-    exit: Positive | None = None
-    agreement: Share | None = None
-    """The share of draws or members that vote for the label."""
+    exit: Maybe[Positive] = UNSET
+    agreement: Maybe[Annotated[Share, says("The share of draws or members that vote for the label.")]] = UNSET
