@@ -12,6 +12,7 @@ where theirs is uniform between 0.1 and `severity` tenths of the largest.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,18 +64,10 @@ CIFAR10_POLICY: tuple[tuple[Choice, Choice], ...] = (
     (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 0)),
 )
 
+_GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+
 # AugMix, section 3, less the operations that common corruptions consist of: no colour, contrast, brightness, sharpness.
-AUGMIX_OPERATIONS = (
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-    "Rotate",
-    "Posterize",
-    "Solarize",
-    "AutoContrast",
-    "Equalize",
-)
+AUGMIX_OPERATIONS = (*_GEOMETRIC, "Posterize", "Solarize", "AutoContrast", "Equalize")
 AUGMIX_WIDTH = 3  # chains that are mixed
 AUGMIX_DEPTH = 3  # the most operations in a chain; 1 to as many are drawn
 
@@ -160,7 +153,7 @@ def at_level(name: str, level: int, negative: bool, reach: Reach, height: int, w
         magnitude = _levels(0.0, _MAXIMA[name])[level]
     if magnitude == 0:
         return IDENTITY
-    interpolation = "nearest" if name in _ADJUSTED else reach.interpolation
+    interpolation = reach.interpolation if name in _GEOMETRIC else "nearest"
     return Operation(name, -magnitude if negative else magnitude, interpolation)
 
 
@@ -193,12 +186,8 @@ def _autoaugment_table(height: int, width: int) -> Table:
 @lru_cache(maxsize=8)
 def _augmix_table(height: int, width: int) -> Table:
     """Return what (name, level, negative or not) stands for in images of this size."""
-    drawn = [
-        at_level(name, level, negative, AUGMIX_REACH, height, width)
-        for name in AUGMIX_OPERATIONS
-        for level in range(NUM_LEVELS)
-        for negative in (False, True)
-    ]
+    each = itertools.product(AUGMIX_OPERATIONS, range(NUM_LEVELS), (False, True))
+    drawn = [at_level(*one, AUGMIX_REACH, height, width) for one in each]
     return _table(drawn, (len(AUGMIX_OPERATIONS), NUM_LEVELS, 2))
 
 
@@ -315,13 +304,7 @@ def check_augmentation(name: str, *, views: int = 1, severity: int = EWS_SEVERIT
 
 
 def augmented(
-    name: str,
-    pixels: Tensor,
-    generator: torch.Generator,
-    *,
-    flip: bool,
-    views: int = 1,
-    severity: int = EWS_SEVERITY,
+    name: str, pixels: Tensor, generator: torch.Generator, *, flip: bool, views: int = 1, severity: int = EWS_SEVERITY
 ) -> list[Tensor]:
     """Return `views` augmented batches of the same images, a function of `generator` alone.
 

@@ -33,15 +33,12 @@ def overrides_of(run: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def _compare(there: Any, here: Any, name: str, texts: list[str]) -> bool:
     """Add what differs to the texts; returns False if it cannot be said so."""
+    inside = f"{name}." if name else ""
     if isinstance(there, dict) and isinstance(here, dict) and there.get("method") == here.get("method"):
-        return all(
-            _compare(there[key], here[key], f"{name}.{key}" if name else key, texts) for key in there if key in here
-        )
+        return all(_compare(there[key], here[key], f"{inside}{key}", texts) for key in there if key in here)
     if isinstance(there, list) and isinstance(here, list) and any(isinstance(entry, dict) for entry in there):
-        return len(there) == len(here) and all(
-            _compare(old, new, f"{name}.{index}", texts)
-            for index, (old, new) in enumerate(zip(there, here, strict=True))
-        )
+        pairs = enumerate(zip(there, here, strict=False))
+        return len(there) == len(here) and all(_compare(*pair, f"{inside}{at}", texts) for at, pair in pairs)
     if there != here:
         texts.append(f"{name}={_setting(here)}")
     return True

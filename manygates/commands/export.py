@@ -158,5 +158,5 @@ def _add_int8(arguments: argparse.Namespace, folder: Path, earlier: Card | None)
 
 
 COMMANDS = {
-    "export": Command("Write the bundle of a run or a model, its graphs checked against the weights.", _add, _export),
+    "export": Command("Write the bundle of a run or a model, its graphs checked against the weights.", _add, _export)
 }

@@ -238,10 +238,10 @@ def num_features(network: nn.Module) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Dverge(DistilledObjective):
-    """Cross-entropy of each member on what the other members distilled; there is no clean term.
+    """Cross-entropy of each member on what the other members distilled.
 
-    Training starts from networks that were trained on their own (`standard`). The defaults are the released code's. Of
-    a random gated network `paths` random paths stand for the members.
+    There is no clean term: training starts from networks that were trained on their own (`standard`). The defaults are
+    the released code's. Of a random gated network `paths` random paths stand for the members.
     """
 
     method: ClassVar[str] = "dverge"
@@ -281,10 +281,10 @@ class Dverge(DistilledObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleInOne(DistilledObjective):
-    """Cross-entropy of each path on what the other paths distilled (algorithm 1 of the paper).
+    """Cross-entropy of each path on what the other paths distilled.
 
-    The paths of a step differ within the first l gates. The paper and the authors' released code differ: `paper()` and
-    `release()` are the two readings, and each disputed detail is a field.
+    Algorithm 1 of the paper: the paths of a step differ within the first l gates. The paper and the authors' released
+    code differ: `paper()` and `release()` are the two readings, and each disputed detail is a field.
     """
 
     method: ClassVar[str] = "ensemble_in_one"

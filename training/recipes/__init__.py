@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from inspect import isfunction
 
-from training.recipes import adversarial, ensemble_in_one, ensembles, exits, standard, subnets
+from training.recipes import adversarial, ensemble_in_one, ensembles, exits, subnets
 from training.recipes.documents import from_resolved, override, resolved
 from training.recipes.recipe import Phase, Recipe
 from zoo.errors import UnknownName
@@ -24,7 +24,7 @@ def _named(name: str, function: Callable[[], Recipe]) -> Callable[[], Recipe]:
     return make
 
 
-MODULES = (ensemble_in_one, standard, adversarial, ensembles, subnets, exits)
+MODULES = (ensemble_in_one, ensembles, adversarial, subnets, exits)
 """Where recipes are: each public function that a module defines is one."""
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

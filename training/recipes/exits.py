@@ -63,8 +63,7 @@ def neo_kd_msdnet3_cifar10() -> Recipe:
     Expect (published, by a third party's digest): 44.2 % on average over exits under the average attack at 8/255.
     """
     return multi_exit_adv_msdnet3_cifar10().variant(
-        description="NEO-KD, MSDNet with three exits, 300 epochs",
-        phases=_milestones(NeoKd()),
+        description="NEO-KD, MSDNet with three exits, 300 epochs", phases=_milestones(NeoKd())
     )
 
 
@@ -118,6 +117,5 @@ def neo_kd_small_cnn3_mnist_cpu() -> Recipe:
     """
     objective = NeoKd(attack=SHORT_DIGITS_ATTACK, attacked="average")
     return neo_kd_small_cnn3_mnist().variant(
-        description="NEO-KD, SmallCNN with three exits on MNIST, trained on two CPU cores",
-        phases=_digits(objective, 4),
+        description="NEO-KD, SmallCNN with three exits on MNIST, trained on two CPU cores", phases=_digits(objective, 4)
     )

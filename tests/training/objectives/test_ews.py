@@ -24,8 +24,7 @@ from training.objectives import (
     Trades,
     TrainingAttack,
 )
-from training.objectives.controller import Controller
-from training.objectives.ews import answers
+from training.objectives.ews import Controller, answers
 from training.objectives.network import Network, networks_of
 from training.objectives.single import NetworkObjective, View
 from training.objectives.subnets import Choice, applied, space_of
