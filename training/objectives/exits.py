@@ -272,9 +272,9 @@ class NeoKd(ExitsObjective):
         orthogonal = orthogonal_targets(clean, batch.labels, owners, temperature=self.temperature)
         terms = []
         for gamma, logits, near, own in zip(self._gammas(exits), adversarial, neighbours, orthogonal, strict=True):
-            scaled = logits / self.temperature
-            term = self.alpha * F.cross_entropy(scaled, near) + self.beta * F.cross_entropy(scaled, own)
-            terms.append(gamma * term)
+            neighbourly = F.cross_entropy(logits / self.temperature, near)
+            orthogonally = F.cross_entropy(logits / self.temperature, own)
+            terms.append(gamma * (self.alpha * neighbourly + self.beta * orthogonally))
         return self.temperature**2 * torch.stack(terms).sum()
 
     def _gammas(self, exits: int) -> tuple[float, ...]:
