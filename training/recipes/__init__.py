@@ -24,7 +24,7 @@ def _named(name: str, function: Callable[[], Recipe]) -> Callable[[], Recipe]:
     return make
 
 
-MODULES = (ensemble_in_one, ensembles, adversarial, subnets, exits)
+MODULES = (ensemble_in_one, adversarial, ensembles, subnets, exits)
 """Where recipes are: each public function that a module defines is one."""
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
