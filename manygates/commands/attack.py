@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zoo.attacks import Budget
-    from zoo.attacks.registry import Named, Settings
+    from zoo.attacks.registry import Attack, AttackOptions
     from zoo.attacks.remote import RemoteModel
     from zoo.bundle.bundle import Bundle
 
@@ -63,12 +63,12 @@ class _Victim:
         """Return the probabilities (class,); of random gates the share of 20 fresh draws that answer each class."""
         import torch
 
-        from zoo.attacks.checks import asked
+        from zoo.attacks.outputs import logits_of
 
         with torch.no_grad():
             if not self.gated:
-                return asked(self.network, image).softmax(1)[0]
-            votes = asked(self.network, image.expand(JUDGING_DRAWS, -1, -1, -1)).argmax(1)
+                return logits_of(self.network, image).softmax(1)[0]
+            votes = logits_of(self.network, image.expand(JUDGING_DRAWS, -1, -1, -1)).argmax(1)
         return torch.bincount(votes, minlength=len(self.classes)) / JUDGING_DRAWS
 
 
@@ -105,7 +105,7 @@ def _attack(arguments: argparse.Namespace) -> int:
     import torch
 
     from zoo.attacks import L2Budget, LinfBudget
-    from zoo.attacks.registry import Settings, attack_named
+    from zoo.attacks.registry import AttackOptions, attack_named
     from zoo.evaluation import parse_eps
     from zoo.hub.source import resolve
     from zoo.pictures import read_image
@@ -120,14 +120,14 @@ def _attack(arguments: argparse.Namespace) -> int:
     norm = LinfBudget if arguments.norm == "linf" else L2Budget
     budget: Budget = norm(eps=float(eps), steps=arguments.steps, restarts=arguments.restarts)
     if victim.remote is not None:
-        from zoo.attacks.registry import linf_of
+        from zoo.attacks.budget import linf_of
         from zoo.attacks.remote import eight_bit
 
         image, budget = eight_bit(image, linf_of(budget, arguments.attack))
     before = victim.answer(image)
     label = int(before.argmax()) if arguments.label is None else _class(arguments.label, victim.classes)
     target = _target(arguments, chosen, victim.classes, label)
-    settings = Settings(
+    options = AttackOptions(
         budget=budget,
         generator=torch.Generator().manual_seed(arguments.seed),
         loss=arguments.loss,
@@ -135,8 +135,8 @@ def _attack(arguments: argparse.Namespace) -> int:
         queries=arguments.queries,
         draws=arguments.draws,
     )
-    settings = chosen.settled(settings, arguments.attack)
-    adversarial = chosen.run(victim.network, image, torch.tensor([label]), settings) if eps else image
+    options = chosen.with_loss(options, arguments.attack)
+    adversarial = chosen.run(victim.network, image, torch.tensor([label]), options) if eps else image
     server = None
     if (remote := victim.remote) is not None:  # counted before the picture is judged
         server = {"url": arguments.server, "queries": remote.queries, "requests": remote.requests}
@@ -150,7 +150,7 @@ def _attack(arguments: argparse.Namespace) -> int:
         label=label,
         target=target,
     )
-    report = _report(arguments, bundle.card.name, settings, eps, attempt, server)
+    report = _report(arguments, bundle.card.name, options, eps, attempt, server)
     _write(arguments.out, attempt, report)
     if arguments.json:
         print_json(report)
@@ -167,7 +167,7 @@ def _check_folder(out: Path) -> None:
         raise BadInput(f"{out} holds {lost}; choose an empty or new folder")
 
 
-def _victim(arguments: argparse.Namespace, bundle: Bundle, chosen: Named) -> _Victim:
+def _victim(arguments: argparse.Namespace, bundle: Bundle, chosen: Attack) -> _Victim:
     """Return the model that is attacked.
 
     Raises:
@@ -205,7 +205,7 @@ def _class(name: str, classes: Sequence[str]) -> int:
     return classes.index(name)
 
 
-def _target(arguments: argparse.Namespace, chosen: Named, classes: Sequence[str], label: int) -> int | None:
+def _target(arguments: argparse.Namespace, chosen: Attack, classes: Sequence[str], label: int) -> int | None:
     """Return the index of the class that is to be reached; None if any wrong one will do."""
     if arguments.target is None:
         if arguments.targeted:
@@ -235,7 +235,7 @@ def _as_picture(adversarial: Tensor, image: Tensor, budget: Budget) -> Tensor:
 def _report(
     arguments: argparse.Namespace,
     model: str,
-    settings: Settings,
+    options: AttackOptions,
     eps: Fraction,
     attempt: _Attempt,
     server: dict[str, Any] | None,
@@ -248,8 +248,8 @@ def _report(
         "model": model,
         "variant": arguments.variant,
         "attack": arguments.attack,
-        "norm": settings.budget.norm,
-        "loss": settings.loss or "none",
+        "norm": options.budget.norm,
+        "loss": options.loss or "none",
         "eps": float(eps),
         "eps_fraction": str(eps),
         "steps": 1 if one_step else arguments.steps,

@@ -58,7 +58,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from zoo.evaluation import evaluate, resumable
+    from zoo.evaluation import evaluate, ledger_of
     from zoo.hub.source import resolve
 
     source = resolve(arguments.model)
@@ -67,13 +67,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     bundle = source.open(lambda card: _files(card, [arguments.variant], arguments.precision))
     request = _request(arguments, _repeatable_name(source, arguments.model, bundle.card.name))
     device = usable_device(arguments.device)
-    if not arguments.fresh and (done := resumable(bundle, request, device=device)):
-        say(f"going on with an interrupted evaluation: {done} batches are done (--fresh begins again)")
+    ledger = ledger_of(bundle, request, device=device)
+    if not arguments.fresh and len(ledger):
+        say(f"going on with an interrupted evaluation: {len(ledger)} batches are done (--fresh begins again)")
     try:
-        results = evaluate(bundle, request, device=device, fresh=arguments.fresh)
+        results = evaluate(bundle, request, device=device, fresh=arguments.fresh, ledger=ledger)
     except KeyboardInterrupt:
-        kept = resumable(bundle, request, device=device)
-        say(f"interrupted; {kept} batches are kept, the same command goes on there")
+        say(f"interrupted; {len(ledger)} batches are kept, the same command goes on there")
         raise
     if arguments.json:
         told = [{key: value for key, value in dataclasses.asdict(one).items() if value is not None} for one in results]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from training.objectives.base import Batch, check_choice
 from training.objectives.network import Network, Statistics, statistics_of, together
 from training.objectives.single import Loss, NetworkObjective, View, Wrapper, kl_divergence
-from zoo.attacks import LinfBudget, as_it_is, pgd
+from zoo.attacks import LinfBudget, pgd, unchecked
 from zoo.errors import BadInput
 
 
@@ -50,7 +50,7 @@ class TrainingAttack:
         chosen = [networks] if isinstance(networks, Network) else list(networks)
         generator = chosen[0].step.generator("attack", *(network.index for network in chosen))
         with statistics_of(chosen, self.batch_norm):
-            return pgd(as_it_is(together(chosen)), images, labels, self.budget(), generator=generator)
+            return pgd(unchecked(together(chosen)), images, labels, self.budget(), generator=generator)
 
     @property
     def forwards(self) -> float:
@@ -261,7 +261,7 @@ class Trades(ExamplesObjective):
             def divergence(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
                 return F.kl_div(logits.log_softmax(1), clean, reduction="none", log_target=True).sum(1)
 
-            budget, victim = self.attack.budget(), as_it_is(model)
+            budget, victim = self.attack.budget(), unchecked(model)
             return pgd(victim, images, batch.labels, budget, loss=divergence, start=start, generator=generator)
 
     def loss(self, network: Network, inputs: Tensor, batch: Batch) -> Loss:

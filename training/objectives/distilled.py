@@ -25,8 +25,8 @@ from training.objectives.base import Batch, Needs, Objective, Step, check_choice
 from training.objectives.network import Network, check_members, check_one_exit, networks_of
 from training.randomness import gate_generator
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import as_it_is
 from zoo.attacks.distillation import distil
+from zoo.attacks.training_mode import unchecked
 from zoo.errors import BadInput
 from zoo.gates import graphs, self_check
 from zoo.gates.derive import Ensemble
@@ -164,7 +164,7 @@ class DistilledObjective(Objective):
         feature = self._feature(network, layer)
         with network.statistics(self.batch_norm):
             return distil(
-                as_it_is(feature),
+                unchecked(feature),
                 source,
                 target,
                 budget,

@@ -25,7 +25,7 @@ from training.objectives.adversarial import TrainingAttack
 from training.objectives.base import Batch, Needs, Objective, Step, check_choice, check_positive, check_weights
 from training.objectives.network import Network, accuracy, statistics
 from training.objectives.single import kl_divergence
-from zoo.attacks import as_it_is, average_exits, max_average_exits, single_exit
+from zoo.attacks import average_exits, max_average_exits, single_exit, unchecked
 from zoo.errors import BadInput
 from zoo.gates.derive import Ensemble
 from zoo.gates.rgn import RandomGatedNetwork
@@ -118,7 +118,7 @@ class ExitsObjective(Objective):
     def examples(self, network: Network, batch: Batch, attack: TrainingAttack) -> Tensor:
         """Return adversarial examples (shape of the images), made while BatchNorm does what `attack` says."""
         images, labels, budget = batch.images, batch.labels, attack.budget()
-        answers = as_it_is(network.exits)
+        answers = unchecked(network.exits)
         generator = network.step.generator("attack", network.index)
         with network.statistics(attack.batch_norm):
             if self.attacked == "single":

@@ -10,17 +10,18 @@ the authors' code   autoattack, fab (the extra `[autoattack]`)
 from zoo.attacks.apgd import apgd, apgd_eot, apgd_targeted
 from zoo.attacks.autoattack import autoattack, fab
 from zoo.attacks.budget import Budget, L2Budget, LinfBudget
-from zoo.attacks.checks import RandomModel, as_it_is
 from zoo.attacks.distillation import distil
 from zoo.attacks.exits import average_exits, max_average_exits, single_exit
 from zoo.attacks.gradient import InputDiversity, fgsm, pgd
 from zoo.attacks.losses import LOSSES
+from zoo.attacks.models import RandomModel
 from zoo.attacks.pixel_grid import to_grid
 from zoo.attacks.random_gates import arc, eot_pgd, path_model, path_sampler, relaxed_model
 from zoo.attacks.rays import rays
 from zoo.attacks.remote import RemoteModel, eight_bit
 from zoo.attacks.skip_gradient import skip_gradient
 from zoo.attacks.square import square
+from zoo.attacks.training_mode import unchecked
 
 __all__ = [
     "LOSSES",
@@ -34,7 +35,6 @@ __all__ = [
     "apgd_eot",
     "apgd_targeted",
     "arc",
-    "as_it_is",
     "autoattack",
     "average_exits",
     "distil",
@@ -52,4 +52,5 @@ __all__ = [
     "skip_gradient",
     "square",
     "to_grid",
+    "unchecked",
 ]

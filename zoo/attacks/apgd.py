@@ -16,11 +16,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import Ball, LinfBudget, check_budget, check_generator, whole
-from zoo.attacks.checks import Model, Output, check_logits, checked, first_logits, see
+from zoo.attacks.budget import Ball, LinfBudget, check_generator, linf_of, whole
 from zoo.attacks.gradient import Watch
+from zoo.attacks.images import check_batch
 from zoo.attacks.losses import Ascent, Loss, ascent, loss_named, succeeded
-from zoo.attacks.random_gates import Sampler, seen_draws
+from zoo.attacks.models import checked_model, first_logits
+from zoo.attacks.outputs import Model, Output, check_logits
+from zoo.attacks.random_gates import Sampler, checked_draws
 from zoo.errors import BadInput, UnknownName
 
 Keep = Literal["first broken", "highest loss"]
@@ -59,26 +61,26 @@ def apgd(
         generator: draws the starts, on the CPU; torch's global generator if None.
         watch: called at the start and after each step with (step, points of highest loss so far, their losses), of the
             images that are still attacked.
-        output: where the logits are in what the model returns; see `inputs.Output`.
+        output: where the logits are in what the model returns; see `outputs.Output`.
 
     Returns:
         For each image what `keep` says, and the point of highest loss where the goal was not reached; within
         `budget.eps` of the image and in [0, 1].
 
     Raises:
-        BadInput: see `inputs.checked` and `losses.ascent`; a loss that does not fit the number of classes.
+        BadInput: see `images.check_batch` and `losses.ascent`; a loss that does not fit the number of classes.
         UnknownName: no such loss, or no such `keep`.
     """
-    check_budget(budget, "Auto-PGD")
+    budget = linf_of(budget, "Auto-PGD")
     check_generator(generator)
     if keep not in get_args(Keep):
         raise UnknownName(keep, get_args(Keep), kind="keep")
-    seen = see(model, output)
-    images, labels, targets = checked(seen, images, labels, targets)
-    rise = ascent(seen, loss)
+    checked = checked_model(model, output)
+    images, labels, targets = check_batch(images, labels, targets)
+    rise = ascent(checked, loss)
     if not len(images):
         return images.clone()
-    logits = first_logits(seen, images, labels, targets)
+    logits = first_logits(checked, images, labels, targets)
     search = _Search(rise, images, labels, budget, generator, watch)
     stop = keep == "first broken"
     if stop:
@@ -106,17 +108,17 @@ def apgd_targeted(
         loss: a targeted one; with fewer than 4 classes "margin".
         num_targets: how many classes, in the order of their logits on the image; all of them where there are fewer.
     """
-    check_budget(budget, "Auto-PGD")
+    budget = linf_of(budget, "Auto-PGD")
     check_generator(generator)
     num_targets = whole(num_targets, "num_targets")
     if num_targets < 1:
         raise BadInput(f"need at least 1 target class, got num_targets={num_targets}; 9 is usual with 10 classes")
-    seen = see(model, output)
-    images, labels, _ = checked(seen, images, labels)
-    rise = ascent(seen, loss)
+    checked = checked_model(model, output)
+    images, labels, _ = check_batch(images, labels)
+    rise = ascent(checked, loss)
     if not len(images):
         return images.clone()
-    logits = first_logits(seen, images, labels)
+    logits = first_logits(checked, images, labels)
     search = _Search(rise, images, labels, budget, generator, watch)
     search.settled |= succeeded(logits, labels)
     wrong = logits.scatter(1, labels[:, None], -torch.inf).argsort(dim=1, descending=True)[:, :-1]
@@ -159,13 +161,13 @@ def apgd_eot(
     Raises:
         BadInput: fewer than one draw; see `apgd` for the rest.
     """
-    check_budget(budget, "Auto-PGD")
+    budget = linf_of(budget, "Auto-PGD")
     check_generator(generator)
     draws = whole(draws, "draws")
     if draws < 1:
         raise BadInput(f"EOT needs at least 1 draw at every point, got {draws}; 20 is usual")
-    rise = _expected_ascent(seen_draws(sampler, output), draws, loss_named(loss))
-    images, labels, _ = checked(None, images, labels)
+    rise = _expected_ascent(checked_draws(sampler, output), draws, loss_named(loss))
+    images, labels, _ = check_batch(images, labels)
     if not len(images):
         return images.clone()
     search = _Search(rise, images, labels, budget, generator, watch)
@@ -234,7 +236,7 @@ class _Search:
             None if goal is None else goal[rows],
             budget,
         )
-        for step, checkpoint in enumerate(_checkpoints(budget.steps)):
+        for step, checkpoint in enumerate(checkpoints(budget.steps)):
             if stop:
                 broken = succeeded(climb.logits, climb.labels, climb.goal)
                 if bool(broken.any()):
@@ -263,7 +265,7 @@ def _starts(images: Tensor, ball: Ball, eps: float, generator: torch.Generator |
     return ball.project(images + eps * (noise / largest[:, None, None, None]))
 
 
-def _checkpoints(steps: int) -> list[int]:
+def checkpoints(steps: int) -> list[int]:
     """Return for each step the length of the interval that a checkpoint ends after it, else 0; the last has none.
 
     The intervals are 22 % of the steps at first and shrink by 3 % of them to 6 % (equation 3 of the paper, with the

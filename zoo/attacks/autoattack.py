@@ -6,7 +6,6 @@ numbers, fills the gradients of parameters, only logs what it warns of, and does
 
 from __future__ import annotations
 
-import importlib
 import logging
 import random
 import sys
@@ -19,20 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import LinfBudget, check_budget, whole
-from zoo.attacks.checks import (
-    Model,
-    Output,
-    Seen,
-    check_numbers,
-    checked,
-    differentiable,
-    first_logits,
-    gradient_of,
-    said_of_model,
-    see,
-)
-from zoo.attacks.random_gates import Sampler, seen_draws
+from zoo.attacks.budget import LinfBudget, linf_of, whole
+from zoo.attacks.images import check_batch, differentiable
+from zoo.attacks.models import CheckedModel, checked_model, first_logits
+from zoo.attacks.outputs import Model, Output, check_numbers, explained_errors, gradient_of
+from zoo.attacks.random_gates import Sampler, checked_draws
 from zoo.errors import BadInput, UnknownName
 
 Version = Literal["standard", "rand"]
@@ -103,20 +93,20 @@ def autoattack(
         seed: every attack begins each of its batches with it. The global random numbers are as before afterwards.
         batch: images attacked at once.
         log: called with a line after each attack.
-        output: where the logits are in what the model returns; see `inputs.Output`.
+        output: where the logits are in what the model returns; see `outputs.Output`.
 
     Raises:
         BadInput: pyautoattack is not installed; images that are not float32; fewer than 4 classes (rand: 3), or so few
-            logits that are not -inf, which the DLR loss needs; see `inputs.checked` and `losses.ascent`.
+            logits that are not -inf, which the DLR loss needs; see `images.check_batch` and `losses.ascent`.
         UnknownName: no such version.
     """
     if version not in get_args(Version):
         raise UnknownName(version, get_args(Version), kind="AutoAttack version")
-    check_budget(budget, "AutoAttack")
+    budget = linf_of(budget, "AutoAttack")
     seed, batch = whole(seed, "seed"), whole(batch, "batch")
     names = ATTACKS if version == "standard" else RANDOM_ATTACKS
-    package = _package()
-    model = see(model, output, chance="tolerated" if version == "standard" else "expected")
+    package = _authors_package()
+    model = checked_model(model, output, randomness="allow" if version == "standard" else "expect")
     images, labels = _ready(model, images, labels, batch)
     robust: dict[str, Tensor] = {}
     adversarial = images.clone()
@@ -128,15 +118,13 @@ def autoattack(
                 f"{classes}; use apgd with the margin loss"
             )
         warned = _Warnings()
-        seen = _input_gradients_only(model, CLASSES_NEEDED[version])
-        attacks = package.AutoAttack(seen, eps=budget.eps, seed=seed, version=version, device=images.device)
-        for part in (attacks.apgd, attacks.apgd_targeted):
-            part.logger = warned.logger
-        for part in (attacks.apgd_targeted, attacks.fab):
-            part.n_target_classes = min(TARGETS, classes - 1)
-        clean = _correct(seen, images, labels, batch)
+        checked = _input_gradients_only(model, CLASSES_NEEDED[version])
+        attacks = package.AutoAttack(checked, eps=budget.eps, seed=seed, version=version, device=images.device)
+        attacks.apgd.logger = attacks.apgd_targeted.logger = warned.logger
+        attacks.apgd_targeted.n_target_classes = attacks.fab.n_target_classes = min(TARGETS, classes - 1)
+        clean = _correct(checked, images, labels, batch)
         if budget.eps and len(images):
-            _check_model(seen, images[:batch], labels[:batch], batch, version, warned)
+            _check_model(checked, images[:batch], labels[:batch], batch, version, warned)
         left = clean.clone()
         for name in names:
             for rows in _batches(left, batch) if budget.eps else ():
@@ -144,17 +132,14 @@ def autoattack(
                 with torch.no_grad():
                     found = attack.perturb(images[rows].clone(), labels[rows].clone()).to(images.dtype)
                     found = budget.project(found, images[rows])
-                    broken = seen(found).argmax(1) != labels[rows]
+                    broken = checked(found).argmax(1) != labels[rows]
                 adversarial[rows[broken]] = found[broken]
                 left[rows[broken]] = False
             robust[name] = left.clone()
             if log is not None:
                 log(f"{name}: {int(left.sum())} of {len(images)} images are still answered correctly")
         if len(images):
-            accuracies = {"clean": clean, **robust}
-            _library("checks").check_square_sr(
-                {name: float(mask.double().mean()) for name, mask in accuracies.items()}, logger=warned.logger
-            )
+            _check_square({"clean": clean, **robust}, warned)
     return AutoAttackResult(adversarial=adversarial, clean=clean, robust=robust, flags=warned.messages)
 
 
@@ -178,19 +163,19 @@ def fab(
     Returns:
         For each image the nearest wrong image found, if it lies within `budget.eps`, else the image.
     """
-    check_budget(budget, "FAB")
+    budget = linf_of(budget, "FAB")
     seed, batch, num_targets = whole(seed, "seed"), whole(batch, "batch"), whole(num_targets, "num_targets")
     if num_targets < 1:
         raise BadInput(f"need at least 1 target class, got num_targets={num_targets}; 9 is usual with 10 classes")
-    _package()
-    model = see(model, output)
+    package = _authors_package()
+    model = checked_model(model, output)
     images, labels = _ready(model, images, labels, batch)
     adversarial = images.clone()
     if not budget.eps:
         return adversarial
     with _guarded(), torch.no_grad():
         classes = _classes(model, images, labels, batch)
-        attack = _library("fab_pt").FABAttack_PT(
+        attack = package.fab_pt.FABAttack_PT(
             _input_gradients_only(model, 2),
             n_restarts=budget.restarts,
             n_iter=budget.steps,
@@ -222,15 +207,21 @@ def recheck(sampler: Sampler, adversarial: Tensor, labels: Tensor, draws: int = 
     draws = whole(draws, "draws")
     if draws < 1 or not len(adversarial):
         raise BadInput(f"need at least 1 draw and 1 image, got draws={draws} and {len(adversarial)} images")
-    adversarial, labels, _ = checked(None, adversarial, labels)
-    draw = seen_draws(sampler)
+    adversarial, labels, _ = check_batch(adversarial, labels)
+    draw = checked_draws(sampler)
     right = torch.stack([draw()(adversarial).argmax(1) == labels for _ in range(draws)])
     return Recheck(accuracy=float(right.double().mean()), always_right=float(right.all(0).double().mean()))
 
 
-def _package() -> Any:
+def _authors_package() -> Any:
+    """Return pyautoattack.
+
+    Raises:
+        BadInput: it is not installed.
+    """
     try:
-        return importlib.import_module("pyautoattack")
+        import pyautoattack.checks
+        import pyautoattack.fab_pt
     except ModuleNotFoundError as error:
         if error.name != "pyautoattack":
             raise
@@ -238,16 +229,13 @@ def _package() -> Any:
             "AutoAttack and FAB need the package pyautoattack, which is not installed; "
             "run: pip install 'manygates[autoattack]'"
         ) from error
+    return pyautoattack
 
 
-def _library(module: str) -> Any:
-    return importlib.import_module(f"pyautoattack.{module}")
-
-
-def _ready(model: Seen, images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def _ready(model: CheckedModel, images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     if batch < 1:
         raise BadInput(f"need at least 1 image per batch, got batch={batch}")
-    images, labels, _ = checked(model, images, labels)
+    images, labels, _ = check_batch(images, labels)
     if images.dtype != torch.float32:
         raise BadInput(f"pyautoattack computes in float32, got images of {images.dtype}; convert images and model")
     return images.contiguous(), labels
@@ -292,7 +280,7 @@ def _prepared(attacks: Any, name: str) -> Any:
 
 def _check_model(model: Model, images: Tensor, labels: Tensor, batch: int, version: Version, warned: _Warnings) -> None:
     """Run the library's checks of the model; probabilities we refuse ourselves."""
-    checks = _library("checks")
+    checks = _authors_package().checks
     with torch.no_grad():
         if version != "rand":
             checks.check_randomized(model, images, labels, bs=batch, logger=warned.logger)
@@ -303,6 +291,13 @@ def _check_model(model: Model, images: Tensor, labels: Tensor, batch: int, versi
             checks.check_dynamic(model, images, False, logger=warned.logger)
         finally:
             sys.settrace(tracing)
+
+
+def _check_square(right: Mapping[str, Tensor], warned: _Warnings) -> None:
+    """Run the library's check of whether Square, which needs no gradient, found more than the attacks before it."""
+    _authors_package().checks.check_square_sr(
+        {name: float(mask.double().mean()) for name, mask in right.items()}, logger=warned.logger
+    )
 
 
 class _Warnings(logging.Handler):
@@ -336,7 +331,7 @@ def _guarded() -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
-def _input_gradients_only(model: Seen, needed: int) -> Model:
+def _input_gradients_only(model: CheckedModel, needed: int) -> Model:
     """Return the model as a function whose backward pass reaches the images and nothing else.
 
     FAB calls `backward()`, which would fill the gradients of every parameter. Of each image `needed` logits must be
@@ -373,7 +368,7 @@ class _Boundary(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Any) -> tuple[Tensor, None]:
         # retained: the library's untargeted attacks go back once per class
-        with said_of_model(context.images):
+        with explained_errors(context.images):
             gradient = gradient_of(context.logits, context.images, weights=gradients[0], retain_graph=True)
         # one number for each image, NaN where the loss of the library has a gradient that is NaN
         check_numbers(context.logits.detach(), gradients[0].abs().sum(1), gradient)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zoo.attacks.checks import full_precision
+from zoo.attacks.images import full_precision
 from zoo.errors import BadInput
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -276,16 +276,26 @@ def check_momentum(momentum: object) -> float:
     return found
 
 
-def check_budget(budget: object, attack: str | None = None) -> None:
-    """Check that a budget is one, and of l_inf where an attack is named that knows no other.
+def check_budget(budget: object) -> None:
+    """Check that a budget is one.
 
     Raises:
         BadInput: it is not.
     """
     if not isinstance(budget, Budget):
         raise BadInput(f"a budget must be a Budget, got {budget!r:.40}; write LinfBudget(eps=8/255)")
-    if attack is not None and not isinstance(budget, LinfBudget):
-        raise BadInput(f"{attack} is here for l_inf only, got a budget in {budget.norm}; use LinfBudget, or pgd")
+
+
+def linf_of(budget: Budget, attack: str) -> LinfBudget:
+    """Return the budget of an attack that searches the l_inf ball only.
+
+    Raises:
+        BadInput: it is no budget, or one in another norm; the message names the attack.
+    """
+    check_budget(budget)
+    if not isinstance(budget, LinfBudget):
+        raise BadInput(f"{attack} searches the l_inf ball, got a budget in {budget.norm}; use LinfBudget, or pgd")
+    return budget
 
 
 def check_generator(generator: object) -> None:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import Budget, check_budget, check_generator, check_momentum
-from zoo.attacks.checks import AsItIs, checked_images, differentiable, full_precision, gradient_of, said_of_model
 from zoo.attacks.gradient import accumulated
+from zoo.attacks.images import check_images, differentiable, full_precision
+from zoo.attacks.outputs import explained_errors, gradient_of
+from zoo.attacks.training_mode import Unchecked
 from zoo.errors import BadInput
 
 
@@ -45,26 +47,26 @@ def distil(
 
     Raises:
         BadInput: a pixel outside [0, 1], sources and targets of different shapes, a feature that fails, or one whose
-            gradient is missing, NaN or infinite (the last not for `as_it_is(feature)`).
+            gradient is missing, NaN or infinite (the last not for `unchecked(feature)`).
     """
     check_budget(budget)
     check_generator(generator)
     momentum = check_momentum(momentum)
-    source, target = checked_images(source), checked_images(target)
+    source, target = check_images(source), check_images(target)
     if source.shape != target.shape:
         raise BadInput(f"source and target must be alike, got {tuple(source.shape)} and {tuple(target.shape)}")
     images = budget.start(source, generator) if budget.random_start else source
     ball = budget.around(source)
     velocity = torch.zeros_like(full_precision(source))
     wanted: Tensor | None = None
-    trusted = isinstance(feature, AsItIs)
+    trusted = isinstance(feature, Unchecked)
     for _ in range(budget.steps):
         if wanted is None or not fixed:
-            with torch.no_grad(), nullcontext() if trusted else said_of_model(target):
+            with torch.no_grad(), nullcontext() if trusted else explained_errors(target):
                 wanted = full_precision(feature(target.clone()))
         with torch.enable_grad():
             images = differentiable(images)
-            with nullcontext() if trusted else said_of_model(images):
+            with nullcontext() if trusted else explained_errors(images):
                 distance = (full_precision(feature(images.clone())) - wanted).square().sum()
             gradient = gradient_of(distance, images)
         if not trusted and not bool(gradient.isfinite().all()):

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from zoo.attacks.budget import Budget, check_budget
-from zoo.attacks.checks import AsItIs, Model, as_it_is, checked, said_of_model
 from zoo.attacks.gradient import pgd
+from zoo.attacks.images import check_batch
 from zoo.attacks.losses import Loss, cross_entropy, loss_named
+from zoo.attacks.outputs import Model, explained_errors
+from zoo.attacks.training_mode import Unchecked, check_mode, unchecked
 from zoo.errors import BadInput
 
 MultiExit = Callable[[Tensor], Any]
@@ -30,7 +32,7 @@ def exits_of(model: MultiExit, images: Tensor) -> list[Tensor]:
     Raises:
         BadInput: the model returns one tensor of logits, so it has a single exit, or no logits at all.
     """
-    with nullcontext() if isinstance(model, AsItIs) else said_of_model(images):
+    with nullcontext() if isinstance(model, Unchecked) else explained_errors(images):
         outputs = model(images.clone())  # it may change them in place
     if isinstance(outputs, Tensor) and outputs.dim() != 3:
         raise BadInput(
@@ -81,14 +83,14 @@ def average_exits(
 ) -> Tensor:
     """PGD on the mean loss of all exits; an image counts as broken when the last exit is wrong."""
     chosen = loss_named(loss)
-    seen: list[Tensor] = []
+    outputs_of_exits: list[Tensor] = []
 
     def last(pixels: Tensor) -> Tensor:
-        seen[:] = exits_of(model, pixels)
-        return seen[-1]
+        outputs_of_exits[:] = exits_of(model, pixels)
+        return outputs_of_exits[-1]
 
     def mean_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
-        return torch.stack([chosen(outputs, labels, targets) for outputs in seen]).mean(0)
+        return torch.stack([chosen(outputs, labels, targets) for outputs in outputs_of_exits]).mean(0)
 
     return pgd(_answering(model, last), images, labels, budget, loss=mean_loss, generator=generator)
 
@@ -104,7 +106,8 @@ def max_average_exits(
 ) -> Tensor:
     """Return, per image, the single-exit attack that does most harm to all exits together, in cross-entropy."""
     check_budget(budget)
-    images, labels, _ = checked(model, images, labels)
+    check_mode(model)
+    images, labels, _ = check_batch(images, labels)
     best = images.clone()
     if not len(images):
         return best
@@ -123,4 +126,4 @@ def max_average_exits(
 
 def _answering(model: MultiExit, answer: Model) -> Model:
     """Return a function of the model, to be taken as it is if the model is."""
-    return as_it_is(answer) if isinstance(model, AsItIs) else answer
+    return unchecked(answer) if isinstance(model, Unchecked) else answer

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.attacks.budget import Ball, Budget, check_budget, check_generator, check_momentum
-from zoo.attacks.checks import Model, Output, checked, full_precision, see
+from zoo.attacks.images import check_batch, full_precision
 from zoo.attacks.losses import Ascent, Loss, ascent, succeeded
+from zoo.attacks.models import checked_model
+from zoo.attacks.outputs import Model, Output
 from zoo.errors import BadInput, UnknownName
 
 Watch = Callable[[int, Tensor, Tensor], None]
@@ -83,11 +85,11 @@ def fgsm(
     Args, returns and raises as `pgd`; only `budget.eps` is read.
     """
     check_budget(budget)
-    seen = see(model, output)
-    images, labels, targets = checked(seen, images, labels, targets)
+    checked = checked_model(model, output)
+    images, labels, targets = check_batch(images, labels, targets)
     if not len(images):
         return images.clone()
-    gradient, _, _ = ascent(seen, loss)(images, labels, targets)
+    gradient, _, _ = ascent(checked, loss)(images, labels, targets)
     return budget.project(images + budget.eps * budget.direction(gradient), images)
 
 
@@ -129,7 +131,7 @@ def pgd(
         start: where every attempt begins, inside the ball; what the budget says if None.
         generator: draws the random starts and the diversity, on the CPU; torch's global generator if None.
         watch: called after each step with (step, iterate, logits at the iterate before the step).
-        output: where the logits are in what the model returns; see `inputs.Output`.
+        output: where the logits are in what the model returns; see `outputs.Output`.
 
     Returns:
         For each image what `keep` says of the first attempt that reached the goal, else the last iterate of the last
@@ -137,7 +139,7 @@ def pgd(
         answers correctly: a transfer attack is scored on another model.
 
     Raises:
-        BadInput: see `inputs.checked` and `losses.ascent`; a momentum that is negative or not finite; "first
+        BadInput: see `images.check_batch` and `losses.ascent`; a momentum that is negative or not finite; "first
             broken" with diversity; a start of another shape.
         UnknownName: no such `keep`.
     """
@@ -150,13 +152,13 @@ def pgd(
     check_budget(budget)
     check_generator(generator)
     momentum = check_momentum(momentum)
-    seen = see(model, output)
-    images, labels, targets = checked(seen, images, labels, targets)
+    checked = checked_model(model, output)
+    images, labels, targets = check_batch(images, labels, targets)
     if start is not None and start.shape != images.shape:
         raise BadInput(f"start must be shaped like the images, {tuple(images.shape)}, got {tuple(start.shape)}")
     if not len(images):
         return images.clone()
-    attacked = seen if diversity is None else seen.behind(partial(diversity, generator=generator))
+    attacked = checked if diversity is None else checked.preceded_by(partial(diversity, generator=generator))
     rise = ascent(attacked, loss)
     ball = budget.around(images)
     result = images.clone()
@@ -171,7 +173,7 @@ def pgd(
             starts = budget.start(images, generator) if budget.random_start else images
         rows, adversarial = _attempt(
             rise,
-            seen,
+            checked,
             ball[remaining],
             starts[remaining],
             labels[remaining],

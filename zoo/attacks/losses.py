@@ -16,15 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.attacks.checks import (
-    PASSED,
-    Model,
-    check_logits,
-    check_numbers,
-    differentiable,
-    gradient_of,
-    see,
-)
+from zoo.attacks.images import differentiable
+from zoo.attacks.models import checked_model
+from zoo.attacks.outputs import PASSED_ON, Model, check_logits, check_numbers, gradient_of
 from zoo.errors import BadInput, UnknownName
 
 
@@ -112,7 +106,7 @@ class _Own:
         name = getattr(self._loss, "__name__", type(self._loss).__name__)
         try:
             losses: object = self._loss(logits, labels, targets)
-        except PASSED:
+        except PASSED_ON:
             raise
         except Exception as error:
             raise BadInput(
@@ -141,26 +135,27 @@ def ascent(model: Model, loss: str | Loss = "cross_entropy") -> Ascent:
     """Return the function that gives an attack the gradient of `loss` on `model`; parameters collect none.
 
     Raises:
-        BadInput: see `inputs.see`; what it returns raises it as `inputs.Seen.answer`, `inputs.check_logits` (of
-            the first answer; later ones would only wait for the device) and `inputs.check_numbers` say.
+        BadInput: see `models.checked_model`. The returned function raises it as `models.CheckedModel.answer`,
+            `outputs.check_logits` (for the first answer; later checks would only wait for the device) and
+            `outputs.check_numbers` say.
     """
-    chosen, seen = loss_named(loss), see(model)
+    chosen, checked = loss_named(loss), checked_model(model)
     first = True
 
     def step(images: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal first
         with torch.enable_grad():
             images = differentiable(images)
-            logits = seen.answer(images)
+            logits = checked.answer(images)
             if first:
                 check_logits(logits.detach(), labels, targets)
                 first = False
             losses = chosen(logits, labels, targets)
             # The sum, not the mean: a mean over a large batch may underflow an image's gradient.
-            with seen.errors(images):
+            with checked.explained_errors(images):
                 gradient = gradient_of(losses.sum(), images)
         losses, logits = losses.detach(), logits.detach()
-        if not seen.trusted:
+        if not checked.trusted:
             check_numbers(logits, losses, gradient)
         return gradient, losses, logits
 

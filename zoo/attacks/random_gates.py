@@ -19,22 +19,13 @@ import torch
 from torch import Tensor
 
 from zoo import paths
-from zoo.attacks.budget import Budget, LinfBudget, check_budget, check_generator, check_momentum, number, whole
-from zoo.attacks.checks import (
-    Model,
-    Output,
-    Seen,
-    check_logits,
-    check_mode,
-    check_numbers,
-    checked,
-    differentiable,
-    full_precision,
-    gradient_of,
-    see,
-)
+from zoo.attacks.budget import Budget, LinfBudget, check_budget, check_generator, check_momentum, linf_of, number, whole
 from zoo.attacks.gradient import accumulated
+from zoo.attacks.images import check_batch, differentiable, full_precision
 from zoo.attacks.losses import Loss, ascent, loss_named
+from zoo.attacks.models import CheckedModel, checked_model
+from zoo.attacks.outputs import Model, Output, check_logits, check_numbers, gradient_of
+from zoo.attacks.training_mode import check_mode
 from zoo.errors import BadInput, UnknownName
 from zoo.gates.derive import mean_probability
 from zoo.gates.rgn import RandomGatedNetwork
@@ -71,7 +62,7 @@ def path_model(rgn: RandomGatedNetwork, path: Sequence[int], *, folded: bool = T
     return rgn.runner(rgn.num_features, tensors)
 
 
-def seen_draws(sampler: Sampler, output: Output | None = None) -> Callable[[], Seen]:
+def checked_draws(sampler: Sampler, output: Output | None = None) -> Callable[[], CheckedModel]:
     """Return the sampler with each draw as attacks see it; the operations of the first one are looked at.
 
     Raises:
@@ -79,13 +70,13 @@ def seen_draws(sampler: Sampler, output: Output | None = None) -> Callable[[], S
     """
     if not callable(sampler):
         raise BadInput(f"a sampler must be a function that returns a model, got {type(sampler).__name__}")
-    watched = False
+    operations_checked = False
 
-    def draw() -> Seen:
-        nonlocal watched
-        seen = see(sampler(), output, chance="expected", watched=watched)
-        watched = True
-        return seen
+    def draw() -> CheckedModel:
+        nonlocal operations_checked
+        checked = checked_model(sampler(), output, randomness="expect", operations_checked=operations_checked)
+        operations_checked = True
+        return checked
 
     return draw
 
@@ -130,7 +121,7 @@ def eot_pgd(
         targets: int64 (batch,) for a targeted attack.
         momentum: as in `pgd`.
         generator: draws the random starts, on the CPU.
-        output: where the logits are in what a draw returns; see `inputs.Output`.
+        output: where the logits are in what a draw returns; see `outputs.Output`.
 
     Returns:
         For each image the iterate of all attempts with the highest mean loss over the draws of its own step. With one
@@ -146,8 +137,8 @@ def eot_pgd(
         raise BadInput(f"EOT needs at least 1 draw per step, got {draws}")
     if average not in get_args(Average):
         raise UnknownName(average, get_args(Average), kind="average")
-    rise = _expectation(seen_draws(sampler, output), draws, average, loss)
-    images, labels, targets = checked(None, images, labels, targets)
+    rise = _expectation(checked_draws(sampler, output), draws, average, loss)
+    images, labels, targets = check_batch(images, labels, targets)
     best = images.clone()
     if not len(images):
         return best
@@ -174,7 +165,7 @@ def eot_pgd(
 
 
 def _expectation(
-    sampler: Callable[[], Seen], draws: int, average: Average, loss: str | Loss
+    sampler: Callable[[], CheckedModel], draws: int, average: Average, loss: str | Loss
 ) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
     """Return the function that gives the averaged gradient and the mean loss of each image."""
     chosen = loss_named(loss)
@@ -198,7 +189,7 @@ def _expectation(
                 losses = chosen(mean_probability(logits), labels, targets)
             else:
                 losses = torch.stack([chosen(one, labels, targets) for one in logits]).mean(0)
-            with drawn[0].errors(images):
+            with drawn[0].explained_errors(images):
                 gradient = gradient_of(losses.sum(), images)
         losses = losses.detach()
         check_numbers(logits.detach()[0], losses, gradient)
@@ -231,7 +222,7 @@ def arc(
             a local step is `step_size`, or eps if None, as in the paper's l_inf runs.
         weights: how often each member answers; alike if None.
         generator: draws the random starts, on the CPU.
-        output: where the logits are in what every member returns; see `inputs.Output`.
+        output: where the logits are in what every member returns; see `outputs.Output`.
 
     Returns:
         The images with the lowest expected accuracy found, within `budget.eps` and [0, 1].
@@ -239,7 +230,7 @@ def arc(
     Raises:
         BadInput: no member, or weights that are not one positive, finite number per member.
     """
-    check_budget(budget, "ARC")
+    budget = linf_of(budget, "ARC")
     check_generator(generator)
     if not models:
         raise BadInput("ARC needs at least one member, got none")
@@ -250,10 +241,10 @@ def arc(
         )
     share = [weight / sum(weights) for weight in weights]
     order = sorted(range(len(models)), key=lambda index: -share[index])
-    images, labels, _ = checked(None, images, labels)
+    images, labels, _ = check_batch(images, labels)
     if not len(images):
         return images.clone()
-    members = [see(model, output) for model in models]
+    members = [checked_model(model, output) for model in models]
 
     def expected(adversarial: Tensor) -> Tensor:
         total = torch.zeros(len(images), device=images.device)
@@ -291,7 +282,7 @@ def arc(
 
 
 def _towards_boundary(
-    model: Seen, adversarial: Tensor, local: Tensor, labels: Tensor, length: float, eps: float, position: int
+    model: CheckedModel, adversarial: Tensor, local: Tensor, labels: Tensor, length: float, eps: float, position: int
 ) -> Tensor:
     """Return the local step extended towards the nearest linearised boundary of one member, of l_inf norm `length`."""
     point = (adversarial + local).to(adversarial.dtype)
@@ -306,7 +297,7 @@ def _towards_boundary(
         top = logits.gather(1, predicted[:, None])[:, 0]
         for other in range(classes):
             difference = top - logits[:, other]
-            with model.errors(point):
+            with model.explained_errors(point):
                 gradient = gradient_of(difference.sum(), point, retain_graph=other < classes - 1)
             check_numbers(logits.detach(), difference.detach(), gradient)
             size = gradient.flatten(1).abs().sum(1).clamp_min(1e-12)

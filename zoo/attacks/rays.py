@@ -14,9 +14,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import Budget, check_budget, check_generator, number, whole
-from zoo.attacks.checks import Model, Output, checked, checked_images, first_logits, see
+from zoo.attacks.budget import Budget, check_generator, linf_of, number, whole
+from zoo.attacks.images import check_batch, check_images
 from zoo.attacks.losses import succeeded
+from zoo.attacks.models import checked_model, first_logits
+from zoo.attacks.outputs import Model, Output
 from zoo.errors import BadInput
 
 HOPELESS_AFTER: Final = 2
@@ -58,8 +60,8 @@ def rays(
     Raises:
         BadInput: an `L2Budget`; see `shortest_rays` for the rest.
     """
-    check_budget(budget, "RayS")
-    images = checked_images(images)
+    budget = linf_of(budget, "RayS")
+    images = check_images(images)
     found = shortest_rays(model, images, labels, queries=queries, enough=budget.eps, generator=generator, output=output)
     length = found.radius.clamp_max(budget.eps)[:, None, None, None]
     return budget.project(images + length * found.direction, images)
@@ -97,10 +99,10 @@ def shortest_rays(
             is 1e-3 in Euclidean length). Much less than 1/255 is wasted on a model that sees 8 bits.
         generator: draws the first direction and those that replace it, on the CPU; each is the same for all images. If
             None the first is all +1, as published, others are drawn from a fixed seed, and nothing is random.
-        output: where the logits are in what the model returns; see `inputs.Output`.
+        output: where the logits are in what the model returns; see `outputs.Output`.
 
     Raises:
-        BadInput: no query, a tolerance that is not positive; see `inputs.checked` and `inputs.check_logits`.
+        BadInput: no query, a tolerance that is not positive; see `images.check_batch` and `outputs.check_logits`.
     """
     check_generator(generator)
     queries, enough = whole(queries, "queries"), number(enough, "enough")
@@ -109,8 +111,8 @@ def shortest_rays(
         raise BadInput(f"need at least 1 query, got {queries}")
     if tolerance is not None and not tolerance > 0:
         raise BadInput(f"the tolerance must be a positive length in pixel units, got {tolerance}; 1e-5 is fine")
-    seen = see(model, output)
-    images, labels, _ = checked(seen, images, labels)
+    checked = checked_model(model, output)
+    images, labels, _ = check_batch(images, labels)
     count, size = len(images), math.prod(images.shape[1:])
     if tolerance is None:
         tolerance = 1e-3 / math.sqrt(max(size, 1))
@@ -119,7 +121,7 @@ def shortest_rays(
     if not count:
         return Rays(direction=search.signs.reshape(images.shape), radius=search.radius, queries=asked)
 
-    broken = succeeded(first_logits(seen, images, labels), labels)
+    broken = succeeded(first_logits(checked, images, labels), labels)
     search.radius[broken] = 0
     asked += 1
     active = (search.radius > enough).nonzero()[:, 0]
@@ -129,7 +131,7 @@ def shortest_rays(
         attempt, length = search.question(active)
         pixels = (images[active] + length[:, None, None, None] * attempt.reshape(-1, *images.shape[1:])).clamp_(0, 1)
         with torch.no_grad():
-            wrong = succeeded(seen(pixels), labels[active])
+            wrong = succeeded(checked(pixels), labels[active])
         asked[active] += 1
         search.answer(active, attempt, length, wrong, tolerance)
         active = active[search.radius[active] > enough]

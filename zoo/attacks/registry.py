@@ -1,21 +1,23 @@
 """The attacks by name, for the command line: one function and one dictionary line each (docs/adding-an-attack.md).
 
-All take the same arguments, (model, images, labels, settings); what an attack does not need it does not read. Python
-code calls the attacks themselves.
+All take the same arguments, (model, images, labels, options). An attack ignores the options that it does not need.
+Python code calls the attacks themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from zoo.attacks.apgd import apgd, apgd_targeted
-from zoo.attacks.budget import Budget, LinfBudget, check_budget
-from zoo.attacks.checks import Model
+from zoo.attacks.budget import Budget, linf_of
 from zoo.attacks.gradient import InputDiversity, fgsm, pgd
+from zoo.attacks.outputs import Model
 from zoo.attacks.random_gates import eot_pgd
 from zoo.attacks.rays import rays
 from zoo.attacks.square import square
@@ -25,31 +27,29 @@ CROSS_ENTROPY = "cross_entropy"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a named attack may read."""
+class AttackOptions:
+    """What an attack may read when it is called by its name."""
 
     budget: Budget
     generator: torch.Generator
     loss: str | None = None
-    """One of `LOSSES`; the attack's own (`Named.loss`) if None."""
+    """One of `LOSSES`; the attack's own (`Attack.loss`) if None."""
     targets: Tensor | None = None
-    """The class to be reached (batch,), for a targeted attack."""
+    """The class to be reached, int64 (batch,), for a targeted attack."""
     queries: int = 1000
     """Of black-box attacks, per image."""
     draws: int = 1
     """Forwards of a random model that one step averages over."""
 
 
-Attack = Callable[[Model, Tensor, Tensor, Settings], Tensor]
-
-
 @dataclass(frozen=True, kw_only=True)
-class Named:
-    """An attack and what it needs."""
+class Attack:
+    """An attack that the command line knows by name, and what it needs."""
 
-    run: Attack
-    needs: str = "gradients"
-    """"gradients", "scores" or "labels"; the last two run against a server."""
+    run: Callable[[Model, Tensor, Tensor, AttackOptions], Tensor]
+    """(model, images, labels, options) -> adversarial images."""
+    needs: Literal["gradients", "scores", "labels"] = "gradients"
+    """What it needs of the model; attacks on scores or labels also run against a server."""
     summary: str
     targeted: bool = True
     """Can be asked for a class to be reached."""
@@ -58,124 +58,119 @@ class Named:
     loss: str | None = CROSS_ENTROPY
     """The loss it maximises if no other is named; None if it has none and takes none."""
 
-    def settled(self, settings: Settings, name: str) -> Settings:
-        """Return settings with the loss resolved.
+    def with_loss(self, options: AttackOptions, name: str) -> AttackOptions:
+        """Return the options with the loss that the attack called `name` will maximise.
 
         Raises:
-            BadInput: a loss is named, and the attack called `name` maximises none.
+            BadInput: the options name a loss, and the attack maximises none.
         """
-        if settings.loss is not None and self.loss is None:
-            raise BadInput(f"{name} sees no scores, so it has no loss to maximise, got {settings.loss!r}; leave it out")
-        return replace(settings, loss=settings.loss or self.loss)
+        if options.loss is not None and self.loss is None:
+            raise BadInput(f"{name} sees no scores, so it has no loss to maximise, got {options.loss!r}; leave it out")
+        return replace(options, loss=options.loss or self.loss)
 
 
-def _fgsm(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    return fgsm(model, images, labels, settings.budget, loss=settings.loss or CROSS_ENTROPY, targets=settings.targets)
+def _fgsm(model: Model, images: Tensor, labels: Tensor, options: AttackOptions) -> Tensor:
+    return fgsm(model, images, labels, options.budget, loss=options.loss or CROSS_ENTROPY, targets=options.targets)
 
 
 def _pgd(
     model: Model,
     images: Tensor,
     labels: Tensor,
-    settings: Settings,
+    options: AttackOptions,
     momentum: float = 0.0,
     diversity: InputDiversity | None = None,
 ) -> Tensor:
-    if settings.draws > 1:
+    if options.draws > 1:
         if diversity is not None:
             raise BadInput("input diversity and several draws cannot be combined; use pgd or mi-fgsm with --draws")
         return eot_pgd(
             lambda: model,  # each call of a random model draws afresh
             images,
             labels,
-            settings.budget,
-            draws=settings.draws,
-            loss=settings.loss or CROSS_ENTROPY,
-            targets=settings.targets,
+            options.budget,
+            draws=options.draws,
+            loss=options.loss or CROSS_ENTROPY,
+            targets=options.targets,
             momentum=momentum,
-            generator=settings.generator,
+            generator=options.generator,
         )
     return pgd(
         model,
         images,
         labels,
-        settings.budget,
-        loss=settings.loss or CROSS_ENTROPY,
-        targets=settings.targets,
+        options.budget,
+        loss=options.loss or CROSS_ENTROPY,
+        targets=options.targets,
         momentum=momentum,
         diversity=diversity,
-        generator=settings.generator,
+        generator=options.generator,
     )
 
 
-def _momentum(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    return _pgd(model, images, labels, settings, momentum=1.0)
-
-
-def _diverse(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    return _pgd(model, images, labels, settings, momentum=1.0, diversity=InputDiversity())
-
-
-def _apgd(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    budget = linf_of(settings.budget, "apgd")
+def _apgd(model: Model, images: Tensor, labels: Tensor, options: AttackOptions) -> Tensor:
+    budget = linf_of(options.budget, "apgd")
     return apgd(
         model,
         images,
         labels,
         budget,
-        loss=settings.loss or CROSS_ENTROPY,
-        targets=settings.targets,
-        generator=settings.generator,
+        loss=options.loss or CROSS_ENTROPY,
+        targets=options.targets,
+        generator=options.generator,
     )
 
 
-def _apgd_targeted(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    budget = linf_of(settings.budget, "apgd-t")
-    return apgd_targeted(model, images, labels, budget, loss=settings.loss or "dlr", generator=settings.generator)
+def _apgd_targeted(model: Model, images: Tensor, labels: Tensor, options: AttackOptions) -> Tensor:
+    budget = linf_of(options.budget, "apgd-t")
+    return apgd_targeted(model, images, labels, budget, loss=options.loss or "dlr", generator=options.generator)
 
 
-def _square(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
+def _square(model: Model, images: Tensor, labels: Tensor, options: AttackOptions) -> Tensor:
     return square(
         model,
         images,
         labels,
-        linf_of(settings.budget, "square"),
-        queries=settings.queries,
-        loss=settings.loss or "margin",
-        targets=settings.targets,
-        draws=settings.draws,
-        early_stop=settings.draws == 1,
-        generator=settings.generator,
+        linf_of(options.budget, "square"),
+        queries=options.queries,
+        loss=options.loss or "margin",
+        targets=options.targets,
+        draws=options.draws,
+        early_stop=options.draws == 1,
+        generator=options.generator,
     )
 
 
-def _rays(model: Model, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    budget = linf_of(settings.budget, "rays")
-    return rays(model, images, labels, budget, queries=settings.queries, generator=settings.generator)
+def _rays(model: Model, images: Tensor, labels: Tensor, options: AttackOptions) -> Tensor:
+    budget = linf_of(options.budget, "rays")
+    return rays(model, images, labels, budget, queries=options.queries, generator=options.generator)
 
 
-ATTACKS: dict[str, Named] = {
-    "fgsm": Named(run=_fgsm, summary="one step of length eps"),
-    "pgd": Named(
+ATTACKS: dict[str, Attack] = {
+    "fgsm": Attack(run=_fgsm, summary="one step of length eps"),
+    "pgd": Attack(
         run=_pgd, summary="projected gradient ascent with restarts; with --draws over random gates (EOT)", random=True
     ),
-    "mi-fgsm": Named(run=_momentum, summary="PGD with momentum 1", random=True),
-    "m-di2-fgsm": Named(run=_diverse, summary="momentum and input diversity, for transfer"),
-    "apgd": Named(run=_apgd, summary="Auto-PGD, which sets its own steps"),
-    "apgd-t": Named(
+    "mi-fgsm": Attack(run=partial(_pgd, momentum=1.0), summary="PGD with momentum 1", random=True),
+    "m-di2-fgsm": Attack(
+        run=partial(_pgd, momentum=1.0, diversity=InputDiversity()),
+        summary="momentum and input diversity, for transfer",
+    ),
+    "apgd": Attack(run=_apgd, summary="Auto-PGD, which sets its own steps"),
+    "apgd-t": Attack(
         run=_apgd_targeted,
         summary="Auto-PGD, by default on DLR, towards nine classes in turn",
         targeted=False,
         loss="dlr",
     ),
-    "square": Named(
+    "square": Attack(
         run=_square, needs="scores", summary="random search by the scores alone", random=True, loss="margin"
     ),
-    "rays": Named(run=_rays, needs="labels", summary="search by the answered class alone", targeted=False, loss=None),
+    "rays": Attack(run=_rays, needs="labels", summary="search by the answered class alone", targeted=False, loss=None),
 }
 
 
-def attack_named(name: str) -> Named:
+def attack_named(name: str) -> Attack:
     """Return the attack of a name.
 
     Raises:
@@ -184,15 +179,3 @@ def attack_named(name: str) -> Named:
     if name not in ATTACKS:
         raise UnknownName(name, ATTACKS, kind="attack")
     return ATTACKS[name]
-
-
-def linf_of(budget: Budget, name: str) -> LinfBudget:
-    """Return the budget if it is an l_inf one.
-
-    Raises:
-        BadInput: it is not, and the attack knows no other.
-    """
-    check_budget(budget)
-    if not isinstance(budget, LinfBudget):
-        raise BadInput(f"{name} searches the l_inf ball, got a budget in {budget.norm}; use pgd for others")
-    return replace(budget)

@@ -1,14 +1,16 @@
 """A deployed server as a model: attacks that need only scores or labels run against it over HTTP.
 
-A server sees 8 bits. An image is therefore rounded inside the query, so that an attack searches among the images that
-can really be sent; rounding its result afterwards could undo it. For the result to stay in the ball as well, the ball
-must have whole steps of 1/255:
+A server sees 8 bits, so an image is rounded inside the query: the attack searches among the images that can be sent.
+Rounding its result afterwards could undo it. The result stays in the ball too if the radius is a whole number of steps
+of 1/255:
 
     remote = RemoteModel("http://127.0.0.1:8000", "eio-resnet20-cifar10")
     images, budget = eight_bit(images, LinfBudget(eps=8 / 255))
     adversarial = to_grid(square(remote, images, labels, budget, queries=500), images, budget.eps)
 
-Attack only servers that you may attack: others than this machine's need `allow_remote=True`.
+Attack only servers that you may attack. Servers on other machines need `allow_remote=True`.
+
+The client is that of the standard library: with httpx, queries of one image are a quarter slower.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import http.client
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from http import HTTPStatus
 from types import TracebackType
 from typing import Final, Self
@@ -29,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import checked_images
+from zoo.attacks.images import check_images
 from zoo.errors import BadInput, ManygatesError, UnknownName
 
 LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
@@ -47,10 +51,10 @@ _MAX_SHOWN: Final = 300
 
 
 def eight_bit(images: Tensor, budget: LinfBudget) -> tuple[Tensor, LinfBudget]:
-    """Return the images on the 8-bit grid and the budget with its radius cut down to whole steps of 1/255.
+    """Return the images on the 8-bit grid, and the budget with its radius cut down to whole steps of 1/255.
 
-    Between such images and such a radius rounding is harmless: whatever an attack tries within the ball is still within
-    it once it is rounded. So what a `RemoteModel` was asked about is what `to_grid(result, images, budget.eps)` gives.
+    With such images and such a radius, what an attack tries within the ball is still within it after rounding. So
+    `to_grid(result, images, budget.eps)` gives the very images that a `RemoteModel` was asked about.
 
     Args:
         images: float (batch, channel, height, width) in [0, 1]; what is not of 8-bit origin moves by up to half a step.
@@ -64,7 +68,7 @@ def eight_bit(images: Tensor, budget: LinfBudget) -> tuple[Tensor, LinfBudget]:
         raise BadInput(
             f"eps {budget.eps:g} is less than 1/255, so no image of 8 bits is in the ball; take 1/255 or more"
         )
-    return (checked_images(images) * 255).round() / 255, replace(budget, eps=steps / 255)
+    return (check_images(images) * 255).round() / 255, replace(budget, eps=steps / 255)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +84,15 @@ class Exchange:
 class RemoteModel:
     """A model behind `manygates serve`: images (batch, channel, height, width) in [0, 1] -> scores (batch, class).
 
-    The scores are the server's `logits`; of a server without that output, the log of its `probabilities`; with
-    `labels_only` 0 for the class it answers and -1 for the others, which is all that an attack on labels may see. They
-    are on the images' device. There is no gradient.
+    The scores are the server's `logits`, or the log of its `probabilities` if it has no logits. With `labels_only` they
+    are 0 for the class it answers and -1 for the others, which is all that an attack on labels may see. They are on the
+    images' device. There is no gradient.
 
-    One connection is kept open; calls must not overlap. It is a context manager, and `close` may be followed by further
-    calls.
+    One connection is kept open; calls must not overlap. It is a context manager. A call after `close` connects again.
 
     Attributes:
         queries: images that were answered.
-        requests: inference requests sent, those that were refused or lost among them.
+        requests: inference requests sent, refused and lost ones included.
         ledger: the answered requests, if it is kept.
         image_shape: what the server takes, (channel, height, width).
         num_classes: how many scores it gives.
@@ -150,7 +153,7 @@ class RemoteModel:
         """
         if images.requires_grad and torch.is_grad_enabled():
             raise BadInput("a deployed model has no gradient; attack it by its scores (square) or labels (rays)")
-        images = checked_images(images)
+        images = check_images(images)
         if tuple(images.shape[1:]) != self.image_shape:
             raise BadInput(f"the server takes images of shape {self.image_shape}, got {tuple(images.shape[1:])}")
         levels = (images * 255).round().to(device="cpu", dtype=torch.uint8)
@@ -210,7 +213,7 @@ class RemoteModel:
         try:
             return [model["name"] for model in json.loads(body)["models"]] if status == HTTPStatus.OK else []
         except (ValueError, TypeError, KeyError):
-            return []  # only to help; the server is another
+            return []  # the names only help to find the right one; this is a server of another kind
 
     def _scores_of(self, levels: Tensor) -> Tensor | None:
         """Ask about images in one request; None if the server wants fewer in one, which is remembered."""
@@ -229,13 +232,13 @@ class RemoteModel:
             return None
         if status != HTTPStatus.OK:
             raise self._failure(status, body)
-        scores = self._visible(self._tensor_of(headers, body, len(levels)))
+        scores = self._visible(self._read_scores(headers, body, len(levels)))
         self.queries += len(levels)
         if self.ledger is not None:
             self.ledger.append(Exchange(levels=levels.clone(), scores=scores.clone()))
         return scores
 
-    def _tensor_of(self, headers: http.client.HTTPMessage, body: bytes, rows: int) -> Tensor:
+    def _read_scores(self, headers: http.client.HTTPMessage, body: bytes, rows: int) -> Tensor:
         """Read the one output of an answer, binary or in JSON."""
         try:
             length = int(headers.get(_HEADER_LENGTH, len(body)))
@@ -265,13 +268,13 @@ class RemoteModel:
     def _exchange(
         self, method: str, path: str, body: bytes | None = None, head: int | None = None
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Send a request until the server is not too busy for it; returns status, headers and body.
+        """Send a request until the server is not too busy for it; return status, headers and body.
 
         Args:
-            method: of HTTP.
+            method: GET or POST.
             path: of the URL.
-            body: JSON and tensor.
-            head: the length of the JSON.
+            body: the JSON, then the bytes of the tensor.
+            head: the length of the JSON in bytes.
         """
         waited = 0.0
         for attempt in range(MOST_RETRIES + 1):
@@ -291,7 +294,7 @@ class RemoteModel:
     def _send(
         self, method: str, path: str, body: bytes | None, head: int | None
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Send a request once, or twice if the connection that was kept open has been closed meanwhile."""
+        """Send a request; once more if the server has closed the connection that was kept open."""
         headers = {} if head is None else {_HEADER_LENGTH: str(head), "Content-Type": "application/octet-stream"}
         while True:
             reused = self._connection is not None
@@ -322,23 +325,16 @@ class RemoteModel:
         return ManygatesError(f"{self._url} answered {status}: {_message(body)}")
 
 
-class _Connector:
-    """Opens connections to one host."""
-
-    def __init__(self, kind: type[http.client.HTTPConnection], host: str, port: int | None, timeout: float) -> None:
-        self._kind, self._host, self._port, self._timeout = kind, host, port, timeout
-
-    def __call__(self) -> http.client.HTTPConnection:
-        return self._kind(self._host, self._port, timeout=self._timeout)
-
-
-def _connector(url: str, allow_remote: bool, timeout: float) -> _Connector:
-    """Return what opens connections to the server of `url`.
+def _connector(url: str, allow_remote: bool, timeout: float) -> Callable[[], http.client.HTTPConnection]:
+    """Return a function that opens a connection to the server of `url`.
 
     Raises:
-        BadInput: the URL is none, or is of another machine and that is not allowed.
+        BadInput: it is no such URL, or is that of another machine without `allow_remote`.
     """
-    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    kinds: dict[str, type[http.client.HTTPConnection]] = {
+        "http": http.client.HTTPConnection,
+        "https": http.client.HTTPSConnection,
+    }
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -352,7 +348,7 @@ def _connector(url: str, allow_remote: bool, timeout: float) -> _Connector:
             f"{host} is not this machine ({', '.join(LOCAL_HOSTS)}); attack only servers that you are allowed to, and "
             "then say so with allow_remote=True"
         )
-    return _Connector(kinds[parts.scheme], host, port, timeout)
+    return partial(kinds[parts.scheme], host, port, timeout=timeout)
 
 
 def _wait(retry_after: str | None, attempt: int) -> float:

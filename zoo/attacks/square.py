@@ -12,10 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from zoo.attacks.budget import Budget, check_budget, check_generator, number, whole
-from zoo.attacks.checks import Model, Output, Seen, check_logits, check_numbers, checked, see
+from zoo.attacks.budget import Budget, check_generator, linf_of, number, whole
 from zoo.attacks.gradient import Watch
+from zoo.attacks.images import check_batch
 from zoo.attacks.losses import Loss, loss_named, succeeded
+from zoo.attacks.models import CheckedModel, checked_model
+from zoo.attacks.outputs import Model, Output, check_logits, check_numbers
 from zoo.errors import BadInput
 
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -70,29 +72,29 @@ def square(
         generator: draws stripes and squares, on the CPU; torch's global generator if None. An image's squares do not
             depend on which others are broken.
         watch: called after each square with (its number from 0, incumbents of all images, their last losses (batch,)).
-        output: where the logits are in what the model returns; see `inputs.Output`.
+        output: where the logits are in what the model returns; see `outputs.Output`.
 
     Returns:
         The incumbents, within `budget.eps` of the images and in [0, 1], broken or not. An image that the model gets
         wrong before the attack is returned as it is (with early stopping).
 
     Raises:
-        BadInput: an `L2Budget`, no query or draw, a share outside (0, 1]; see `inputs.checked` and
-            `inputs.check_logits`.
+        BadInput: an `L2Budget`, no query or draw, a share outside (0, 1]; see `images.check_batch` and
+            `outputs.check_logits`.
     """
-    check_budget(budget, "the Square attack")
+    budget = linf_of(budget, "the Square attack")
     check_generator(generator)
     queries, draws, share = whole(queries, "queries"), whole(draws, "draws"), number(share, "share")
     if queries < 1 or draws < 1:
         raise BadInput(f"need at least 1 query and 1 draw, got queries={queries} draws={draws}")
     if not 0 < share <= 1:
         raise BadInput(f"the share of pixels in a square must be in (0, 1], got {share}; 0.8 is usual")
-    seen = see(model, output, chance="tolerated" if draws == 1 else "expected")
-    images, labels, targets = checked(seen, images, labels, targets)
+    checked = checked_model(model, output, randomness="allow" if draws == 1 else "expect")
+    images, labels, targets = check_batch(images, labels, targets)
     if not len(images):
         return images.clone()
     search = _Search(
-        ask=_Scorer(seen, loss_named(loss), labels, targets, draws),
+        ask=_Scorer(checked, loss_named(loss), labels, targets, draws),
         images=images,
         ends=torch.stack([budget.project(images - budget.eps, images), budget.project(images + budget.eps, images)]),
         queries=queries,
@@ -206,7 +208,7 @@ class _Search:
 class _Scorer:
     """Asks the model about some of the images, and checks its first answer."""
 
-    def __init__(self, model: Seen, loss: Loss, labels: Tensor, targets: Tensor | None, draws: int) -> None:
+    def __init__(self, model: CheckedModel, loss: Loss, labels: Tensor, targets: Tensor | None, draws: int) -> None:
         self._model, self._loss, self._draws = model, loss, draws
         self._labels, self._targets = labels, targets
         self._checked = False

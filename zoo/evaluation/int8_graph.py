@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import Model, asked
 from zoo.attacks.gradient import pgd
+from zoo.attacks.outputs import Model, logits_of
 from zoo.bundle.bundle import Bundle, int8_file
 from zoo.errors import BadInput
 from zoo.export.onnx_graphs import as_numpy
@@ -27,7 +27,7 @@ Graph = Callable[[Tensor, Sequence[int] | None], Tensor]
 """Images (batch, channel, height, width) in [0, 1], and the path of a gated graph -> logits (batch, class)."""
 
 
-class Rounded(nn.Module):
+class Int8Network(nn.Module):
     """Answers as the int8 graph does; its gradient is that of the weights, at the same image.
 
     Args:
@@ -48,12 +48,12 @@ class Rounded(nn.Module):
         logits = self.graph(images, self.path)
         if not (torch.is_grad_enabled() and images.requires_grad):
             return logits
-        answered: Tensor = _Answered.apply(self.weights(images), logits)  # type: ignore[no-untyped-call]
-        return answered
+        differentiable: Tensor = _StraightThrough.apply(self.weights(images), logits)  # type: ignore[no-untyped-call]
+        return differentiable
 
 
-class _Answered(torch.autograd.Function):
-    """The second argument on the way there, the identity on the first on the way back."""
+class _StraightThrough(torch.autograd.Function):
+    """Forward the second argument; backward the identity on the first."""
 
     @staticmethod
     def forward(context: Any, differentiable: Tensor, answer: Tensor) -> Tensor:
@@ -94,24 +94,32 @@ def check_int8(bundle: Bundle, variant: str) -> None:
         )
 
 
-def shown(
+def attack_weights(
     weights: Model,
-    rounded: Model,
+    deployed: Model,
     images: Tensor,
     labels: Tensor,
     budget: LinfBudget,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attack the weights by PGD on cross-entropy and show every iterate of every start to the rounded model as well.
+    """Attack the weights by PGD on cross-entropy, and show every iterate of every start to the graph as well.
 
-    No image is left out when the weights lose it: what lies just across their border need not lie across the other's.
+    No image is left out when the weights lose it: what lies just across their border need not lie across the graph's.
+
+    Args:
+        weights: the float32 network, images -> logits (batch, class).
+        deployed: the graph that rounds it (`Int8Network`).
+        images: (image, channel, height, width) in [0, 1].
+        labels: (image,).
+        budget: of the attack.
+        generator: of the starts.
 
     Returns:
-        Where the weights, and where the rounded model, answered every iterate correctly (image,) bool, the image itself
+        Where the weights, and where the graph, answered every iterate correctly (image,) bool, the image itself
         included, and the last iterates of the first start (image, channel, height, width).
     """
-    kept = torch.stack([asked(model, images).argmax(1) == labels for model in (weights, rounded)])
-    first = images
+    kept = torch.stack([logits_of(model, images).argmax(1) == labels for model in (weights, deployed)])
+    last_of_first = images
     once = LinfBudget(eps=budget.eps, steps=budget.steps, step_size=budget.step_size)
     for attempt in range(budget.restarts):
         starts = budget.start(images, generator)
@@ -120,14 +128,14 @@ def shown(
             break
 
         def watch(_: int, iterate: Tensor, __: Tensor, rows: Tensor = rows) -> None:
-            kept[1, rows] &= asked(rounded, iterate).argmax(1) == labels[rows]
+            kept[1, rows] &= logits_of(deployed, iterate).argmax(1) == labels[rows]
 
-        def answering(pixels: Tensor, rows: Tensor = rows) -> Tensor:
+        def judged_weights(pixels: Tensor, rows: Tensor = rows) -> Tensor:
             logits = weights(pixels)
             kept[0, rows] &= logits.detach().argmax(1) == labels[rows]
             return logits
 
-        last = pgd(answering, images[rows], labels[rows], once, start=starts[rows], watch=watch)
-        kept[0, rows] &= asked(weights, last).argmax(1) == labels[rows]
-        first = last if attempt == 0 else first
-    return kept[0], kept[1], first
+        last = pgd(judged_weights, images[rows], labels[rows], once, start=starts[rows], watch=watch)
+        kept[0, rows] &= logits_of(weights, last).argmax(1) == labels[rows]
+        last_of_first = last if attempt == 0 else last_of_first
+    return kept[0], kept[1], last_of_first

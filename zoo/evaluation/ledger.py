@@ -1,8 +1,7 @@
-"""What an evaluation has measured so far, on disk: interrupted, it goes on where it was, and finds the same numbers.
+"""What an evaluation has measured so far, on disk. An interrupted one goes on where it stopped, with the same numbers.
 
-The ledger is a file of JSON lines in the cache, named by everything that determines the numbers (weights, protocol,
-attack, images, seed, versions). Each line holds one batch of one stage. It is removed when the evaluation is done, so
-asking again measures again.
+The ledger is a file of JSON lines, which `zoo.evaluation.registry.ledger_of` names. Each line holds one batch of one
+stage. It is removed when the evaluation is done, so asking again measures again.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.cache import cache_dir
 from zoo.files import writing
 
 
@@ -30,13 +28,17 @@ def digest_of(terms: Mapping[str, Any]) -> str:
 
 
 class Ledger:
-    """Stages and batches that are done; a context that removes its file when the work ends without an exception."""
+    """Stages and batches that are done; a context that removes its file when the work ends without an exception.
 
-    def __init__(self, terms: Mapping[str, Any], folder: Path | None = None) -> None:
-        self.file = (folder or cache_dir() / "evaluations") / f"{digest_of(terms)[:24]}.jsonl"
+    Args:
+        file: where they are kept; in memory alone if None.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
         self._known: dict[str, Tensor] = {}
-        if self.file.is_file():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
+        if file is not None and file.is_file():
+            for line in file.read_text(encoding="utf-8").splitlines():
                 try:
                     entry = json.loads(line)
                     content = np.frombuffer(base64.b64decode(entry["values"]), dtype=entry["type"])
@@ -55,6 +57,8 @@ class Ledger:
         """Keep what was measured, at once."""
         array = np.ascontiguousarray(values.cpu().numpy())
         self._known[key] = torch.from_numpy(array.copy())
+        if self.file is None:
+            return
         entry = {
             "key": key,
             "type": array.dtype.str,
@@ -75,7 +79,8 @@ class Ledger:
     def clear(self) -> None:
         """Forget everything."""
         self._known.clear()
-        self.file.unlink(missing_ok=True)
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -84,4 +89,4 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self.file.unlink(missing_ok=True)
+            self.clear()

@@ -11,12 +11,12 @@ from zoo.errors import BadInput, UnknownName
 from zoo.vocabulary import INT8, PRECISIONS
 
 DEFAULT_EPS = {"blackbox": tuple(Fraction(number, 100) for number in range(1, 8))}
-"""Radii of the protocols that are published with others than 0.01 and 0.03."""
+"""Radii of the protocols whose papers use others than 0.01 and 0.03."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to measure. A number that is None takes the protocol's own default, which its docstring says."""
+    """What to measure. None stands for the protocol's own default, which its docstring gives."""
 
     protocol: str
     variant: str = "single"

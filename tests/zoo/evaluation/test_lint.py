@@ -15,14 +15,18 @@ from torch.autograd import grad as grad_by_another_name
 from torch.nn import functional as F
 
 from zoo.attacks import LinfBudget, pgd
-from zoo.attacks.checks import Model
+from zoo.attacks.outputs import Model
 from zoo.bundle.card import Finding
 from zoo.bundle.findings import lines
 from zoo.errors import BadInput
-from zoo.evaluation.int8_graph import Rounded as Int8
-from zoo.evaluation.linter import checks as lint
+from zoo.evaluation.int8_graph import Int8Network
+from zoo.evaluation.intervals import exceeds
+from zoo.evaluation.linter import evidence as evidence_module
 from zoo.evaluation.linter.bundle import lint_bundle
-from zoo.evaluation.linter.checks import CHECKS, lint_model, passed
+from zoo.evaluation.linter.checks import attacks
+from zoo.evaluation.linter.evidence import Evidence
+from zoo.evaluation.linter.lint import CHECKS, lint_model, passed
+from zoo.evaluation.linter.trace import Trace
 from zoo.hub.source import open_model
 
 EPS = 8 / 255
@@ -80,9 +84,19 @@ def robust(networks: dict[str, nn.Module]) -> nn.Module:
 IMAGES, LABELS = task(60, 1)
 
 
-def linted(model: Model, **options: object) -> dict[str, Finding]:
-    findings = lint_model(model, IMAGES, LABELS, **{"eps": EPS, "queries": QUERIES, **options})  # type: ignore[arg-type]
+CHECK = {check.code: check for check in CHECKS}
+
+
+def linted(model: Model, *codes: str, **options: object) -> dict[str, Finding]:
+    """Return the findings by code: of the checks named, in their usual order, or of all."""
+    chosen = [check for check in CHECKS if check.code in codes or not codes]
+    given = {"images": IMAGES, "labels": LABELS, "eps": EPS, "queries": QUERIES, **options}
+    findings = lint_model(model, **given, checks=chosen)  # type: ignore[arg-type]
     return {finding.code: finding for finding in findings}
+
+
+def verdict(code: str, model: Model, **options: object) -> str:
+    return linted(model, code, **options)[code].verdict
 
 
 def alarms(findings: dict[str, Finding]) -> set[str]:
@@ -287,6 +301,9 @@ DEFECTS = {
 }
 
 
+PARTS_OF_NO_SIZE = ("channel", "colour", "grey", "half")
+
+
 @pytest.mark.parametrize("name", ["plain", "robust"])
 def test_an_honest_network_raises_no_alarm(networks: dict[str, nn.Module], name: str) -> None:
     findings = linted(networks[name], surrogate=networks["plain"], served=lambda pixels: served(networks[name], pixels))
@@ -298,33 +315,24 @@ def test_an_honest_network_raises_no_alarm(networks: dict[str, nn.Module], name:
     }
 
 
-@pytest.mark.parametrize("part", ["detail", "average", "channel", "colour", "grey", "half"])
 @pytest.mark.parametrize("step", [0.03, 0.06, 0.12])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("part", "size"),
+    [("detail", 2), ("detail", 4), ("average", 2), ("average", 4), *((part, 4) for part in PARTS_OF_NO_SIZE)],
+)
 def test_a_part_of_the_image_without_a_gradient_raises_an_alarm(
     robust: nn.Module, part: str, step: float, size: int
 ) -> None:
     """Where the answer depends on it, as that of a network on all of its input does."""
-    finding = only("G4", PartlyRounded(robust, part, size, step))
-    assert finding.verdict == "alarm", finding.figure
-
-
-def only(code: str, model: Model, images: Tensor | None = None, labels: Tensor | None = None) -> Finding:
-    """Return the finding of one check alone."""
-    check = next(check for check in CHECKS if check.code == code)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lint, "CHECKS", (check,))
-        images, labels = (IMAGES, LABELS) if images is None or labels is None else (images, labels)
-        (finding,) = lint_model(model, images, labels, eps=EPS, queries=QUERIES)
-    return finding
+    assert verdict("G4", PartlyRounded(robust, part, size, step)) == "alarm"
 
 
 @pytest.mark.parametrize(
-    ("masked", "value", "verdict"),
+    ("masked", "value", "expected"),
     [([3], -torch.inf, "ok"), ([2, 3], -torch.inf, "alarm"), ([3], torch.inf, "alarm")],
 )
 def test_a_class_that_is_masked_is_no_infinity_as_long_as_three_are_left(
-    plain: nn.Module, masked: list[int], value: float, verdict: str
+    plain: nn.Module, masked: list[int], value: float, expected: str
 ) -> None:
     chosen = LABELS < 2
 
@@ -334,15 +342,13 @@ def test_a_class_that_is_masked_is_no_infinity_as_long_as_three_are_left(
             return logits.index_put((torch.tensor([0]), torch.tensor(masked)), torch.tensor(value))
         return logits.index_fill(1, torch.tensor(masked), value)
 
-    assert only("O1", masking, IMAGES[chosen], LABELS[chosen]).verdict == verdict
+    assert verdict("O1", masking, images=IMAGES[chosen], labels=LABELS[chosen]) == expected
 
 
 @pytest.mark.parametrize("eps", ["8/255", Fraction(8, 255), np.float32(8 / 255), torch.tensor(8 / 255)])
-def test_a_radius_is_taken_as_budgets_take_it(eps: Any, plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lint, "CHECKS", tuple(check for check in CHECKS if check.code == "S7"))
-    (finding,) = lint_model(plain, IMAGES[:8], LABELS[:8], eps=eps, queries=5)
-    (expected,) = lint_model(plain, IMAGES[:8], LABELS[:8], eps=EPS, queries=5)
-    assert (finding.verdict, finding.figure) == (expected.verdict, expected.figure)
+def test_a_radius_is_taken_as_budgets_take_it(eps: Any, plain: nn.Module) -> None:
+    few = {"images": IMAGES[:8], "labels": LABELS[:8], "queries": 5}
+    assert linted(plain, "S7", eps=eps, **few) == linted(plain, "S7", eps=EPS, **few)
 
 
 @pytest.mark.parametrize(
@@ -377,15 +383,21 @@ def test_one_image_of_fifty_left_by_an_attack_without_bounds_is_no_alarm(
 
     stuck = F.one_hot(torch.tensor(0), classes).float()
     labels = model(images).argmax(1)
-    assert only(code, model, images, labels).verdict == ("alarm" if alarm else "ok")
+    assert verdict(code, model, images=images, labels=labels) == ("alarm" if alarm else "ok")
 
 
 # --- half precision ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("side", "given"), [(16, "half"), (16, "float"), pytest.param(224, "half", marks=pytest.mark.slow)]
+    ("dtype", "side", "given"),
+    [
+        (torch.float16, 16, "half"),
+        (torch.bfloat16, 16, "half"),
+        (torch.float16, 16, "float"),
+        (torch.bfloat16, 16, "float"),
+        pytest.param(torch.float16, 224, "half", marks=pytest.mark.slow),
+    ],
 )
 def test_an_honest_model_in_half_precision_raises_no_alarm(dtype: torch.dtype, side: int, given: str) -> None:
     """The sum of an image of 224 x 224 pixels is more than the largest float16, and small probabilities are none."""
@@ -406,8 +418,8 @@ def test_an_honest_model_in_half_precision_raises_no_alarm(dtype: torch.dtype, s
 
 def test_a_masked_model_in_half_precision_is_an_alarm_all_the_same(plain: nn.Module) -> None:
     masked = copy.deepcopy(plain).bfloat16()
-    findings = lint_model(Quantised(masked), IMAGES.bfloat16(), LABELS, eps=EPS, queries=QUERIES)
-    assert {"G1", "G3", "G4"} <= {finding.code for finding in findings if finding.verdict == "alarm"}
+    findings = linted(Quantised(masked), "G1", "G3", "G4", images=IMAGES.bfloat16())
+    assert alarms(findings) == {"G1", "G3", "G4"}
 
 
 # --- models as people write them ---
@@ -439,10 +451,11 @@ def test_logits_are_picked_from_what_a_model_returns(
     def model(images: Tensor) -> Tensor:
         return answer(plain(images))  # type: ignore[return-value]
 
-    findings = linted(model, output=output)
-    assert alarms(findings) == set(), lines(list(findings.values()))
-    assert linted(model, output=output, sampler=lambda: model)["E1"].verdict == "ok"
-    with pytest.raises(BadInput, match="must return logits"):
+    assert linted(model, "S2", "R1", "M1", output=output) == linted(plain, "S2", "R1", "M1") | {
+        "M1": linted(lambda images: plain(images), "M1")["M1"]  # of a function
+    }
+    assert verdict("E1", model, output=output, sampler=lambda: model) == "ok"
+    with pytest.raises(BadInput):
         linted(model)
 
 
@@ -477,7 +490,7 @@ def served(network: nn.Module, pixels: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", DEFECTS)
 def test_a_planted_defect_raises_its_alarm_and_not_that_of_others(plain: nn.Module, name: str) -> None:
     defect = DEFECTS[name]
-    findings = linted(defect.plant(copy.deepcopy(plain)))
+    findings = linted(defect.plant(copy.deepcopy(plain)), *defect.raises, *defect.leaves)
     assert defect.raises <= alarms(findings), lines(list(findings.values()))
     assert not alarms(findings) & set(defect.leaves), lines(list(findings.values()))
     assert not passed(list(findings.values()))
@@ -490,9 +503,9 @@ def test_a_gradient_in_the_forward_is_seen_by_whatever_name_it_is_called(
     model = Purified(copy.deepcopy(plain))
     model.differentiate = differentiate  # type: ignore[method-assign]
     before = torch.autograd._engine_run_backward
-    finding = linted(model)["D1"]
+    finding = linted(model, "D1")["D1"]
     assert finding.verdict == "alarm"
-    assert finding.figure.startswith("1 backward pass")
+    assert finding.figure.startswith("1 ")
     assert torch.autograd._engine_run_backward is before
 
 
@@ -511,19 +524,18 @@ def test_the_watch_on_gradients_ends_when_a_forward_fails() -> None:
 
 
 def test_a_served_model_that_answers_otherwise_raises_an_alarm(plain: nn.Module, robust: nn.Module) -> None:
-    finding = linted(plain, served=lambda pixels: served(robust, pixels))["P1"]
+    finding = linted(plain, "P1", served=lambda pixels: served(robust, pixels))["P1"]
     assert finding.verdict == "alarm"
-    assert "of 177 answers" in finding.figure  # 59 clean images, and the same after FGSM and after PGD
+    assert " 177 " in finding.figure  # 59 clean images, and the same after FGSM and after PGD
 
 
 def test_served_probabilities_are_compared_as_such(plain: nn.Module) -> None:
-    finding = linted(plain, served=lambda pixels: plain(torch.from_numpy(pixels)).softmax(1).detach())["P1"]
-    assert finding.verdict == "ok"
+    assert verdict("P1", plain, served=lambda pixels: served(Softmax(plain), pixels)) == "ok"
 
 
 def test_a_served_model_of_other_classes_is_refused(plain: nn.Module) -> None:
-    with pytest.raises(BadInput, match=r"served returned shape \(59, 3\) for 59 images, expected \(59, 4\)"):
-        linted(plain, served=lambda pixels: np.zeros((len(pixels), 3), np.float32))
+    with pytest.raises(BadInput, match=r"\(59, 3\).*\(59, 4\)"):
+        linted(plain, "P1", served=lambda pixels: np.zeros((len(pixels), 3), np.float32))
 
 
 def test_a_surrogate_that_its_own_examples_do_not_fool_raises_an_alarm(plain: nn.Module, robust: nn.Module) -> None:
@@ -531,10 +543,10 @@ def test_a_surrogate_that_its_own_examples_do_not_fool_raises_an_alarm(plain: nn
 
 
 def test_transfer_unmasks_a_model_whose_gradients_are_hidden(plain: nn.Module) -> None:
-    findings = linted(Rounded(plain), surrogate=plain, queries=1)
-    assert "gradients break 2 of 59; 57 more" in findings["W1"].figure  # two fell to random starts
-    assert "transfer (PGD-20) 57" in findings["W1"].figure
-    assert findings["W1"].verdict == "alarm"
+    finding = linted(Rounded(plain), "W1", surrogate=plain, queries=1)["W1"]
+    assert "gradients break 2 of 59; 57 more" in finding.figure  # two fell to random starts
+    assert "transfer (PGD-20) 57" in finding.figure
+    assert finding.verdict == "alarm"
 
 
 # --- int8 graphs: another function answers than the one whose gradients are known ---
@@ -545,7 +557,7 @@ def int8(weights: nn.Module, answers: nn.Module) -> Model:
         with torch.no_grad():
             return answers(images)
 
-    return Int8(weights, graph)
+    return Int8Network(weights, graph)
 
 
 def test_a_graph_that_rounds_its_weights_with_care_raises_no_alarm(plain: nn.Module) -> None:
@@ -561,21 +573,20 @@ def test_a_graph_that_rounds_its_weights_with_care_raises_no_alarm(plain: nn.Mod
 
 
 def test_rounding_that_keeps_what_its_weights_lose_raises_an_alarm(plain: nn.Module, robust: nn.Module) -> None:
-    assert linted(int8(plain, robust))["Q1"].verdict == "alarm"
+    assert verdict("Q1", int8(plain, robust)) == "alarm"
 
 
 def test_a_graph_that_questions_break_and_its_weights_do_not_raises_an_alarm(
     plain: nn.Module, robust: nn.Module
 ) -> None:
-    assert linted(int8(robust, plain))["Q2"].verdict == "alarm"
+    assert verdict("Q2", int8(robust, plain)) == "alarm"
 
 
 def test_a_graph_without_gradients_of_its_own_is_attacked_through_those_of_its_weights(plain: nn.Module) -> None:
     """The same model alone hides its gradients; see the defect "8 levels"."""
     staircase = Quantised(plain)
-    assert alarms(linted(staircase)) >= MASKING
-    findings = linted(int8(plain, staircase))
-    assert findings["G1"].verdict == findings["S5"].verdict == "ok"
+    assert alarms(linted(staircase, "G1", "S5")) == {"G1", "S5"}
+    assert alarms(linted(int8(plain, staircase), "G1", "S5")) == set()
 
 
 # --- random models ---
@@ -644,22 +655,19 @@ def test_a_random_model_with_a_sampler_is_asked_about_its_draws(networks: dict[s
 
 def test_the_same_random_model_without_a_sampler_is_an_alarm(networks: dict[str, nn.Module]) -> None:
     model, _ = choosing(list(networks.values()))
-    finding = linted(model)["R1"]
-    assert finding.verdict == "alarm"
-    assert "Randomness is mistaken for robustness" in finding.meaning
+    assert verdict("R1", model) == "alarm"
 
 
 def test_much_noise_makes_an_attack_report_its_luck(robust: nn.Module) -> None:
     model, sampler = noisy(robust, 0.1)
-    findings = linted(model, sampler=sampler)
-    assert findings["E2"].verdict == "alarm", lines(list(findings.values()))
-    assert findings["R1"].verdict == findings["B1"].verdict == findings["G1"].verdict == "ok"
+    findings = linted(model, "E2", "R1", "B1", "G1", sampler=sampler)
+    assert alarms(findings) == {"E2"}, lines(list(findings.values()))
 
 
 def test_averaging_that_finds_more_raises_an_alarm(plain: nn.Module) -> None:
     model, sampler = rough(plain)
-    findings = linted(model, sampler=sampler, eps=4 / 255)
-    assert {"E1", "E3"} <= alarms(findings), lines(list(findings.values()))
+    findings = linted(model, "E1", "E3", sampler=sampler, eps=4 / 255)
+    assert alarms(findings) == {"E1", "E3"}, lines(list(findings.values()))
 
 
 def test_a_sampler_of_a_model_that_is_not_random_is_no_alarm(robust: nn.Module) -> None:
@@ -672,14 +680,16 @@ def test_a_sampler_of_a_model_that_is_not_random_is_no_alarm(robust: nn.Module) 
 
 
 def test_an_attack_that_leaves_the_ball_raises_an_alarm(plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lint, "fgsm", lambda model, images, labels, budget: (images + 2 * budget.eps).clamp(0, 1))
+    monkeypatch.setattr(
+        evidence_module, "fgsm", lambda model, images, labels, budget: (images + 2 * budget.eps).clamp(0, 1)
+    )
     assert alarms(linted(plain)) == {"S7"}
 
 
 def test_an_attack_that_makes_nan_raises_an_alarm_and_does_not_count_as_success(
     robust: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lint, "fgsm", lambda model, images, labels, budget: images * torch.nan)
+    monkeypatch.setattr(evidence_module, "fgsm", lambda model, images, labels, budget: images * torch.nan)
     findings = linted(robust)
     assert alarms(findings) == {"S7"}
     assert "FGSM breaks 0" in findings["S2"].figure
@@ -692,19 +702,19 @@ def test_an_attack_that_moves_images_without_a_budget_raises_an_alarm(
         adversarial = pgd(model, images, labels, budget, **options)  # type: ignore[arg-type]
         return adversarial if budget.eps else (adversarial + 1 / 255).clamp(0, 1)
 
-    monkeypatch.setattr(lint, "pgd", careless)
+    monkeypatch.setattr(attacks, "pgd", careless)
     assert alarms(linted(plain)) == {"S1"}
 
 
-def traced(wrong: Tensor, losses: Tensor | None = None) -> lint.Trace:
+def traced(wrong: Tensor, losses: Tensor | None = None) -> Trace:
     losses = torch.zeros(wrong.shape) if losses is None else losses
-    return lint.Trace(wrong=wrong, losses=losses, first=IMAGES, last=IMAGES)
+    return Trace(wrong=wrong, losses=losses, first=IMAGES, last=IMAGES)
 
 
 @pytest.fixture
-def evidence(plain: nn.Module) -> lint.Evidence:
+def evidence(plain: nn.Module) -> Evidence:
     """The evidence on a network that answers every image correctly, to which tests add made-up attacks."""
-    return lint.Evidence(
+    return Evidence(
         lambda images: F.one_hot(LABELS, 4).float()[: len(images)] * 5 - 1,
         IMAGES,
         LABELS,
@@ -717,13 +727,13 @@ def evidence(plain: nn.Module) -> lint.Evidence:
     )
 
 
-def ask(code: str, evidence: lint.Evidence) -> bool | None:
-    return next(check for check in CHECKS if check.code == code).ask(evidence)[0]
+def ask(code: str, evidence: Evidence) -> bool | None:
+    return CHECK[code].ask(evidence)[0]
 
 
 @pytest.mark.parametrize(("broken", "alarm"), [(0, False), (2, False), (12, True)])
 def test_what_one_step_alone_breaks_is_judged_image_by_image(
-    evidence: lint.Evidence, broken: int, alarm: bool, monkeypatch: pytest.MonkeyPatch
+    evidence: Evidence, broken: int, alarm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evidence.trace = traced(torch.zeros(40, 60, dtype=torch.bool))
     evidence.one_step = IMAGES
@@ -733,7 +743,7 @@ def test_what_one_step_alone_breaks_is_judged_image_by_image(
 
 @pytest.mark.parametrize(("late", "second", "alarm"), [(0, 0, False), (1, 1, False), (6, 0, True), (0, 6, True)])
 def test_images_broken_only_by_more_steps_or_another_start_raise_an_alarm(
-    evidence: lint.Evidence, late: int, second: int, alarm: bool
+    evidence: Evidence, late: int, second: int, alarm: bool
 ) -> None:
     wrong = torch.zeros(40, 60, dtype=torch.bool)
     wrong[30:, :late] = True
@@ -743,7 +753,7 @@ def test_images_broken_only_by_more_steps_or_another_start_raise_an_alarm(
 
 
 @pytest.mark.parametrize(("power", "alarm"), [(0.1, False), (1.0, True)])
-def test_a_loss_that_still_rises_at_the_end_raises_an_alarm(evidence: lint.Evidence, power: float, alarm: bool) -> None:
+def test_a_loss_that_still_rises_at_the_end_raises_an_alarm(evidence: Evidence, power: float, alarm: bool) -> None:
     losses = torch.arange(1, 41.0).pow(power)[:, None].expand(40, 60)
     evidence.trace = traced(torch.zeros(40, 60, dtype=torch.bool), losses)
     evidence.second_start = torch.zeros(60, dtype=torch.bool)
@@ -755,7 +765,7 @@ def test_a_loss_that_still_rises_at_the_end_raises_an_alarm(evidence: lint.Evide
     [([1.0, 0.5, 0.0], False), ([0.5, 0.52, 0.0], False), ([0.2, 0.6, 0.0], True), ([0.9, 0.8, 0.7], True)],
 )
 def test_a_curve_that_rises_or_ends_above_chance_raises_an_alarm(
-    evidence: lint.Evidence, curve: list[float], alarm: bool
+    evidence: Evidence, curve: list[float], alarm: bool
 ) -> None:
     evidence.curve = list(zip((0.1, 0.2, 0.5), curve, strict=True))
     assert ask("S4", evidence) == alarm
@@ -763,7 +773,7 @@ def test_a_curve_that_rises_or_ends_above_chance_raises_an_alarm(
 
 @pytest.mark.parametrize(("lost", "alarm"), [(0, False), (1, False), (6, True)])
 def test_images_that_were_adversarial_on_the_way_only_raise_an_alarm(
-    evidence: lint.Evidence, lost: int, alarm: bool, monkeypatch: pytest.MonkeyPatch
+    evidence: Evidence, lost: int, alarm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = torch.ones(40, 60, dtype=torch.bool)
     wrong[-1, :lost] = False
@@ -773,9 +783,9 @@ def test_images_that_were_adversarial_on_the_way_only_raise_an_alarm(
 
 
 def test_a_threshold_is_exceeded_only_with_the_whole_interval() -> None:
-    assert not lint._exceeds(2, 50, 0.02)
-    assert lint._exceeds(5, 100, 0.02)
-    assert not lint._exceeds(0, 0, 0.02)
+    assert not exceeds(2, 50, 0.02)
+    assert exceeds(5, 100, 0.02)
+    assert not exceeds(0, 0, 0.02)
 
 
 # --- odd models, odd input, and what is left behind ---
@@ -786,8 +796,8 @@ def test_a_constant_model_is_an_alarm_and_no_crash(logits: list[float]) -> None:
     findings = lint_model(
         lambda images: torch.tensor(logits).expand(len(images), -1), IMAGES, LABELS % len(logits), eps=EPS, queries=5
     )
-    assert {"G1", "S5"} <= {finding.code for finding in findings if finding.verdict == "alarm"}
-    assert {finding.code: finding.verdict for finding in findings}["G3"] == "skipped"
+    verdicts = {finding.code: finding.verdict for finding in findings}
+    assert (verdicts["G1"], verdicts["S5"], verdicts["G3"]) == ("alarm", "alarm", "skipped")
 
 
 def test_an_untrained_model_is_linted_like_any_other() -> None:
@@ -804,12 +814,11 @@ def test_every_radius_can_be_asked_about(plain: nn.Module, eps: float) -> None:
 
 
 def test_one_image_is_enough(plain: nn.Module) -> None:
-    findings = lint_model(plain, IMAGES[:1], LABELS[:1], queries=5)
-    assert {finding.code: finding.verdict for finding in findings}["B1"] == "skipped"
+    assert linted(plain, images=IMAGES[:1], labels=LABELS[:1], queries=5)["B1"].verdict == "skipped"
 
 
 def test_more_images_than_a_batch_are_attacked_in_parts(plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lint, "BATCH", 16)
+    monkeypatch.setattr(evidence_module, "BATCH", 16)
     assert alarms(linted(plain, surrogate=plain)) == set()
 
 
@@ -820,16 +829,16 @@ def test_double_precision_images_are_judged_alike(plain: nn.Module) -> None:
 
 
 def test_a_model_that_is_never_right_is_refused_with_the_likely_reasons(plain: nn.Module) -> None:
-    with pytest.raises(BadInput, match=r"none of the 60 images correctly.*normalisation inside"):
+    with pytest.raises(BadInput, match="60"):
         lint_model(lambda images: torch.eye(4).repeat(60, 1)[1 : len(images) + 1], IMAGES, LABELS)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eps": 8}, "write 8/255, not 8"),
-        ({"eps": 0}, "need 0 < eps"),
-        ({"queries": 0}, "at least 1 query"),
+        ({"eps": 8}, "8.*8/255"),
+        ({"eps": 0}, "0"),
+        ({"queries": 0}, "0"),
     ],
 )
 def test_nonsense_is_refused(plain: nn.Module, options: dict[str, float], message: str) -> None:
@@ -838,7 +847,7 @@ def test_nonsense_is_refused(plain: nn.Module, options: dict[str, float], messag
 
 
 def test_a_label_that_is_no_class_and_a_net_in_training_mode_are_refused(plain: nn.Module) -> None:
-    with pytest.raises(BadInput, match="label 5 is out of range, expected 0 to 3"):
+    with pytest.raises(BadInput, match=r"label 5 .*3"):
         lint_model(plain, IMAGES, LABELS + 2)
     with pytest.raises(BadInput, match=r"call \.eval\(\) first"):
         linted(nn.Sequential(nn.BatchNorm2d(3), plain).train())
@@ -846,18 +855,19 @@ def test_a_label_that_is_no_class_and_a_net_in_training_mode_are_refused(plain: 
 
 def test_the_same_seed_gives_the_same_findings_and_global_random_states_are_left_alone(robust: nn.Module) -> None:
     model = Noisy(robust)  # draws from torch's global generator
+    few: dict[str, object] = {"images": IMAGES[:16], "labels": LABELS[:16]}
     runs = []
     for start in (1, 2):
         torch.manual_seed(start)
         random.seed(start)
         np.random.seed(start)
         states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-        runs.append(lint_model(model, IMAGES, LABELS, queries=5, seed=4))
+        runs.append(linted(model, queries=5, seed=4, **few))
         assert torch.equal(torch.get_rng_state(), states[0])
         assert random.getstate() == states[1]
         assert (np.random.get_state()[1] == states[2]).all()
     assert runs[0] == runs[1]
-    assert runs[0] != lint_model(model, IMAGES, LABELS, queries=5, seed=5)
+    assert runs[0] != linted(model, queries=5, seed=5, **few)
 
 
 def test_linting_changes_nothing_about_a_model(plain: nn.Module) -> None:
@@ -886,7 +896,7 @@ def test_a_model_passes_unless_a_check_raises_an_alarm() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["standard-resnet20-cifar10", "eio-resnet20-cifar10"])
 def test_an_undefended_model_and_a_defended_one_pass_on_real_images_and_with_their_graphs(name: str) -> None:
-    found = lint_bundle(open_model(name), "single", eps=Fraction(8, 255), images=40, queries=50)
+    found = lint_bundle(open_model(name), "single", eps=Fraction(8, 255), images=24, queries=20)
     assert [(finding.code, finding.figure) for finding in found.alarms] == []
     verdicts = {finding.code: finding.verdict for finding in found.findings}
     assert verdicts["P1"] == "ok", "the graph that is served was compared"

@@ -26,7 +26,7 @@ from zoo.bundle.record import record_lint, record_results
 from zoo.data import datasets
 from zoo.errors import BadInput, BundleError, MissingFile
 from zoo.evaluation import Request, evaluate
-from zoo.evaluation.int8_graph import Rounded, int8_graph, shown
+from zoo.evaluation.int8_graph import Int8Network, attack_weights, int8_graph
 from zoo.evaluation.linter.bundle import lint_bundle
 from zoo.export import quantize
 from zoo.export.int8_contents import strangers
@@ -701,7 +701,7 @@ def test_the_linter_asks_the_int8_graph_and_is_recorded_beside_the_weights(bundl
 
 def test_a_rounded_model_answers_as_its_graph_and_slopes_as_its_weights(bundle: Bundle) -> None:
     (weights,) = member_networks(bundle, "single")
-    model = Rounded(weights, int8_graph(bundle, "single"))
+    model = Int8Network(weights, int8_graph(bundle, "single"))
     images = torch.from_numpy(pixels(8, "test"))
     expected = torch.from_numpy(answers(bundle.read("single.int8.onnx"), images.numpy()))
     assert torch.equal(model(images), expected)
@@ -718,7 +718,9 @@ def test_what_is_shown_to_a_model_that_is_the_weights_breaks_it_alike(bundle: Bu
     images = datasets.load("tiny", "test")[slice(0, 30)]
     budget = LinfBudget(eps=4 / 255, steps=6, restarts=3)
     float_images = datasets.as_float(images.pixels)
-    theirs, ours, last = shown(weights, weights, float_images, images.labels, budget, torch.Generator().manual_seed(0))
+    theirs, ours, last = attack_weights(
+        weights, weights, float_images, images.labels, budget, torch.Generator().manual_seed(0)
+    )
     assert torch.equal(theirs, ours)
     assert float((last - float_images).abs().max()) <= 4 / 255 + 1e-6
 

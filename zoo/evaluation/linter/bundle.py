@@ -1,4 +1,4 @@
-"""The linter on a variant of a bundle: what is deployed, on test images, beside the graph that serves it."""
+"""The linter on a variant of a bundle: the deployed network, on test images, compared with the graph that serves it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zoo.attacks.checks import Model
+from zoo.attacks.outputs import Model
 from zoo.bundle.bundle import Bundle, int8_file
 from zoo.bundle.card import Card, Finding, Lint
 from zoo.data import datasets
 from zoo.evaluation.int8_graph import check_int8
 from zoo.evaluation.ledger import Ledger
-from zoo.evaluation.linter.checks import QUERIES, lint_model
-from zoo.evaluation.protocols.transfer import check_surrogates, open_surrogate
+from zoo.evaluation.linter.evidence import QUERIES
+from zoo.evaluation.linter.lint import lint_model
 from zoo.evaluation.request import Request
 from zoo.evaluation.run import Run
+from zoo.evaluation.surrogates import check_surrogates, open_surrogate
 from zoo.runtime import session
 from zoo.weights.models import check_variant
 
@@ -45,7 +46,7 @@ def lint_bundle(
     """Ask every question of the linter about one variant, on the first test images of the fixed order.
 
     Args:
-        bundle: its weights are attacked; where its graph of the variant is there, it is compared with them (P1).
+        bundle: its weights are attacked, and the variant's graph is compared with them (P1).
         variant: "single", "ensemble" or "gated".
         eps: radius of the l_inf ball.
         images: how many; 100 by default.
@@ -53,7 +54,7 @@ def lint_bundle(
         queries: of Square, per image.
         surrogate: another model (MODEL) for transfer and for a direction from outside.
         device: where to compute.
-        precision: "int8" asks the variant's int8 graph, whose gradients are those of the weights it rounds.
+        precision: "int8" attacks the variant's int8 graph, with the gradients of the weights that it rounds.
         command: repeats this, for the record.
         watch: called with each finding.
 
@@ -63,25 +64,14 @@ def lint_bundle(
     check_variant(bundle, variant)
     if precision == "int8":
         check_int8(bundle, variant)
-    number = IMAGES if images is None else images
+    named = () if surrogate is None else (surrogate,)
     request = Request(
-        protocol="lint",
-        variant=variant,
-        eps=(eps,),
-        images=number,
-        precision=precision,
-        seed=seed,
-        surrogates=() if surrogate is None else (surrogate,),
+        protocol="lint", variant=variant, eps=(eps,), images=images, precision=precision, seed=seed, surrogates=named
     )
-    run = Run(bundle=bundle, request=request, device=torch.device(device), ledger=Ledger({"lint": "keeps none"}))
+    run = Run(bundle=bundle, request=request, device=torch.device(device), ledger=Ledger())
     chosen = run.images(IMAGES)
-    other: Model | None = None
-    if surrogate is not None:
-        opened = open_surrogate(surrogate)
-        check_surrogates(run, [opened])
-        other = opened.deployed(run.device)
     sampler = run.fresh_paths(run.rng("lint", 0)) if variant == "gated" else None
-    graph_file = int8_file(variant) if run.rounds else f"{variant}.onnx"
+    graph_file = int8_file(variant) if run.int8 else f"{variant}.onnx"
     model: Model = run.network if sampler is None else lambda pixels: sampler()(pixels)
     findings = lint_model(
         model,
@@ -89,7 +79,7 @@ def lint_bundle(
         chosen.labels,
         eps=float(eps),
         sampler=sampler,
-        surrogate=other,
+        surrogate=None if surrogate is None else _opened(bundle, surrogate, run.device),
         served=None if sampler is not None else _served(bundle, graph_file),
         seed=seed,
         queries=queries,
@@ -103,6 +93,13 @@ def lint_bundle(
         date=datetime.now(UTC).date().isoformat(),
         command=command,
     )
+
+
+def _opened(target: Bundle, name: str, device: torch.device) -> Model:
+    """Return a surrogate as it is attacked, once it is known to be another model than the target."""
+    surrogate = open_surrogate(name)
+    check_surrogates(target, [surrogate])
+    return surrogate.deployed(device)
 
 
 def _answered(finding: Finding, card: Card, variant: str) -> Finding:

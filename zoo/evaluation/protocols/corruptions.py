@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 
 from zoo.bundle.card import Result
@@ -10,10 +13,14 @@ from zoo.data.cifar10_c import find_official, official, official_labels
 from zoo.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from zoo.data.datasets import Images
 from zoo.errors import BadInput
-from zoo.evaluation.run import Run, share, table
+from zoo.evaluation.intervals import share
+from zoo.evaluation.run import Run, table
+
+Cell = Callable[[str, int], Images]
+"""(corruption, severity) -> the images of that cell."""
 
 
-def corruptions(run: Run) -> list[Result]:
+def measure(run: Run) -> list[Result]:
     """Mean accuracy over the 75 cells; 1 minus it is the corruption error of the papers.
 
     Each cell has 1,000 images by default, all 10,000 where the official files are read.
@@ -25,19 +32,12 @@ def corruptions(run: Run) -> list[Result]:
     folder = run.request.corrupted or (find_official() if card.dataset == "cifar10" else None)
     if folder is not None and card.dataset != "cifar10":
         raise BadInput(f"{folder} holds CIFAR-10-C, and {card.name} was trained on {card.dataset}")
-    images = run.images(1000) if folder is None else None
+    cell = _official(run, folder) if folder else _synthetic(run)
     cells, counted = [], 0
     for name in CORRUPTIONS:
         for severity in SEVERITIES:
-            if images is not None:
-                pixels = corrupt(images.pixels.cpu(), name, severity, seed=run.request.seed).to(run.device)
-                corrupted = Images(pixels, images.labels)
-            else:
-                assert folder is not None
-                whole = Images(official(folder, name, severity), official_labels(folder))
-                corrupted = datasets.evaluation_subset(whole, run.request.images or len(whole)).to(run.device)
-            counted = len(corrupted)
-            stage = f"{name}, severity {severity}"
+            corrupted = cell(name, severity)
+            counted, stage = len(corrupted), f"{name}, severity {severity}"
             judge, size = run.answers(stage)
             cells.append(share(run.judged(stage, corrupted, judge, size=size)))
     values = torch.tensor(cells, dtype=torch.float64).reshape(len(CORRUPTIONS), len(SEVERITIES))
@@ -53,3 +53,21 @@ def corruptions(run: Run) -> list[Result]:
             tables=[table("corruptions", ("corruption", "severity"), list(CORRUPTIONS), columns, values)],
         )
     ]
+
+
+def _official(run: Run, folder: Path) -> Cell:
+    def read(name: str, severity: int) -> Images:
+        whole = Images(official(folder, name, severity), official_labels(folder))
+        return datasets.evaluation_subset(whole, run.request.images or len(whole)).to(run.device)
+
+    return read
+
+
+def _synthetic(run: Run) -> Cell:
+    images = run.images(1000)
+    pixels = images.pixels.cpu()
+
+    def make(name: str, severity: int) -> Images:
+        return Images(corrupt(pixels, name, severity, seed=run.request.seed).to(run.device), images.labels)
+
+    return make

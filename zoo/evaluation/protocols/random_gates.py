@@ -1,48 +1,42 @@
 """Random gates under attack: every attack that is known to matter for a randomised defence, judged on fresh draws.
 
-What an attacker is given is everything but the gates of the answer. No single attack is the right one: averaging over
-gates may chase a compromise that fools no path, a single path may transfer better, and ARC picks members off one by one
-(Dbouk and Shanbhag 2022). So the reported number takes, for every image, the attack that served it worst.
+The attacker knows everything but the gates of the answer. No single attack is the right one: averaging over gates may
+find a compromise that fools no path, a single path may transfer better, and ARC fools members one by one (Dbouk and
+Shanbhag 2022). So the reported number takes, for every image, the attack that left it the lowest accuracy.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo import paths
-from zoo.attacks.apgd import apgd_eot
-from zoo.attacks.autoattack import CLASSES_NEEDED, autoattack
 from zoo.attacks.budget import LinfBudget
-from zoo.attacks.checks import asked
-from zoo.attacks.gradient import fgsm, pgd
 from zoo.attacks.losses import ascent
-from zoo.attacks.random_gates import Sampler, arc, eot_pgd, path_model, path_sampler, relaxed_model
-from zoo.attacks.square import square
+from zoo.attacks.outputs import logits_of
+from zoo.attacks.random_gates import eot_pgd, path_sampler
 from zoo.bundle.card import Check, Result
 from zoo.data.datasets import Images
 from zoo.errors import BadInput
-from zoo.evaluation.protocols.transfer import STEPS, adversarial_set, open_surrogate
-from zoo.evaluation.run import GROUP, Run, share, table
+from zoo.evaluation.adversarial_set import STEPS, adversarial_set
+from zoo.evaluation.intervals import share
+from zoo.evaluation.protocols.gate_attacks import AUTOATTACK, EOT, ONE_STEP, Attempt, GateAttack, attacks_on
+from zoo.evaluation.run import GROUP, Judge, Run, table
+from zoo.evaluation.surrogates import open_surrogate
+from zoo.evaluation.thresholds import DRAWS_GAP, LEFT_AT_HALF, SILENT_GRADIENTS
 from zoo.gates.derive import mean_probability
-from zoo.gates.rgn import RandomGatedNetwork
 
 JUDGING_DRAWS = 100
-FIXED_PATHS = 3
-ARC_PATHS = 8
 AVERAGED = 10
-SQUARE_QUERIES, SQUARE_DRAWS = 200, 10
+"""Draws whose mean probability is judged, and which an attacker who retries must all get past."""
+NOISE, TRANSFER = "random noise", "transfer"
 
 
-def random_gates(run: Run) -> list[Result]:
+def measure(run: Run) -> list[Result]:
     """Every attack of the list on random gates: 20 steps of eps / 5, judged on 100 fresh draws, 1,000 images.
 
     The table "attacks" has for each attack the mean accuracy over draws with its standard error over draws, the share
@@ -56,162 +50,69 @@ def random_gates(run: Run) -> list[Result]:
             "ensemble is deterministic, use --protocol whitebox or autoattack"
         )
     draws = run.request.draws or JUDGING_DRAWS
-    steps = run.request.steps or 20
-    restarts = run.request.restarts or 1
     images = run.images(1000)
-    results = []
-    few = min(AVERAGED, draws)
-    metrics = ("mean", "standard error", f"worst of {few}", "worst of all", f"average of {few}")
     clean = run.judged(
         "clean", images, lambda pixels, labels, batch: _on_draws(run, pixels, labels, batch, draws), size=GROUP
     )
-    for eps in run.request.eps:
-        budget = LinfBudget(eps=float(eps), steps=steps, restarts=restarts)
-        names = ["none", "random noise"]
-        judged = [clean, run.judged(f"random noise, eps {eps}", images, _noise(run, eps, draws), size=GROUP)]
-        for name, attack in _attacks(run).items():
-            stage = f"{name}, eps {eps}"
-
-            def judge(
-                pixels: Tensor,
-                labels: Tensor,
-                batch: int,
-                stage: str = stage,
-                attack: GateAttack = attack,
-                budget: LinfBudget = budget,
-            ) -> Tensor:
-                sampler = path_sampler(run.rgn, run.rng(f"gates of {stage}", batch))
-                asked = run.fresh_paths(run.rng(f"gates of {stage}", batch)) if run.rounds else sampler
-                attempt = Attempt(run.rgn, sampler, asked, run.generator(stage, batch), pixels, labels, budget)
-                return _on_draws(run, attack(attempt), labels, batch, draws)
-
-            names.append(name)
-            judged.append(run.judged(stage, images, judge, size=GROUP))
-        if run.request.surrogates:
-            names.append("transfer")
-            judged.append(_transferred(run, images, eps, draws))
-        left_out = (
-            [] if "AutoAttack on a fixed path" in names else ["AutoAttack (not installed, or fewer than 4 classes)"]
-        )
-        left_out += [] if run.request.surrogates else ["transfer (no surrogates named)"]
-        counts = torch.stack(judged)  # (attack, image, metric inputs): correct draws, correct average
-        right = counts[..., :draws]
-        per_image = right.double().mean(2)
-        minimum = per_image.min(0).values
-        persistent = right.bool().all(2).all(0)
-        values = torch.stack([_metrics(rows, draws) for rows in counts])
-        results.append(
-            run.result(
-                attack=f"minimum of {len(names) - 1} attacks",
-                accuracy=share(minimum),
-                images=len(images),
-                eps=eps,
-                steps=steps,
-                step_size=budget.step,
-                restarts=restarts,
-                draws=draws,
-                note=f"pointwise; {share(persistent):.4f} against an attacker who tries them "
-                f"all on every one of {draws} draws; gates drawn per {GROUP} images"
-                + ("; made on the float32 weights, Square by asking the int8 graph" if run.rounds else "")
-                + (f"; left out: {', '.join(left_out)}" if left_out else ""),
-                checks=[*_checks(names, per_image, len(images)), *_masking(run, images)],
-                tables=[table("attacks", (f"attack, eps {eps}", "accuracy over draws"), names, metrics, values)],
-            )
-        )
-    return results
+    return [_measure_at(run, eps, images, clean, draws) for eps in run.request.eps]
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """What an attack on random gates may use: the network, samplers of fresh paths and a generator of its own."""
-
-    rgn: RandomGatedNetwork
-    sampler: Sampler
-    """Of the weights."""
-    asked: Sampler
-    """Of what is deployed, which is another where that is an int8 graph; it has no gradients."""
-    generator: torch.Generator
-    images: Tensor
-    labels: Tensor
-    budget: LinfBudget
-
-    def with_steps(self, steps: int) -> LinfBudget:
-        """Return the budget of an attack that has a number of steps of its own."""
-        return LinfBudget(eps=self.budget.eps, steps=steps)
-
-
-GateAttack = Callable[[Attempt], Tensor]
-
-
-def _one_step(on: Attempt) -> Tensor:
-    return fgsm(relaxed_model(on.rgn), on.images, on.labels, on.budget)
-
-
-def _relaxed(on: Attempt) -> Tensor:
-    return pgd(relaxed_model(on.rgn), on.images, on.labels, on.budget, generator=on.generator)
-
-
-def _fixed(on: Attempt, *, path: paths.Path) -> Tensor:
-    return pgd(path_model(on.rgn, path), on.images, on.labels, on.budget, generator=on.generator)
-
-
-def _expected(on: Attempt, **options: Any) -> Tensor:
-    return eot_pgd(on.sampler, on.images, on.labels, on.budget, generator=on.generator, **options)
-
-
-def _auto_pgd(on: Attempt, *, loss: str) -> Tensor:
-    budget = on.with_steps(50)
-    return apgd_eot(on.sampler, on.images, on.labels, budget, draws=20, loss=loss, generator=on.generator)
-
-
-def _members(on: Attempt) -> Tensor:
-    models = [on.sampler() for _ in range(ARC_PATHS)]
-    return arc(models, on.images, on.labels, on.with_steps(10), generator=on.generator)
-
-
-def _square(on: Attempt) -> Tensor:
-    return square(
-        lambda pixels: on.asked()(pixels),
-        on.images,
-        on.labels,
-        on.budget,
-        queries=SQUARE_QUERIES,
-        draws=SQUARE_DRAWS,
-        early_stop=False,
-        generator=on.generator,
+def _measure_at(run: Run, eps: Fraction, images: Images, clean: Tensor, draws: int) -> Result:
+    steps, restarts = run.request.steps or 20, run.request.restarts or 1
+    budget = LinfBudget(eps=float(eps), steps=steps, restarts=restarts)
+    judged = {"none": clean, NOISE: run.judged(f"random noise, eps {eps}", images, _noise(run, eps, draws), size=GROUP)}
+    for name, attack in attacks_on(run).items():
+        stage = f"{name}, eps {eps}"
+        judged[name] = run.judged(stage, images, _attacked(run, stage, attack, budget, draws), size=GROUP)
+    if run.request.surrogates:
+        judged[TRANSFER] = _transferred(run, images, eps, draws)
+    names = list(judged)
+    counts = torch.stack(list(judged.values()))  # (attack, image, metric inputs): correct draws, correct average
+    right = counts[..., :draws]
+    per_image = right.double().mean(2)
+    minimum = per_image.min(0).values
+    persistent = right.bool().all(2).all(0)
+    values = torch.stack([_metrics(rows, draws) for rows in counts])
+    left_out = _left_out(names)
+    return run.result(
+        attack=f"minimum of {len(names) - 1} attacks",
+        accuracy=share(minimum),
+        images=len(images),
+        eps=eps,
+        steps=steps,
+        step_size=budget.step,
+        restarts=restarts,
+        draws=draws,
+        note=f"pointwise; {share(persistent):.4f} against an attacker who tries them "
+        f"all on every one of {draws} draws; gates drawn per {GROUP} images"
+        + ("; made on the float32 weights, Square by asking the int8 graph" if run.int8 else "")
+        + (f"; left out: {', '.join(left_out)}" if left_out else ""),
+        checks=[*_checks(names, per_image, len(images)), *_masking(run, images)],
+        tables=[table("attacks", (f"attack, eps {eps}", "accuracy over draws"), names, _columns(draws), values)],
     )
 
 
-def _standard(on: Attempt, *, path: paths.Path) -> Tensor:
-    seed = on.generator.initial_seed() % 2**31
-    found = autoattack(path_model(on.rgn, path), on.images, on.labels, on.budget, seed=seed)
-    return found.adversarial
+def _attacked(run: Run, stage: str, attack: GateAttack, budget: LinfBudget, draws: int) -> Judge:
+    def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
+        weights = path_sampler(run.rgn, run.rng(f"gates of {stage}", batch))
+        deployed = run.fresh_paths(run.rng(f"gates of {stage}", batch)) if run.int8 else weights
+        attempt = Attempt(run.rgn, weights, deployed, run.generator(stage, batch), pixels, labels, budget)
+        return _on_draws(run, attack(attempt), labels, batch, draws)
+
+    return judge
 
 
-def _attacks(run: Run) -> dict[str, GateAttack]:
-    """Return the attacks by name, in the order of methods that average ever more."""
-    rng = run.rng("fixed paths", 0)
-    fixed = [paths.sample(run.rgn.num_gates, run.rgn.candidates, rng) for _ in range(FIXED_PATHS)]
-    found: dict[str, GateAttack] = {"FGSM on the relaxed gates": _one_step}
-    for number, path in enumerate(fixed):
-        found[f"PGD on fixed path {number + 1}"] = partial(_fixed, path=path)
-    found["PGD, fresh gates per step"] = partial(_expected, draws=1)
-    for draws in (5, 20, 50):
-        found[f"EOT-{draws}"] = partial(_expected, draws=draws)
-    found["EOT-5, loss of the mean probability"] = partial(_expected, draws=5, average="probability")
-    found["EOT-20, margin, momentum"] = partial(_expected, draws=20, loss="margin", momentum=0.75)
-    found["PGD on the relaxed gates"] = _relaxed
-    found[f"ARC on {ARC_PATHS} paths"] = _members
-    found["APGD-CE, EOT-20"] = partial(_auto_pgd, loss="cross_entropy")
-    if len(run.bundle.card.classes) >= 3:
-        found["APGD-DLR, EOT-20"] = partial(_auto_pgd, loss="dlr")
-    found[f"Square, {SQUARE_QUERIES} queries of {SQUARE_DRAWS} draws"] = _square
-    if (
-        importlib.util.find_spec("pyautoattack") is not None
-        and len(run.bundle.card.classes) >= CLASSES_NEEDED["standard"]
-    ):
-        found["AutoAttack on a fixed path"] = partial(_standard, path=fixed[0])
-    return found
+def _left_out(names: Sequence[str]) -> list[str]:
+    reasons = {
+        AUTOATTACK: "AutoAttack (not installed, or fewer than 4 classes)",
+        TRANSFER: "transfer (no surrogates named)",
+    }
+    return [reason for name, reason in reasons.items() if name not in names]
+
+
+def _columns(draws: int) -> tuple[str, ...]:
+    few = min(AVERAGED, draws)
+    return "mean", "standard error", f"worst of {few}", "worst of all", f"average of {few}"
 
 
 def _on_draws(run: Run, pixels: Tensor, labels: Tensor, batch: int, draws: int) -> Tensor:
@@ -221,7 +122,7 @@ def _on_draws(run: Run, pixels: Tensor, labels: Tensor, batch: int, draws: int) 
     with torch.no_grad():
         for draw in range(draws):
             path = paths.sample(run.rgn.num_gates, run.rgn.candidates, rng)
-            answer = asked(run.along(path), pixels)
+            answer = logits_of(run.along(path), pixels)
             right.append(answer.argmax(1) == labels)
             if draw < AVERAGED:
                 logits.append(answer)
@@ -229,7 +130,7 @@ def _on_draws(run: Run, pixels: Tensor, labels: Tensor, batch: int, draws: int) 
     return torch.stack([*right, averaged], dim=1)
 
 
-def _noise(run: Run, eps: Fraction, draws: int) -> Callable[[Tensor, Tensor, int], Tensor]:
+def _noise(run: Run, eps: Fraction, draws: int) -> Judge:
     def judge(pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
         noise = torch.rand(pixels.shape, generator=run.generator(f"noise {eps}", batch)).to(pixels.device)
         noisy = (pixels + float(eps) * (2 * noise - 1).sign()).clamp(0, 1)
@@ -259,12 +160,12 @@ def _transferred(run: Run, images: Images, eps: Fraction, draws: int) -> Tensor:
 
 
 def _metrics(judged: Tensor, draws: int) -> Tensor:
-    """Return the columns `METRICS` of one attack from (image, draws + 1)."""
+    """Return the columns of one attack, as `_columns` names them, from (image, draws + 1)."""
     right = judged[:, :draws].bool()
     per_draw = right.double().mean(0)
     counts = right.sum(1).tolist()
     # the chance that `few` of the draws, taken at random without replacement, are all answered correctly
-    few = min(10, draws)
+    few = min(AVERAGED, draws)
     all_of_few = sum(math.comb(count, few) / math.comb(draws, few) for count in counts) / len(counts)
     error = float(per_draw.std()) / math.sqrt(draws) if draws > 1 else 0.0
     return torch.tensor(
@@ -282,10 +183,14 @@ def _masking(run: Run, images: Images) -> list[Check]:
     moved = eot_pgd(sampler, pixels, labels, huge, draws=2, generator=run.generator("masking", 0))
     kept = share(_on_draws(run, moved, labels, 0, AVERAGED)[:, :AVERAGED])
     return [
-        Check(name="gradients are not zero", held=silent <= 0.05, detail=f"{silent:.3f} of {len(labels)} have none"),
+        Check(
+            name="gradients are not zero",
+            held=silent <= SILENT_GRADIENTS,
+            detail=f"{silent:.3f} of {len(labels)} have none",
+        ),
         Check(
             name="a large eps reaches zero",
-            held=kept <= 0.02,
+            held=kept <= LEFT_AT_HALF,
             detail=f"eps 0.5: EOT-2 of 50 steps leaves {kept:.3f} of {len(labels)} images",
         ),
     ]
@@ -294,29 +199,29 @@ def _masking(run: Run, images: Images) -> list[Check]:
 def _checks(names: list[str], per_image: Tensor, images: int) -> list[Check]:
     """Check what must hold of random gates: more draws do not help the defender, noise is weaker than any attack."""
     means = dict(zip(names, per_image.mean(1).tolist(), strict=True))
-    expected = [means[f"EOT-{draws}"] for draws in (5, 20, 50)]
-    blind = [name for name in names if name.startswith("Square") or name in ("random noise", "transfer")]
+    expected = [means[name] for name in EOT.values()]
+    blind = [name for name in names if name.startswith("Square") or name in (NOISE, TRANSFER)]
     seeing = torch.tensor([name not in blind for name in names])
     alone = float((per_image[seeing].min(0).values - per_image.min(0).values).mean())
     return [
         Check(
             name="EOT is flat",
-            held=expected[2] >= expected[1] - 0.02,
+            held=expected[2] >= expected[1] - DRAWS_GAP,
             detail=f"EOT-5, 20, 50 leave {expected[0]:.3f}, {expected[1]:.3f}, {expected[2]:.3f} of {images} images",
         ),
         Check(
             name="iterative is at least as strong as one step",
-            held=min(expected) <= means["FGSM on the relaxed gates"] + 0.02,
-            detail=f"FGSM leaves {means['FGSM on the relaxed gates']:.3f}, EOT {min(expected):.3f}",
+            held=min(expected) <= means[ONE_STEP] + DRAWS_GAP,
+            detail=f"FGSM leaves {means[ONE_STEP]:.3f}, EOT {min(expected):.3f}",
         ),
         Check(
             name="gradients find what guessing finds",
-            held=alone <= 0.02,
+            held=alone <= DRAWS_GAP,
             detail=f"{', '.join(blind)} lower the mean by {alone:.3f} beyond the gradient attacks, image by image",
         ),
         Check(
             name="random noise is weaker than the gradient",
-            held=means["random noise"] >= min(expected) - 0.02,
-            detail=f"noise leaves {means['random noise']:.3f}, EOT {min(expected):.3f}",
+            held=means[NOISE] >= min(expected) - DRAWS_GAP,
+            detail=f"noise leaves {means[NOISE]:.3f}, EOT {min(expected):.3f}",
         ),
     ]

@@ -1,10 +1,8 @@
 """The attack demo in a real browser: what a visitor does, sees and downloads."""
 
-import asyncio
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +15,8 @@ pytest.importorskip("gradio", reason="the demo needs gradio")
 pytest.importorskip("playwright", reason="playwright drives the browser")
 
 import torch
-import uvicorn
 from PIL import Image
-from starlette.applications import Starlette
 
-from serving.demo import page as demo
-from serving.listener import bind, url_of
 from zoo.bundle.bundle import write_bundle
 from zoo.bundle.card import Paths
 from zoo.gates.rgn import randomly_gate
@@ -81,30 +75,11 @@ def write_gates(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    models = [STANDARD, write_gates(tmp_path_factory.mktemp("models") / "noisy-gates")]
-    servers: list[uvicorn.Server] = []
-
-    async def serve() -> None:
-        # mounted where a loop runs: where none does, gradio makes eight and never closes them
-        config = uvicorn.Config(demo.mount(Starlette(), "/demo", models), log_level="error", ws="none")
-        config.timeout_graceful_shutdown = 1
-        servers.append(uvicorn.Server(config))
-        await servers[0].serve([listener])
-
-    with pytest.MonkeyPatch.context() as patch, bind("127.0.0.1", 0) as listener:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        thread = threading.Thread(target=lambda: asyncio.run(serve()))
-        thread.start()
-        try:
-            while thread.is_alive() and not (servers and servers[0].started):
-                time.sleep(0.02)
-            assert thread.is_alive()
-            yield f"{url_of(listener)}/demo/"
-        finally:
-            for server in servers:
-                server.should_exit = True
-            thread.join(timeout=10)
+def url(
+    tmp_path_factory: pytest.TempPathFactory, serve_page: Callable[[Sequence[str]], AbstractContextManager[str]]
+) -> Iterator[str]:
+    with serve_page([STANDARD, write_gates(tmp_path_factory.mktemp("models") / "noisy-gates")]) as server:
+        yield f"{server}/demo/"
 
 
 @pytest.fixture(scope="module")
@@ -117,36 +92,43 @@ def browser() -> Iterator["Browser"]:
         opened.close()
 
 
-@pytest.fixture
-def open_page(browser: "Browser", url: str) -> Iterator[Callable[..., "Page"]]:
-    """Return a function that opens the page; nothing may go wrong in it or leave the machine."""
+@contextmanager
+def visiting(browser: "Browser", url: str) -> Iterator["Page"]:
+    """Open the page; nothing may go wrong in it or leave the machine."""
     complaints: list[str] = []
-    contexts = []
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
 
-    def opened(width: int = 1280) -> "Page":
-        context = browser.new_context(viewport={"width": width, "height": 900})
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(PATIENCE)
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+    def stay_here(route: Any) -> None:
+        if route.request.url.startswith((url, url.removesuffix("/demo/"), "data:", "blob:")):
+            route.continue_()
+        else:
+            complaints.append(f"asked for {route.request.url}")
+            route.abort()
 
-        def stay_here(route: Any) -> None:
-            if route.request.url.startswith((url, url.removesuffix("/demo/"), "data:", "blob:")):
-                route.continue_()
-            else:
-                complaints.append(f"asked for {route.request.url}")
-                route.abort()
-
-        page.route("**/*", stay_here)
-        page.goto(url)
-        page.wait_for_selector("#attack")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
+    page.route("**/*", stay_here)
+    page.goto(url)
+    page.wait_for_selector("#attack")
+    yield page
+    context.close()
     assert complaints == []
+
+
+@pytest.fixture
+def page(browser: "Browser", url: str) -> Iterator["Page"]:
+    with visiting(browser, url) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def attacked(browser: "Browser", url: str) -> Iterator["Page"]:
+    """The page after an attack; a test leaves the results as they are."""
+    with visiting(browser, url) as opened:
+        attack(opened)
+        yield opened
 
 
 def set_number(page: "Page", selector: str, value: int) -> None:
@@ -177,10 +159,7 @@ def levels(file: Path) -> np.ndarray:
         return np.asarray(image).astype(int)
 
 
-def test_a_visitor_attacks_a_drawing_and_downloads_the_very_image(
-    open_page: Callable[..., "Page"], tmp_path: Path
-) -> None:
-    page = open_page()
+def test_a_visitor_attacks_a_drawing_and_downloads_the_very_image(page: "Page", tmp_path: Path) -> None:
     assert not page.is_visible("#summary-a")
     set_number(page, "#eps", 6)
     page.wait_for_function("document.getElementById('eps-text').textContent.includes('6/255 = 0.0235')")
@@ -189,7 +168,7 @@ def test_a_visitor_attacks_a_drawing_and_downloads_the_very_image(
 
     assert "Model A: ✗ Fooled." in said
     assert "6/255" in page.inner_text("#summary-a")
-    assert re.search(r"The vote of 32 fresh random paths: after the attack \d+ of 32", page.inner_text("#details-b"))
+    assert page.locator("#details-b .votes tbody tr").count() >= 1
     for side in "ab":
         files = {}
         for name in ("clean", "adversarial", "change"):
@@ -207,12 +186,9 @@ def test_a_visitor_attacks_a_drawing_and_downloads_the_very_image(
 
 
 def test_pictures_are_enlarged_without_smoothing_and_have_a_text_for_those_who_do_not_see_them(
-    open_page: Callable[..., "Page"],
+    attacked: "Page",
 ) -> None:
-    page = open_page()
-    attack(page)
-
-    shown = page.evaluate(
+    shown = attacked.evaluate(
         "[...document.querySelectorAll('.side .picture img')].map("
         "i => [i.naturalWidth || 32, getComputedStyle(i).imageRendering, i.alt])"
     )
@@ -220,11 +196,16 @@ def test_pictures_are_enlarged_without_smoothing_and_have_a_text_for_those_who_d
     assert len(shown) == 6
     assert {(width, rendering) for width, rendering, _ in shown} == {(32, "pixelated")}
     assert all(re.search(r"image of model [AB]", text) for _, _, text in shown)
-    assert page.get_attribute("#status", "aria-live") == "polite"
+    assert attacked.get_attribute("#status", "aria-live") == "polite"
 
 
-def test_another_model_shows_its_own_card_and_hides_what_belonged_to_the_last(open_page: Callable[..., "Page"]) -> None:
-    page = open_page()
+def test_on_a_phone_nothing_is_wider_than_the_screen(attacked: "Page") -> None:
+    attacked.set_viewport_size({"width": 400, "height": 900})
+
+    assert attacked.evaluate("document.documentElement.scrollWidth") == 400
+
+
+def test_another_model_shows_its_own_card_and_hides_what_belonged_to_the_last(page: "Page") -> None:
     attack(page)
 
     page.click("#model-b input")
@@ -235,9 +216,7 @@ def test_another_model_shows_its_own_card_and_hides_what_belonged_to_the_last(op
     assert page.is_visible("#summary-a")
 
 
-def test_the_keyboard_alone_is_enough(open_page: Callable[..., "Page"]) -> None:
-    page = open_page()
-
+def test_the_keyboard_alone_is_enough(page: "Page") -> None:
     page.focus("#method input")
     page.keyboard.press("Tab")
     page.keyboard.press("Space")
@@ -248,9 +227,8 @@ def test_the_keyboard_alone_is_enough(open_page: Callable[..., "Page"]) -> None:
     assert "1 gradient evaluation (1 step)" in page.inner_text("#summary-a")
 
 
-def test_a_file_that_is_no_image_is_answered_in_words(open_page: Callable[..., "Page"], tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_is_answered_in_words(page: "Page", tmp_path: Path) -> None:
     (tmp_path / "text.png").write_bytes(b"<b>bold</b>")
-    page = open_page()
 
     page.click("#image button[aria-label='Remove Image']")
     page.set_input_files("#image input[type=file]", tmp_path / "text.png")
@@ -259,20 +237,11 @@ def test_a_file_that_is_no_image_is_answered_in_words(open_page: Callable[..., "
 
     message = page.wait_for_selector(".toast-body").inner_text()
     page.wait_for_function("document.getElementById('status').textContent.includes('did not run')")
-    assert "the 11 bytes that begin with 3c 62 3e 62 6f 6c 64 3c are no PNG, JPEG or WEBP file" in message
-
-
-def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Callable[..., "Page"]) -> None:
-    page = open_page(400)
-    attack(page)
-
-    assert page.evaluate("document.documentElement.scrollWidth") == 400
+    assert b"<b>bold<".hex(" ") in message
 
 
 @pytest.mark.data
-def test_a_random_test_image_comes_with_its_label(open_page: Callable[..., "Page"]) -> None:
-    page = open_page()
-
+def test_a_random_test_image_comes_with_its_label(page: "Page") -> None:
     page.click("#random")
     page.wait_for_function("!document.querySelector('#label input').value.startsWith('automatic')")
     label = page.input_value("#label input")
