@@ -52,8 +52,8 @@ def plain_step(
         for _ in range(objective.distillation_steps):
             images = images.detach().requires_grad_(True)
             with torch.no_grad():
-                wanted = rgn.features(target.images, layer, rgn.select(path), activated=objective.activated)
-            found = rgn.features(images, layer, rgn.select(path), activated=objective.activated)
+                wanted = rgn.runner(layer, rgn.select(path), activated=objective.activated)(target.images)
+            found = rgn.runner(layer, rgn.select(path), activated=objective.activated)(images)
             F.mse_loss(found, wanted).backward()
             assert images.grad is not None
             moved = images.detach() - objective.eps / objective.distillation_steps * images.grad.sign()

@@ -146,7 +146,7 @@ def _elsewhere(place: Path, arguments: argparse.Namespace) -> str:
     """Say which setting makes a command use another place than this one."""
     import tempfile
 
-    from zoo.cache import CACHE_VARIABLE, cache_dir
+    from zoo.files import CACHE_VARIABLE, cache_dir
 
     def within(folder: object) -> bool:
         """Whether the place is in a folder, or is what that folder was to be made in."""

@@ -51,7 +51,7 @@ from zoo.data import datasets
 from zoo.gates.derive import derive
 from zoo.hub.source import list_bundled
 from zoo.vocabulary import VARIANT_OF_MODE
-from zoo.weights.models import PLAIN_WEIGHTS, load_members, load_rgn, load_variant
+from zoo.weights.models import PLAIN_WEIGHTS, AtExit, load_exits, load_members, load_rgn, load_variant
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 
@@ -363,7 +363,7 @@ def test_the_server_answers_a_real_image_as_the_weights_do_in_every_mode_and_at_
         last = exit_index == len(card.exits) - 1
         answer = served(bundle, "single", picture, f"?exit={exit_index + 1}")
         assert answer["exit"] == exit_index + 1
-        probabilities = said_by(load_variant(bundle, "single", exit_index=exit_index), images)
+        probabilities = said_by(AtExit(load_exits(bundle), exit_index), images)
         assert same(answer, probabilities, card.classes)
         assert torch.equal(probabilities, expected[0]) == last  # the default
         expected += [] if last else [probabilities]
@@ -408,7 +408,7 @@ def test_a_multi_exit_network_answers_over_http_at_the_exit_that_its_operator_ch
 ) -> None:
     bundle = commands.export("neo-kd-msdnet3-cifar10-cpu").bundle
     images, picture = real_image("cifar10")
-    first = float(said_by(load_variant(bundle, "single", exit_index=0), images).max())
+    first = float(said_by(AtExit(load_exits(bundle), 0), images).max())
     for words, expected in (
         (("--exit", "2"), 2),
         (("--confidence", f"{first / 2},1"), 1),
@@ -417,5 +417,5 @@ def test_a_multi_exit_network_answers_over_http_at_the_exit_that_its_operator_ch
         with server_process(bundle.folder, *words) as url:
             answer = httpx.post(f"{url}/classify", content=picture).json()
         assert answer["exit"] == expected
-        network = load_variant(bundle, "single", exit_index=expected - 1)
+        network = AtExit(load_exits(bundle), expected - 1)
         assert same(answer, said_by(network, images), bundle.card.classes)

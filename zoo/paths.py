@@ -86,15 +86,7 @@ def sample_distinct(
     prefixes: dict[Path, None] = {}
     if num_prefixes <= _MAX_PREFIXES:
         for index in rng.sample(range(num_prefixes), num_paths):
-            prefixes[_digits(index, candidates, within)] = None
+            prefixes[tuple(index // candidates**place % candidates for place in reversed(range(within)))] = None
     while len(prefixes) < num_paths:
         prefixes[sample(within, candidates, rng)] = None
     return [prefix + sample(num_gates - within, candidates, rng) for prefix in prefixes]
-
-
-def _digits(number: int, base: int, length: int) -> Path:
-    digits = []
-    for _ in range(length):
-        number, digit = divmod(number, base)
-        digits.append(digit)
-    return tuple(reversed(digits))

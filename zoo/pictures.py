@@ -35,19 +35,8 @@ _FILTERS: Final = {
 }
 # what Pillow raises on damaged files; UnidentifiedImageError is an OSError, zlib.error has no nearer base of ours
 DAMAGE: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    RuntimeError,
-    AssertionError,
-    MemoryError,
-    struct.error,
-    zlib.error,
+    *(OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, AttributeError, TypeError),
+    *(RuntimeError, AssertionError, MemoryError, struct.error, zlib.error),
 )
 # what makes pixels
 _PNG_PARTS: Final = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
@@ -98,7 +87,9 @@ def decode_image(content: bytes, wanted: InputFormat, *, max_pixels: int = MAX_P
             image.load()
             if kind == "WEBP":  # whose metadata Pillow leaves alone
                 exif = image.info.get("exif", b"")
-            pixels = _resized(_converted(_upright(image, _orientation(exif)), wanted.channels), wanted)
+            turn = _TO_UPRIGHT.get(_orientation(exif))
+            upright = image if turn is None else image.transpose(turn)
+            pixels = _resized(_converted(upright, wanted.channels), wanted)
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -140,10 +131,9 @@ def encode_png(image: NDArray[np.floating]) -> bytes:
     if not (planes.min() >= 0 and planes.max() <= 1):
         raise BadInput(f"pixels reach from {planes.min()} to {planes.max()}, expected [0, 1]; divide by 255")
     levels = np.rint(planes * 255).astype(np.uint8)
+    pixels = levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0))
     stream = io.BytesIO()
-    Image.fromarray(levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0))).save(
-        stream, format="PNG"
-    )
+    Image.fromarray(pixels).save(stream, format="PNG")
     return stream.getvalue()
 
 
@@ -243,12 +233,6 @@ def _orientation(exif: bytes) -> int:
         if tag == _ORIENTATION and kind == _SHORT and count == 1:
             return int(value)
     return 1
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Turn an image as its camera was held."""
-    turn = _TO_UPRIGHT.get(orientation)
-    return image if turn is None else image.transpose(turn)
 
 
 def _converted(image: Image.Image, channels: int) -> Image.Image:

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from training.objectives.base import check_choice
 from zoo.errors import BadInput
-from zoo.networks.bottleneck_resnet import Bottleneck
-from zoo.networks.resnet import BasicBlock
+from zoo.networks.resnet import BasicBlock, Bottleneck
 from zoo.networks.wide_resnet import WideBlock
 
 Rounding = Literal["ceil", "round"]

@@ -61,21 +61,13 @@ class Bundle:
             raise BundleError(f"{card_file} is not UTF-8 ({error}); fetch or export the bundle again") from error
         except BundleError as error:
             raise type(error)(f"{folder}: {error}") from error
-        for variant in card.variants:
-            if f"{variant}.onnx" not in card.files:
-                raise MissingFile(
-                    f"{folder}: the card has the variant {variant!r} but lists no {variant}.onnx; export it again"
-                )
-        for variant in () if card.int8 is None else card.int8.variants:
-            if int8_file(variant) not in card.files:
-                raise MissingFile(
-                    f"{folder}: the card has an int8 graph of {variant!r} but lists no {int8_file(variant)}; quantise "
-                    f"it again with `manygates export {folder} --int8`"
-                )
-        if card.exits and EARLY_EXIT_FILE not in card.files:
-            raise MissingFile(
-                f"{folder}: the card has {len(card.exits)} exits but lists no {EARLY_EXIT_FILE}; export it again"
-            )
+        quantise = f"quantise it again with `manygates export {folder} --int8`"
+        graphs = [(f"{name}.onnx", f"the variant {name!r}", "export it again") for name in variants_in(card, "fp32")]
+        graphs += [(int8_file(name), f"an int8 graph of {name!r}", quantise) for name in variants_in(card, "int8")]
+        graphs += [(EARLY_EXIT_FILE, f"{len(card.exits)} exits", "export it again")] if card.exits else []
+        for name, what, advice in graphs:
+            if name not in card.files:
+                raise MissingFile(f"{folder}: the card has {what} but lists no {name}; {advice}")
         bundle = cls(folder, card, verify=verify)
         for name in card.files if only is None else only:
             bundle.file(name)
@@ -119,12 +111,7 @@ class Bundle:
         return place
 
     def read(self, name: str) -> bytes:
-        """Return a listed file's content; the very bytes returned are what was checked.
-
-        Raises:
-            MissingFile: if the card does not list it, or it is not on the disk.
-            ChecksumMismatch: if it is not the file that the card describes.
-        """
+        """Return a listed file's content; the very bytes returned are what was checked. Raises as `file`."""
         place, entry = self._entry(name)
         if place.stat().st_size != entry.size:
             raise _mismatch(place, f"{place.stat().st_size} bytes", f"{entry.size} bytes")
@@ -184,12 +171,9 @@ def write_bundle(folder: Path | str, card: Card, files: Mapping[str, bytes | Pat
     """Write a bundle, replacing the one that `folder` held in one step.
 
     Args:
-        folder: where to; created, and replaced as a whole if it holds a bundle.
+        folder: created, and replaced as a whole if it holds a bundle.
         card: its `files` are ignored and filled in from `files`.
         files: the content of each file, or the file to copy it from.
-
-    Returns:
-        The bundle, opened and checked.
 
     Raises:
         BadInput: if `folder` holds something that is not part of a bundle (it would be lost).

@@ -13,11 +13,7 @@ TONES = {"ok": "good", "alarm": "alarm", "skipped": "unknown"}
 
 
 def verdict(lint: Lint | None) -> tuple[str, str]:
-    """Return the linter's verdict on a variant in a few words, and its tone: one of the values of `TONES`.
-
-    Args:
-        lint: what the linter found; None if it was not asked.
-    """
+    """Return the linter's verdict on a variant in a few words, and its tone: one of the values of `TONES`."""
     if lint is None:
         return "not linted", "unknown"
     if lint.alarms:

@@ -38,12 +38,9 @@ class Headline:
 
 
 def headline(card: Card, *, variant: str | None = None, eps: Fraction | None = None) -> Headline:
-    """Return the numbers that stand for a model.
+    """Return the numbers that stand for a model, at an l_inf radius (1 is black to white).
 
-    Args:
-        card: the model's.
-        variant: of which variant; None is the one that stands for the model.
-        eps: at which l_inf radius (1 is black to white); None is the largest that is shown of this variant.
+    A variant of None is the one that stands for the model, an eps of None the largest that is shown of it.
     """
     variant = variant or main_variant(card)
     if eps is None:
@@ -65,21 +62,16 @@ def main_variant(card: Card) -> str:
 def accuracy_of(
     card: Card, protocols: Sequence[str], eps: Fraction, *, variant: str | None = None, norm: str = "linf"
 ) -> Result | None:
-    """Return the accuracy that stands for a variant: on most images, of these the lowest; None if there is none.
+    """Return the accuracy under any of these protocols that stands for a variant; None if there is none.
 
-    Args:
-        card: the model's.
-        protocols: any of these, such as `WHITEBOX`.
-        eps: the radius, 0 for clean images.
-        variant: None is the one that stands for the model.
-        norm: "linf" or "l2".
+    The radius `eps` is 0 for clean images. A variant of None is the one that stands for the model.
     """
+    named = variant or main_variant(card)
     return chosen(
         result
         for result in card.results
-        if result.variant == (variant or main_variant(card))
+        if (result.variant, result.norm) == (named, norm)
         and result.protocol in protocols
-        and result.norm == norm
         and Fraction(result.eps_fraction) == eps
     )
 
@@ -100,11 +92,7 @@ def measured_eps(card: Card, protocols: Sequence[str], *, variant: str | None = 
 
 
 def eps_shown(eps: Iterable[Fraction]) -> list[Fraction]:
-    """Return which radii to compare at, ascending: the usual ones that occur, else those that occur most often.
-
-    Args:
-        eps: the radius of each measurement.
-    """
+    """Return which radii to compare at, ascending: the usual ones among these, else those that occur most often."""
     counted = Counter(place for place in eps if place)
     usual = [place for place in USUAL_EPS if place in counted]
     return sorted(usual or sorted(counted, key=lambda place: (-counted[place], place))[:SHOWN_EPS])

@@ -29,9 +29,7 @@ _LIMITS = """## Limits
 def model_card(card: Card, source: str | None = None) -> str:
     """Return the README of a bundle: the hub's YAML front matter, the measured results, how to use it, its limits.
 
-    Args:
-        card: of the bundle.
-        source: how a reader names the model in a command, like `hf-hub:ORGANISATION/NAME`; its bare name by default.
+    `source` is how a reader names the model in a command, like `hf-hub:ORGANISATION/NAME`; None is its bare name.
     """
     parts = [
         f"---\n{_front_matter(card)}\n---",
@@ -79,15 +77,8 @@ def _front_matter(card: Card) -> str:
 
 def _terms(result: Result) -> dict[str, Any]:
     """Return what tells this result from others of the model, for programs that read the front matter."""
-    return {
-        "variant": result.variant,
-        "protocol": result.protocol,
-        "attack": result.attack,
-        "norm": result.norm,
-        "eps": result.eps_fraction,
-        "images": result.images,
-        "interval": list(result.interval),
-    }
+    said = {name: getattr(result, name) for name in ("variant", "protocol", "attack", "norm")}
+    return {**said, "eps": result.eps_fraction, "images": result.images, "interval": list(result.interval)}
 
 
 def _metric_name(result: Result) -> str:
@@ -244,16 +235,11 @@ def _training(card: Card) -> list[str]:
 
 def _log(table: Table) -> str:
     heads = [name.replace("_", " ") for name in (table.row_axis, *table.columns)]
-    return _table(
-        heads,
-        (
-            [
-                row,
-                *("" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}" for value in values),
-            ]
-            for row, values in zip(table.rows, table.values, strict=True)
-        ),
+    numbers = (
+        ["" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}" for value in values]
+        for values in table.values
     )
+    return _table(heads, ([row, *values] for row, values in zip(table.rows, numbers, strict=True)))
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

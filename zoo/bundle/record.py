@@ -8,6 +8,11 @@ from zoo.bundle.bundle import Bundle
 from zoo.bundle.card import Lint, Result
 from zoo.vocabulary import MEASURED_VARIANTS
 
+_TERMS = (
+    *("protocol", "variant", "attack", "norm", "eps_fraction", "steps", "step_size"),
+    *("restarts", "draws", "images", "seed"),
+)
+
 
 def record_results(folder: Path, results: Sequence[Result]) -> Bundle:
     """Put measured results into a bundle's card; a result measured before on the very same terms is replaced.
@@ -38,16 +43,4 @@ def record_lint(folder: Path, lint: Lint) -> Bundle:
 
 def _terms(result: Result) -> tuple[object, ...]:
     """Return what makes two results measurements of the same thing."""
-    return (
-        result.protocol,
-        result.variant,
-        result.attack,
-        result.norm,
-        result.eps_fraction,
-        result.steps,
-        result.step_size,
-        result.restarts,
-        result.draws,
-        result.images,
-        result.seed,
-    )
+    return tuple(getattr(result, name) for name in _TERMS)

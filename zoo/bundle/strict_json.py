@@ -58,11 +58,7 @@ def parse(text: str) -> Any:
     """
     try:
         return json.loads(
-            text,
-            object_pairs_hook=_unique_keys,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-            parse_int=_integer,
+            text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
         )
     except (ValueError, RecursionError) as error:
         raise BundleError(f"card.json is not JSON ({error}); fetch or export the bundle again") from error

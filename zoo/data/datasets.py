@@ -211,9 +211,7 @@ def as_float(pixels: Tensor) -> Tensor:
 def augment(pixels: Tensor, generator: torch.Generator, *, flip: bool = True, padding: int = 4) -> Tensor:
     """Crop each image at random from its zero-padded self and, if `flip`, mirror it with probability 1/2.
 
-    Args:
-        pixels: (batch, channel, height, width), any type and device.
-        generator: on the CPU, so that the draws are the same on every device.
+    Pixels are (batch, channel, height, width); the generator is on the CPU, so that all devices have the same draws.
     """
     batch, _, height, width = pixels.shape
     offsets = torch.randint(0, 2 * padding + 1, (2, batch), generator=generator)

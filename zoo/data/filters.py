@@ -139,10 +139,7 @@ def plasma(noise: FloatArray, decay: float) -> FloatArray:
     """Turn uniform noise in [-1, 1] into clouds in [0, 1] by midpoint displacement on a torus.
 
     Fournier, Fussell & Carpenter 1982. The displacement shrinks by `decay` squared from one scale to the next, as the
-    authors' product of two decaying amplitudes does.
-
-    Args:
-        noise: (n, side, side), the side a power of two.
+    authors' product of two decaying amplitudes does. The noise is (n, side, side), the side a power of two.
     """
     heights = np.zeros_like(noise)
     step, amplitude = noise.shape[-1], 1.0

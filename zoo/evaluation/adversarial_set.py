@@ -21,14 +21,13 @@ from tqdm import tqdm
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.gradient import InputDiversity, pgd
 from zoo.attacks.skip_gradient import skip_gradient
-from zoo.cache import cache_dir
 from zoo.data import datasets
 from zoo.data.datasets import Images
 from zoo.errors import BadInput, ChecksumMismatch, MissingFile
 from zoo.evaluation.ledger import digest_of
 from zoo.evaluation.run import Run
 from zoo.evaluation.surrogates import Surrogate, check_surrogates
-from zoo.files import sha256_of, write_bytes_atomic, write_json_atomic
+from zoo.files import cache_dir, sha256_of, write_bytes_atomic, write_json_atomic
 
 SET_FILE = "set.json"
 SET_SCHEMA = 1

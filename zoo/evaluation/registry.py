@@ -8,7 +8,6 @@ import torch
 
 from zoo.bundle.bundle import Bundle
 from zoo.bundle.card import Result
-from zoo.cache import cache_dir
 from zoo.errors import BadInput, UnknownName
 from zoo.evaluation.int8_graph import check_int8
 from zoo.evaluation.ledger import Ledger, digest_of
@@ -26,6 +25,7 @@ from zoo.evaluation.protocols import (
 )
 from zoo.evaluation.request import Request
 from zoo.evaluation.run import Run, terms_of
+from zoo.files import cache_dir
 from zoo.weights.models import check_variant
 
 Protocol = Callable[[Run], list[Result]]

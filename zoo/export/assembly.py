@@ -10,7 +10,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from zoo.errors import BadInput
-from zoo.export.nodes import renamed
+from zoo.export.nodes import choice, renamed
 from zoo.export.stencil import (
     AGREEMENT,
     GATES,
@@ -30,11 +30,7 @@ checks and a server opens, which never reads a file that a graph names."""
 
 
 def path_graph(
-    stencil: Stencil,
-    weights: Sequence[Weights],
-    paths: Sequence[tuple[int, ...]] = ((),),
-    *,
-    counted: bool = False,
+    stencil: Stencil, weights: Sequence[Weights], paths: Sequence[tuple[int, ...]] = ((),), *, counted: bool = False
 ) -> bytes:
     """Assemble the graph of one path or the average of several; what paths have in common is computed once.
 
@@ -45,19 +41,17 @@ def path_graph(
     tensors: dict[str, np.ndarray] = dict(stencil.shared)
     nodes: list[NodeProto] = []
     known: set[str] = set()
-    depends: dict[str, frozenset[int]] = {}
+    depends = {name: frozenset({gate}) for name, gate in stencil.gate_of.items()}
 
     def along(name: str, path: tuple[int, ...]) -> str:
-        gates = depends.get(name, frozenset({stencil.gate_of[name]}) if name in stencil.gate_of else frozenset())
+        gates = depends.get(name, frozenset())
         if not several or not gates or not name:
             return name
         return f"{name}/{'-'.join(str(path[gate]) for gate in sorted(gates))}"
 
     for node in stencil.nodes:
-        gates = [depends.get(name, frozenset()) for name in node.input]
-        gates += [frozenset({stencil.gate_of[name]}) for name in node.input if name in stencil.gate_of]
-        for output in node.output:
-            depends[output] = frozenset().union(*gates)
+        gates = frozenset[int]().union(*(depends.get(name, frozenset()) for name in node.input))
+        depends.update(dict.fromkeys(node.output, gates))
         for path, values in zip(paths, weights, strict=True):
             outputs = [along(name, path) for name in node.output]
             if outputs[0] in known:
@@ -77,23 +71,18 @@ def _average(answers: Sequence[str], tensors: dict[str, np.ndarray]) -> list[Nod
     """Return nodes that take the members' logits to the log of their mean probability."""
     tensors["member_axis"] = np.array([0], np.int64)
     tensors["log_members"] = np.array(np.log(len(answers)), np.float32)
-    nodes = []
-    for number, answer in enumerate(answers):
-        nodes.append(
-            helper.make_node("LogSoftmax", [answer], [f"log_prob_{number}"], name=f"log_prob_{number}", axis=1)
-        )
-        nodes.append(
-            helper.make_node(
-                "Unsqueeze", [f"log_prob_{number}", "member_axis"], [f"member_{number}"], name=f"member_{number}"
-            )
-        )
     members = [f"member_{number}" for number in range(len(answers))]
-    nodes.append(helper.make_node("Concat", members, ["members"], name="members", axis=0))
-    nodes.append(
-        helper.make_node("ReduceLogSumExp", ["members", "member_axis"], ["log_sum"], name="log_sum", keepdims=0)
-    )
-    nodes.append(helper.make_node("Sub", ["log_sum", "log_members"], [LOGITS], name=LOGITS))
-    return nodes
+    nodes = []
+    for number, (answer, member) in enumerate(zip(answers, members, strict=True)):
+        log_prob = f"log_prob_{number}"
+        nodes.append(helper.make_node("LogSoftmax", [answer], [log_prob], name=log_prob, axis=1))
+        nodes.append(helper.make_node("Unsqueeze", [log_prob, "member_axis"], [member], name=member))
+    return [
+        *nodes,
+        helper.make_node("Concat", members, ["members"], name="members", axis=0),
+        helper.make_node("ReduceLogSumExp", ["members", "member_axis"], ["log_sum"], name="log_sum", keepdims=0),
+        helper.make_node("Sub", ["log_sum", "log_members"], [LOGITS], name=LOGITS),
+    ]
 
 
 def _agreement(members: int, tensors: dict[str, np.ndarray]) -> list[NodeProto]:
@@ -124,53 +113,37 @@ def gated_graph(stencil: Stencil, candidates: Sequence[Weights], num_gates: int)
         raise BadInput("a gated graph needs at least 2 candidates per layer, got 1; export the variant 'single'")
     tensors: dict[str, np.ndarray] = dict(stencil.shared)
     nodes: list[NodeProto] = []
+    choosing = range(len(candidates) - 1)  # the last candidate is what remains
     for number in range(max(num_gates, len(candidates))):
         tensors[f"number_{number}"] = np.array(number, np.int64)
     for gate in range(num_gates):
         nodes.append(helper.make_node("Gather", [GATES, f"number_{gate}"], [f"gate_{gate}"], name=f"gate_{gate}"))
-        for candidate in range(len(candidates) - 1):
-            chosen = f"gate_{gate}_is_{candidate}"
-            nodes.append(helper.make_node("Equal", [f"gate_{gate}", f"number_{candidate}"], [chosen], name=chosen))
+        for index in choosing:
+            chosen = f"gate_{gate}_is_{index}"
+            nodes.append(helper.make_node("Equal", [f"gate_{gate}", f"number_{index}"], [chosen], name=chosen))
     for node in stencil.nodes:
         gates = {stencil.gate_of[name] for name in node.input if name in stencil.gate_of}
         if not gates:
             nodes.append(node)
             continue
         (gate,) = gates
-        nodes.append(_choice(node, gate, 0, candidates, stencil))
+        stem = node.output[0]
+        conditions = [(f"gate_{gate}_is_{index}", f"{stem}/gate_{gate}_from_{index}") for index in choosing]
+        ways = [_branch(node, index, values, stencil) for index, values in enumerate(candidates)]
+        nodes.append(choice(stem, stem, conditions, ways))
     nodes.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], name=PROBABILITIES, axis=1))
     gates_input = helper.make_tensor_value_info(GATES, TensorProto.INT64, [num_gates])
     facts = {"gates": str(num_gates), "candidates": str(len(candidates))}
     return finished(stencil, nodes, tensors, [gates_input], facts)
 
 
-def _choice(node: NodeProto, gate: int, candidate: int, candidates: Sequence[Weights], stencil: Stencil) -> NodeProto:
-    """Return the node's work by `candidate`, or by one of those behind it."""
-    branch = _branch(node, candidate, candidates, stencil)
-    if candidate == len(candidates) - 2:
-        otherwise = _branch(node, candidate + 1, candidates, stencil)
-    else:
-        inner = _choice(node, gate, candidate + 1, candidates, stencil)
-        inner_output = f"{node.output[0]}/from_{candidate + 1}"
-        del inner.output[:]
-        inner.output.append(inner_output)
-        otherwise = helper.make_graph([inner], f"{node.output[0]}_from_{candidate + 1}", [], [any_float(inner_output)])
-    return helper.make_node(
-        "If",
-        [f"gate_{gate}_is_{candidate}"],
-        list(node.output),
-        name=f"{node.output[0]}/gate_{gate}_from_{candidate}",
-        then_branch=branch,
-        else_branch=otherwise,
-    )
-
-
-def _branch(node: NodeProto, candidate: int, candidates: Sequence[Weights], stencil: Stencil) -> onnx.GraphProto:
+def _branch(node: NodeProto, candidate: int, values: Weights, stencil: Stencil) -> onnx.GraphProto:
+    """Return the node's work by a candidate with these values."""
     output = f"{node.output[0]}/{candidate}"
     own = [name for name in node.input if name in stencil.gate_of]
     inside = {*own, *node.output}
     copy = renamed(node, lambda name: f"{name}/{candidate}" if name in inside else name, name=output)
-    tensors = [tensor(candidates[candidate][name], f"{name}/{candidate}") for name in own]
+    tensors = [tensor(values[name], f"{name}/{candidate}") for name in own]
     return helper.make_graph([copy], f"{node.output[0]}_candidate_{candidate}", [], [any_float(output)], tensors)
 
 
@@ -202,18 +175,14 @@ def finished(
 ) -> bytes:
     """Return the graph of these nodes, which takes images and answers with logits and probabilities, as a file."""
     used = {name for node in nodes for name in node.input}
-    return model_of(
-        nodes,
-        {name: array for name, array in tensors.items() if name in used},
-        [images_value(stencil), *more_inputs],
-        [*answer_values(stencil), *more_outputs],
-        facts or {},
-    )
+    constants = [tensor(array, name) for name, array in tensors.items() if name in used]
+    inputs, outputs = [images_value(stencil), *more_inputs], [*answer_values(stencil), *more_outputs]
+    return model_of(nodes, constants, inputs, outputs, facts or {})
 
 
 def model_of(
     nodes: Sequence[NodeProto],
-    tensors: Weights,
+    constants: Sequence[TensorProto],
     inputs: Sequence[onnx.ValueInfoProto],
     outputs: Sequence[onnx.ValueInfoProto],
     facts: Mapping[str, str],
@@ -223,15 +192,14 @@ def model_of(
     Raises:
         BadInput: it is larger than one file can be.
     """
-    size = sum(array.nbytes for array in tensors.values()) + sum(node.ByteSize() for node in nodes)
+    size = sum(constant.ByteSize() for constant in constants) + sum(node.ByteSize() for node in nodes)
     if size > LARGEST:
         raise BadInput(
             f"the graph would have {size / 2**30:.2f} GiB, but one ONNX file holds at most {LARGEST / 2**30:.2f}; "
             "export fewer paths or candidates, or a smaller network"
         )
-    constants = [tensor(array, name) for name, array in tensors.items()]
     model = helper.make_model(
-        helper.make_graph(list(nodes), "manygates", list(inputs), list(outputs), constants),
+        helper.make_graph(list(nodes), "manygates", list(inputs), list(outputs), list(constants)),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="manygates",

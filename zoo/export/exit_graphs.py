@@ -9,38 +9,31 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from zoo.export.assembly import answer_values, any_float, finished, images_value, model_of
-from zoo.export.nodes import renamed
+from zoo.export.nodes import needed, renamed
 from zoo.export.stencil import EXIT, EXIT_LOGITS, LIMITS, LOGITS, PROBABILITIES, Stencil, tensor
 
 
 def all_exits_graph(stencil: Stencil) -> bytes:
     """Assemble the graph that answers at every exit."""
     tensors = {**stencil.shared, "exit_axis": np.array([1], np.int64)}
-    nodes = list(stencil.nodes)
     rows = [f"{name}/row" for name in stencil.exits]
-    nodes += [
-        helper.make_node("Unsqueeze", [name, "exit_axis"], [row], name=row)
-        for name, row in zip(stencil.exits, rows, strict=True)
-    ]
+    nodes = list(stencil.nodes)
+    for name, row in zip(stencil.exits, rows, strict=True):
+        nodes.append(helper.make_node("Unsqueeze", [name, "exit_axis"], [row], name=row))
     nodes.append(helper.make_node("Concat", rows, [EXIT_LOGITS], name=EXIT_LOGITS, axis=1))
     nodes.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], name=PROBABILITIES, axis=1))
     shape: list[int | str | None] = ["batch", len(rows), stencil.classes]
-    return finished(
-        stencil, nodes, tensors, more_outputs=[helper.make_tensor_value_info(EXIT_LOGITS, TensorProto.FLOAT, shape)]
-    )
+    every = helper.make_tensor_value_info(EXIT_LOGITS, TensorProto.FLOAT, shape)
+    return finished(stencil, nodes, tensors, more_outputs=[every])
 
 
 def early_exit_graph(stencil: Stencil) -> bytes:
     """Assemble the graph of nested choices: one for each exit but the last."""
     nodes, tensors = _answer_from(stencil, _stages(stencil), 0, (LOGITS, PROBABILITIES, EXIT))
     limits = helper.make_tensor_value_info(LIMITS, TensorProto.FLOAT, [len(stencil.exits) - 1])
-    return model_of(
-        nodes,
-        tensors,
-        [images_value(stencil, 1), limits],
-        [*answer_values(stencil, 1), helper.make_tensor_value_info(EXIT, TensorProto.INT64, [1])],
-        {"exits": str(len(stencil.exits))},
-    )
+    answers = [*answer_values(stencil, 1), helper.make_tensor_value_info(EXIT, TensorProto.INT64, [1])]
+    constants = [tensor(array, name) for name, array in tensors.items()]
+    return model_of(nodes, constants, [images_value(stencil, 1), limits], answers, {"exits": str(len(stencil.exits))})
 
 
 def _answer_from(
@@ -54,10 +47,8 @@ def _answer_from(
     earlier = {name for nodes in stages[:exit_index] for node in nodes for name in node.input}
     used = {name for node in stages[exit_index] for name in node.input} - earlier  # a branch sees what is around it
     tensors = {name: array for name, array in stencil.shared.items() if name in used}
-    nodes = [
-        *stages[exit_index],
-        helper.make_node("Softmax", [logits], [probabilities], name=probabilities, axis=1),
-    ]
+    softmax = helper.make_node("Softmax", [logits], [probabilities], name=probabilities, axis=1)
+    nodes = [*stages[exit_index], softmax]
 
     def answer(names: Sequence[str]) -> list[NodeProto]:
         return [
@@ -72,25 +63,14 @@ def _answer_from(
     tensors[position] = np.array(exit_index, np.int64)
     leaving, staying = ([f"{name}/{way}_{exit_index}" for name in outputs] for way in ("left_at", "behind"))
     behind, theirs = _answer_from(stencil, stages, exit_index + 1, staying)
-    choice = helper.make_node(
-        "If",
-        [sure],
-        list(outputs),
-        name=f"exit_{exit_index}",
-        then_branch=helper.make_graph(answer(leaving), f"leave_at_{exit_index}", [], _answers_of(leaving)),
-        else_branch=helper.make_graph(
-            behind,
-            f"behind_{exit_index}",
-            [],
-            _answers_of(staying),
-            [tensor(array, name) for name, array in theirs.items()],
-        ),
-    )
+    held = [tensor(array, name) for name, array in theirs.items()]
+    leave = helper.make_graph(answer(leaving), f"leave_at_{exit_index}", [], _answers_of(leaving))
+    stay = helper.make_graph(behind, f"behind_{exit_index}", [], _answers_of(staying), held)
     nodes += [
         helper.make_node("ReduceMax", [probabilities], [most], name=most, keepdims=0),
         helper.make_node("Gather", [LIMITS, position], [limit], name=limit),
         helper.make_node("GreaterOrEqual", [most, limit], [sure], name=sure),
-        choice,
+        helper.make_node("If", [sure], outputs, name=f"exit_{exit_index}", then_branch=leave, else_branch=stay),
     ]
     return nodes, tensors
 
@@ -101,18 +81,11 @@ def _answers_of(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
 
 def _stages(stencil: Stencil) -> list[list[NodeProto]]:
     """Return the nodes by the first exit that needs them, in their order; the last logits get a number as well."""
-    number = len(stencil.exits)
-    makes = {output: index for index, node in enumerate(stencil.nodes) for output in node.output}
-    first: dict[int, int] = {}
-    for exit_index, answer in enumerate(stencil.exits):
-        waiting = [answer]
-        while waiting:
-            node = makes.get(waiting.pop())
-            if node is not None and node not in first:
-                first[node] = exit_index
-                waiting += stencil.nodes[node].input
-    stages: list[list[NodeProto]] = [[] for _ in range(number)]
-    for index in sorted(first):
-        numbered = renamed(stencil.nodes[index], lambda name: f"{EXIT_LOGITS}_{number - 1}" if name == LOGITS else name)
-        stages[first[index]].append(numbered)
+    last = f"{EXIT_LOGITS}_{len(stencil.exits) - 1}"
+    stages: list[list[NodeProto]] = []
+    known: set[str] = set()
+    for answer in stencil.exits:
+        new = [node for node in needed(stencil.nodes, [answer]) if node.output[0] not in known]
+        known |= {node.output[0] for node in new}
+        stages.append([renamed(node, lambda name: last if name == LOGITS else name) for node in new])
     return stages

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
 
 
 def renamed(node: NodeProto, rename: Callable[[str], str], name: str | None = None) -> NodeProto:
@@ -48,3 +48,31 @@ def reads(node: NodeProto) -> set[str]:
         inside |= {output for inner in branch.node for output in inner.output}
         names |= {name for inner in branch.node for name in reads(inner)} - inside
     return names
+
+
+def needed(nodes: Sequence[NodeProto], values: Iterable[str]) -> list[NodeProto]:
+    """Return the nodes that these values depend on, in their order, in which each stands behind those that it reads."""
+    wanted, kept = set(values), []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            kept.append(node)
+            wanted |= reads(node)
+    return kept[::-1]
+
+
+def choice(stem: str, output: str, conditions: Sequence[tuple[str, str]], ways: Sequence[GraphProto]) -> NodeProto:
+    """Return an `If` that runs one of several graphs, or asks the next `If` in its other branch.
+
+    Args:
+        stem: what the names of the graphs of nested choices begin with.
+        output: what it makes.
+        conditions: the name of the condition and that of the node, outermost first.
+        ways: one more than conditions, with one output each, all of one type.
+    """
+    otherwise, kind = ways[-1], ways[0].output[0].type.tensor_type.elem_type
+    for index, (condition, name) in reversed(list(enumerate(conditions))):
+        made = f"{output}/from_{index}" if index else output
+        node = helper.make_node("If", [condition], [made], name=name, then_branch=ways[index], else_branch=otherwise)
+        value = helper.make_tensor_value_info(made, kind, None)
+        otherwise = helper.make_graph([node], f"{stem}_from_{index}", [], [value])
+    return node

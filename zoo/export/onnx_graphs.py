@@ -33,7 +33,7 @@ from zoo.errors import BadInput, BundleError
 from zoo.export import exit_graphs
 from zoo.export.assembly import gated_graph, path_graph
 from zoo.export.nodes import all_tensors
-from zoo.export.stencil import EXIT_LOGITS, GATES, IMAGES, LIMITS, LOGITS, Stencil, Weights, stencil_of
+from zoo.export.stencil import EXIT_LOGITS, GATES, IMAGES, LIMITS, LOGITS, Stencil, stencil_of
 from zoo.gates import graphs, self_check
 from zoo.gates.derive import Ensemble, derive
 from zoo.gates.rgn import RandomGatedNetwork
@@ -44,50 +44,36 @@ from zoo.runtime import run, session
 def plain_graphs(members: Sequence[nn.Module]) -> dict[str, bytes]:
     """Return the ONNX files of plain networks of one architecture by file stem, all from one run of the exporter.
 
-    "single" is the first network alone. With several there is also "ensemble", and of a network with several exits
-    "early_exit"; see `single_graph`, `members_graph` and `early_exit_graph`.
+    `single` is the first network alone: input `images` float32 (batch, channel, height, width) in [0, 1], outputs
+    `logits` and `probabilities` (batch, class). Of a network with several exits these are the last one's, and
+    `exit_logits` (batch, exit, class) are those of all.
+
+    `ensemble`, of several networks, averages their probabilities; its further output `agreement` float32 (batch) is the
+    share of the networks whose most probable class is that of the average.
+
+    `early_exit`, of a network with several exits, computes no more than its answer takes. Inputs: `images` float32 (1,
+    channel, height, width) in [0, 1], and `limits` float32 (exit - 1). The answer is that of the first exit k whose
+    largest probability is at least limits[k], else the last one's. Outputs: `logits` and `probabilities` (1, class),
+    and `exit` int64 (1), counted from 0.
 
     Raises:
-        BadInput: see `single_graph`.
+        BadInput: no network, or networks of several architectures; one that is in training mode, does not say the shape
+            of its images, cannot be exported, or answers otherwise than its graph does.
     """
+    if not members:
+        raise BadInput("an ensemble needs at least one network, got none")
+    first = members[0]
     if len(members) > 1:
         stencil, weights = _members_stencil(members)
-        single = _checked_path(path_graph(stencil, weights[:1]), members[0], stencil)
-        return {"single": single, "ensemble": _ensemble_graph(members, stencil, weights)}
-    stencil = stencil_of(members[0], _image_shape(members[0]))
-    made = {"single": _single_graph(members[0], stencil)}
-    if len(stencil.exits) > 1:
-        made["early_exit"] = _early_exit_graph(members[0], stencil)
-    return made
-
-
-def single_graph(network: nn.Module) -> bytes:
-    """Return the ONNX file of a plain network in evaluation mode.
-
-    Input `images` float32 (batch, channel, height, width) in [0, 1]; outputs `logits` and `probabilities`. Of a
-    multi-exit network these are the last exit's, and `exit_logits` (batch, exit, class) are those of all.
-
-    Raises:
-        BadInput: the network does not say the shape of its images, cannot be exported, or answers otherwise than the
-            graph does.
-    """
-    return _single_graph(network, stencil_of(network, _image_shape(network)))
-
-
-def early_exit_graph(network: nn.Module) -> bytes:
-    """Return the ONNX file of a multi-exit network in evaluation mode that computes no more than its answer takes.
-
-    Inputs: `images` float32 (1, channel, height, width) in [0, 1], and `limits` float32 (exit - 1). The answer is that
-    of the first exit k whose largest probability is at least limits[k], else the last one's. Outputs: `logits` and
-    `probabilities` (1, class), and `exit` int64 (1), counted from 0.
-
-    Raises:
-        BadInput: the network has one exit; see also `single_graph`.
-    """
-    stencil = stencil_of(network, _image_shape(network))
-    if len(stencil.exits) < 2:
-        raise BadInput(f"{type(network).__name__} has one exit, so it cannot answer early; export its variant single")
-    return _early_exit_graph(network, stencil)
+        ensemble = path_graph(stencil, weights, [(number,) for number in range(len(weights))], counted=True)
+        return {
+            "single": _checked_path(path_graph(stencil, weights[:1]), first, stencil),
+            "ensemble": _checked_path(ensemble, Ensemble(members).eval(), stencil),
+        }
+    stencil = stencil_of(first, _image_shape(first))
+    if len(stencil.exits) == 1:
+        return {"single": _checked_path(path_graph(stencil, [{}]), first, stencil)}
+    return {"single": _all_exits_graph(first, stencil), "early_exit": _early_exit_graph(first, stencil)}
 
 
 @dataclass(frozen=True)
@@ -101,11 +87,7 @@ class GatedStencil:
 
     @classmethod
     def of(cls, rgn: RandomGatedNetwork) -> GatedStencil:
-        """Export a random gated network in evaluation mode.
-
-        Raises:
-            BadInput: it does not say the shape of its images, or cannot be exported.
-        """
+        """Export a random gated network in evaluation mode; raises as `rgn_graphs`."""
         network = derive(rgn, [0] * rgn.num_gates)
         own = dict(graphs.tensors(network))
         choices = [rgn.select([candidate] * rgn.num_gates) for candidate in range(rgn.candidates)]
@@ -121,31 +103,18 @@ class GatedStencil:
         return cls(rgn, stencil, [stencil.gated(tensors) for tensors in swapped])
 
     def single(self, path: Sequence[int]) -> bytes:
-        """Return the graph of one path.
-
-        Raises:
-            BadPath: the path does not fit the network.
-            BadInput: the graph answers otherwise than the network does.
-        """
+        """Return the graph of one path; raises as `rgn_graphs`."""
         path = self.rgn.check(path)
         return _checked_path(path_graph(self.stencil, [self._weights(path)]), derive(self.rgn, path), self.stencil)
 
     def ensemble(self, chosen: Sequence[Sequence[int]]) -> bytes:
-        """Return the graph that averages the probabilities of several paths; see `members_graph` for its outputs.
-
-        Raises:
-            BadPath, BadInput: see `single`.
-        """
+        """Return the graph that averages the probabilities of several paths, with the outputs of an `ensemble`."""
         keyed = [self.rgn.check(path) for path in chosen]
         graph = path_graph(self.stencil, [self._weights(path) for path in keyed], keyed, counted=True)
         return _checked_path(graph, Ensemble(derive(self.rgn, path) for path in keyed).eval(), self.stencil)
 
     def gated(self) -> bytes:
-        """Return the graph whose gates are an input.
-
-        Raises:
-            BadInput: the network has a single candidate per layer, or the graph answers otherwise than it does.
-        """
+        """Return the graph whose gates are an input; raises as `rgn_graphs`."""
         return _checked_gated(gated_graph(self.stencil, self.candidates, self.rgn.num_gates), self.rgn, self.stencil)
 
     def _weights(self, path: Path) -> dict[str, np.ndarray]:
@@ -173,21 +142,7 @@ def rgn_graphs(
     return made
 
 
-def members_graph(members: Sequence[nn.Module]) -> bytes:
-    """Return one ONNX file that averages the probabilities of separate plain networks of one architecture.
-
-    Outputs: `logits` and `probabilities` (batch, class), and `agreement` float32 (batch): the share of the networks
-    whose most probable class is that of the average.
-
-    Raises:
-        BadInput: see `single_graph`.
-    """
-    return _ensemble_graph(members, *_members_stencil(members))
-
-
-def _single_graph(network: nn.Module, stencil: Stencil) -> bytes:
-    if len(stencil.exits) == 1:
-        return _checked_path(path_graph(stencil, [{}]), network, stencil)
+def _all_exits_graph(network: nn.Module, stencil: Stencil) -> bytes:
     graph = exit_graphs.all_exits_graph(stencil)
     opened = session(graph)
 
@@ -198,15 +153,8 @@ def _single_graph(network: nn.Module, stencil: Stencil) -> bytes:
     return graph
 
 
-def _ensemble_graph(members: Sequence[nn.Module], stencil: Stencil, weights: Sequence[Weights]) -> bytes:
-    graph = path_graph(stencil, weights, [(number,) for number in range(len(weights))], counted=True)
-    return _checked_path(graph, Ensemble(members).eval(), stencil)
-
-
 def _members_stencil(members: Sequence[nn.Module]) -> tuple[Stencil, list[dict[str, np.ndarray]]]:
     """Return a stencil in which every weight is one gate's, and each member's weights for it."""
-    if not members:
-        raise BadInput("an ensemble needs at least one network, got none")
     for member in members:
         graphs.check_evaluating(member, "an export")
     tensors = [dict(graphs.tensors(member)) for member in members]
@@ -300,9 +248,8 @@ def _run(opened: object, feeds: dict[str, np.ndarray], *names: str) -> tuple[Ten
 def count_parameters(file: bytes) -> int:
     """Return how many numbers a graph's tensors hold, those inside its branches included."""
     tensors = [tensor for _, tensor in all_tensors(onnx.load_from_string(file).graph)]
-    return sum(
-        int(np.prod(t.dims)) for t in tensors if t.data_type == TensorProto.FLOAT and t.dims
-    )  # a scalar is a bound
+    floats = [tensor for tensor in tensors if tensor.data_type == TensorProto.FLOAT]
+    return sum(int(np.prod(tensor.dims)) for tensor in floats if tensor.dims)  # a scalar is a bound
 
 
 def _image_shape(network: nn.Module) -> tuple[int, ...]:

@@ -23,8 +23,9 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from zoo.errors import BadInput
-from zoo.export.nodes import branches, reads, renamed
-from zoo.export.stencil import GATES, IMAGES, IR_VERSION, OPSET
+from zoo.export.assembly import model_of
+from zoo.export.nodes import branches, choice, needed, reads, renamed
+from zoo.export.stencil import GATES, IMAGES
 from zoo.runtime import quantization
 
 _library: Any = quantization()
@@ -34,18 +35,8 @@ BATCH, GATED_BATCH = 32, 8
 """Images per batch of the calibration; a gated graph takes each batch along a path of its own, so it has many."""
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 ROUNDED = (
-    *WEIGHTED,
-    "Add",
-    "AveragePool",
-    "Clip",
-    "Concat",
-    "Flatten",
-    "GlobalAveragePool",
-    "MaxPool",
-    "Relu",
-    "Reshape",
-    "Squeeze",
-    "Unsqueeze",
+    *(*WEIGHTED, "Add", "AveragePool", "Clip", "Concat", "Flatten", "GlobalAveragePool"),
+    *("MaxPool", "Relu", "Reshape", "Squeeze", "Unsqueeze"),
 )
 """What ONNX Runtime computes on integers; anything else stays in float32."""
 _INSIDE = "/inside/"
@@ -109,12 +100,9 @@ def _ranges(model: ModelProto, images: np.ndarray, facts: Mapping[str, str], see
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "model.onnx"
         onnx.save(_with_what_branchesreads(model), file)
-        calibrator = _library.create_calibrator(
-            file,
-            [*ROUNDED, "If", "Identity"],
-            str(Path(scratch) / "augmented.onnx"),
-            _library.CalibrationMethod.MinMax,
-        )
+        method = _library.CalibrationMethod.MinMax
+        augmented = str(Path(scratch) / "augmented.onnx")
+        calibrator = _library.create_calibrator(file, [*ROUNDED, "If", "Identity"], augmented, method)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of NaN, which `_check_ranges` refuses
             calibrator.collect_data(_Reader(feeds()))
@@ -170,9 +158,8 @@ def _check_ranges(graph: GraphProto, ranges: Any, chosen: Set[str]) -> None:
 
 def _to_round(graph: GraphProto) -> list[str]:
     """Return the names of the nodes on the way to a weighted layer, without the first and the last such layers."""
-    makes = {output: node for node in graph.node for output in node.output}
     weighted = [node for node in graph.node if node.op_type in WEIGHTED]
-    behind = {node.name: _upstream(node, makes) for node in weighted}
+    behind = {node.name: {other.name for other in needed(graph.node, node.input)} for node in weighted}
     names = set(behind)
     ways = set().union(*behind.values()) | names
     first = {name for name, way in behind.items() if not way & names}
@@ -186,18 +173,6 @@ def _to_round(graph: GraphProto) -> list[str]:
     if not names:
         raise BadInput("the graph has no convolution and no linear layer, so there is nothing to round")
     return chosen
-
-
-def _upstream(node: NodeProto, makes: Mapping[str, NodeProto]) -> set[str]:
-    """Return the names of all nodes that a node depends on."""
-    found: set[str] = set()
-    waiting = list(node.input)
-    while waiting:
-        made = makes.get(waiting.pop())
-        if made is not None and made.name not in found:
-            found.add(made.name)
-            waiting += made.input
-    return found
 
 
 # --- gated graphs ---
@@ -248,18 +223,13 @@ def _mixed(flat: Sequence[ModelProto], choices: Collection[str]) -> set[str]:
 
 def _choosing(graph: GraphProto, choices: Mapping[str, NodeProto]) -> list[NodeProto]:
     """Return the nodes from which the choices learn what the gates say."""
-    makes = {output: node for node in graph.node for output in node.output}
-    needed = set()
-    for choice in choices.values():
-        conditions = [makes[name] for name in _conditions(choice)]
-        needed |= {node.name for node in conditions}.union(*(_upstream(node, makes) for node in conditions))
-    return [node for node in graph.node if node.name in needed]
+    return needed(graph.node, [condition for node in choices.values() for condition, _ in _conditions(node)])
 
 
-def _conditions(choice: NodeProto) -> list[str]:
-    """Return the names of the conditions of a choice and of those nested in it."""
+def _conditions(choice: NodeProto) -> list[tuple[str, str]]:
+    """Return the conditions of a choice and of those nested in it, each with the name of its node."""
     inner = [node for branch in branches(choice) for node in branch.node if node.op_type == "If"]
-    return [choice.input[0], *(name for node in inner for name in _conditions(node))]
+    return [(choice.input[0], choice.name), *(condition for node in inner for condition in _conditions(node))]
 
 
 def _branch_of(choice: NodeProto, candidate: int) -> GraphProto:
@@ -320,12 +290,11 @@ def _choice(
         """Return a candidate's branch; what is inside carries its number, because names outside may be the same."""
         own = {name for node in works[candidate] for name in node.input if name in tensors[candidate]}
         inside = own | {name for node in works[candidate] for name in node.output}
-        nodes = [
-            renamed(
-                node, lambda name: f"{name}/{candidate}" if name in inside else name, name=f"{node.name}/{candidate}"
-            )
-            for node in works[candidate]
-        ]
+
+        def own_name(name: str) -> str:
+            return f"{name}/{candidate}" if name in inside else name
+
+        nodes = [renamed(node, own_name, name=f"{node.name}/{candidate}") for node in works[candidate]]
         initializers = []
         for name in sorted(own):
             tensor = TensorProto()
@@ -335,20 +304,7 @@ def _choice(
         answer = helper.make_tensor_value_info(f"{output}/{candidate}", kind, None)
         return helper.make_graph(nodes, f"{original.output[0]}_candidate_{candidate}", [], [answer], initializers)
 
-    def nested(choice: NodeProto, candidate: int, name: str) -> NodeProto:
-        if candidate == len(works) - 2:
-            otherwise = branch(candidate + 1)
-        else:
-            (below,) = next(attribute.g for attribute in choice.attribute if attribute.name == "else_branch").node
-            below_name = f"{output}/from_{candidate + 1}"
-            answer = helper.make_tensor_value_info(below_name, kind, None)
-            inner = nested(below, candidate + 1, below_name)
-            otherwise = helper.make_graph([inner], f"{original.output[0]}_from_{candidate + 1}", [], [answer])
-        return helper.make_node(
-            "If", list(choice.input), [name], name=choice.name, then_branch=branch(candidate), else_branch=otherwise
-        )
-
-    return nested(original, 0, output)
+    return choice(original.output[0], output, _conditions(original), [branch(index) for index in range(len(works))])
 
 
 def _tensors(graph: GraphProto) -> dict[str, TensorProto]:
@@ -360,39 +316,12 @@ def _tensors(graph: GraphProto) -> dict[str, TensorProto]:
 
 def _assembled(model: ModelProto, nodes: Sequence[NodeProto], tensors: Sequence[TensorProto]) -> bytes:
     """Return a graph of these nodes, where an output needs them, with the inputs, outputs and facts of the model."""
-    makes = {output: node for node in nodes for output in node.output}
-    needed: list[NodeProto] = []
-    seen: set[str] = set()
-    waiting = [entry.name for entry in model.graph.output]
-    while waiting:
-        name = waiting.pop()
-        if name not in seen:
-            seen.add(name)
-            if name in makes:
-                needed.append(makes[name])
-                seen.update(makes[name].output)
-                waiting += reads(makes[name])
-    kept = [tensor for tensor in tensors if tensor.name in seen]
-    chosen = {id(node) for node in needed}
-    ordered = _in_order(
-        [node for node in nodes if id(node) in chosen],
-        {"", *(entry.name for entry in model.graph.input), *(tensor.name for tensor in kept)},
-    )
-    made = helper.make_model(
-        helper.make_graph(
-            ordered,
-            "manygates",
-            list(model.graph.input),
-            list(model.graph.output),
-            sorted(kept, key=lambda tensor: str(tensor.name)),
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="manygates",
-    )
-    helper.set_model_props(made, {entry.key: entry.value for entry in model.metadata_props})
-    onnx.checker.check_model(made, full_check=True)
-    return bytes(made.SerializeToString(deterministic=True))
+    given = {"", *(entry.name for entry in model.graph.input), *(tensor.name for tensor in tensors)}
+    kept = needed(_in_order(nodes, given), [entry.name for entry in model.graph.output])
+    read = set[str]().union(*map(reads, kept))
+    constants = sorted((tensor for tensor in tensors if tensor.name in read), key=lambda tensor: str(tensor.name))
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    return model_of(kept, constants, list(model.graph.input), list(model.graph.output), facts)
 
 
 def _in_order(nodes: Sequence[NodeProto], known: set[str]) -> list[NodeProto]:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from zoo.errors import BadInput
-from zoo.export.nodes import branches, renamed
+from zoo.export.nodes import branches, needed, renamed
 from zoo.gates import graphs
 from zoo.networks import num_exits
 from zoo.runtime import session
@@ -57,12 +57,9 @@ class Stencil:
 
 
 def stencil_of(network: nn.Module, image_shape: tuple[int, ...], gate_of: Mapping[str, int] | None = None) -> Stencil:
-    """Export a network.
+    """Export a network in evaluation mode for images of (channel, height, width).
 
-    Args:
-        network: in evaluation mode.
-        image_shape: (channel, height, width).
-        gate_of: names of those of its parameters and buffers that get other values later -> position of their gate.
+    `gate_of` maps those of its parameters and buffers that get other values later to the position of their gate.
 
     Raises:
         BadInput: a part is in training mode, torch cannot export it, or an operation reads the tensors of two gates.
@@ -157,10 +154,8 @@ def _registry(torchvision: bool) -> Any:
     """Return torch's table of ONNX functions, made once per process: `torch.onnx.export` makes it anew at every call.
 
     That is half of the time that a small network takes. The exporter below the public function takes a table and only
-    reads it. torch is pinned to one version, and a test compares what both make.
-
-    Args:
-        torchvision: whether torchvision is loaded, because its operators are in the table from then on.
+    reads it. torch is pinned to one version, and a test compares what both make. Once torchvision is loaded, its
+    operators are in the table.
     """
     from torch.onnx._internal.exporter import _registration
 
@@ -199,12 +194,8 @@ class _Fold:
 
     def __call__(self, known: Weights) -> dict[str, np.ndarray]:
         """Return the weight and the bias of the convolution that does the work of both."""
-        weight, bias, scale, shift, mean, variance = (
-            torch.tensor(known[name]) if name else None for name in (*self.conv, *self.norm)
-        )
-        assert weight is not None
-        assert mean is not None
-        assert variance is not None
+        weight, scale, shift, mean, variance = (torch.tensor(known[name]) for name in (self.conv[0], *self.norm))
+        bias = torch.tensor(known[self.conv[1]]) if self.conv[1] else None
         folded = fuse_conv_bn_weights(weight, bias, mean, variance, self.eps, scale, shift)
         return {name: tensor.detach().numpy() for name, tensor in zip(self.made, folded, strict=True)}
 
@@ -212,13 +203,7 @@ class _Fold:
 def _separated(
     nodes: Sequence[NodeProto], constants: Weights, own: Mapping[str, frozenset[int]], outputs: Sequence[str]
 ) -> tuple[list[NodeProto], dict[str, frozenset[int]], Callable[[Weights], dict[str, np.ndarray]]]:
-    """Separate what depends on the images from what depends on the network's own tensors alone.
-
-    Args:
-        nodes: of the exported graph.
-        constants: its tensors that are no tensors of the network.
-        own: the gates that each of the network's tensors has.
-        outputs: what the graph is to compute.
+    """Separate what depends on the images from what depends on the network's own tensors alone, which have gates.
 
     Returns:
         The nodes that depend on the images, each BatchNorm folded into the convolution that it alone reads; the gates
@@ -232,7 +217,7 @@ def _separated(
             gates.update(dict.fromkeys(node.output, frozenset[int]().union(*(gates[name] for name in node.input))))
         else:
             behind.append(node)
-    behind, folds = _folded(_needed(behind, outputs), gates, {*constants, *own})
+    behind, folds = _folded(needed(behind, outputs), gates, {*constants, *own})
     made = {
         name: frozenset().union(*(gates[read] for read in (*fold.conv, *fold.norm)))
         for fold in folds
@@ -240,8 +225,8 @@ def _separated(
     }
     direct = [name for name in dict.fromkeys(name for node in behind for name in node.input) if name in gates]
     direct = [name for name in direct if name and name not in constants and name not in made]
-    needed = {*direct, *(name for fold in folds for name in (*fold.conv, *fold.norm))}
-    run = _computing(steady, constants, [name for node in steady for name in node.output if name in needed])
+    read = {*direct, *(name for fold in folds for name in (*fold.conv, *fold.norm))}
+    run = _computing(steady, constants, [name for node in steady for name in node.output if name in read])
 
     def computed(tensors: Weights) -> dict[str, np.ndarray]:
         known = {**constants, **tensors, **run(tensors)}
@@ -258,10 +243,8 @@ def _folded(
 ) -> tuple[list[NodeProto], list[_Fold]]:
     """Merge each BatchNorm into the convolution that it alone reads: valid in evaluation mode, where it is affine.
 
-    Args:
-        nodes: that depend on the images.
-        steady: names of all values that do not.
-        given: those among them that no node computes.
+    The nodes depend on the images, `steady` are the names of all values that do not, and `given` are those among them
+    that no node computes.
     """
     readers: dict[str, list[NodeProto]] = {}
     for node in nodes:
@@ -298,22 +281,11 @@ def _folded(
     return merged, folds
 
 
-def _needed(nodes: Sequence[NodeProto], outputs: Sequence[str]) -> list[NodeProto]:
-    """Return the nodes that an output depends on, in their order."""
-    wanted = set(outputs)
-    kept = []
-    for node in reversed(nodes):
-        if wanted & set(node.output):
-            kept.append(node)
-            wanted.update(node.input)
-    return kept[::-1]
-
-
 def _computing(
     nodes: Sequence[NodeProto], constants: Weights, wanted: Sequence[str]
 ) -> Callable[[Weights], dict[str, np.ndarray]]:
     """Return a function that computes the values named in `wanted` from tensors by name."""
-    nodes = _needed(nodes, wanted)
+    nodes = needed(nodes, wanted)
     makes = {output for node in nodes for output in node.output}
     read = [name for name in dict.fromkeys(name for node in nodes for name in node.input) if name and name not in makes]
     fixed = [tensor(constants[name], name) for name in read if name in constants]

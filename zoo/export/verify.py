@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
+import onnx
 import torch
+from onnx import NodeProto, numpy_helper
 from torch import Tensor, nn
 
 from zoo import paths
 from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle, int8_file
-from zoo.bundle.card import Card, Check, Exit
+from zoo.bundle.card import Card, Check, Exit, NetworkSummary
 from zoo.data import datasets
-from zoo.errors import CheckpointError, DataMissing
-from zoo.export import int8_contents, onnx_graphs
+from zoo.errors import DataMissing
+from zoo.export import onnx_graphs
+from zoo.export.nodes import all_nodes, all_tensors
 from zoo.export.stencil import AGREEMENT, EXIT, EXIT_LOGITS, GATES, IMAGES, LIMITS, LOGITS, PROBABILITIES
 from zoo.gates.cost import macs
 from zoo.gates.derive import Ensemble, agreement, derive, folded_copy
@@ -26,8 +29,8 @@ from zoo.gates.early_exit import leaving
 from zoo.gates.rgn import RandomGatedNetwork
 from zoo.networks import num_exits
 from zoo.runtime import GraphError, run, session
-from zoo.weights.checkpoint import Architecture, load_network
-from zoo.weights.models import AtExit, load_members, weights_file
+from zoo.weights.checkpoint import Architecture
+from zoo.weights.models import AtExit, Weights
 
 TOLERANCE = 1e-4
 """How far logits below 100 may differ; larger ones by a millionth of the largest, about what float32 rounds away."""
@@ -55,7 +58,7 @@ def verify_graphs(bundle: Bundle) -> list[Check]:
     Real test images are used where the data set is on this machine, else seeded random ones; each check says which.
     """
     images, origin = sample_images(bundle.card, max(BATCH_SIZES))
-    weights = _Weights.of(bundle)
+    weights = Weights.of(bundle)
     checks = [_check_card(bundle, weights)]
     for variant in bundle.card.variants:
         checks += _unless_broken(_answers(variant), partial(_check_variant, bundle, variant, weights, images, origin))
@@ -79,51 +82,34 @@ def sample_images(card: Card, number: int) -> tuple[Tensor, str]:
         return torch.rand(shape, generator=generator), f"{number} random images ({card.dataset} is not on this machine)"
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """What a bundle's file of weights holds: one random gated network, or plain networks of one architecture."""
+def _answering(weights: Weights, variant: str) -> list[Asked]:
+    """Return what a variant computes: for a gated one along several paths."""
+    if variant != "gated":
+        members = weights.members(variant)
+        return [({}, "", members[0] if variant == "single" else Ensemble(members).eval())]
+    rgn, rng = weights.rgn, random.Random(0)  # noqa: S311 - repeatable
+    assert rgn is not None
+    chosen = [(gate,) * rgn.num_gates for gate in range(rgn.candidates)]  # every candidate of every layer runs
+    chosen += [paths.sample(rgn.num_gates, rgn.candidates, rng) for _ in range(DRAWN_PATHS)]
+    return [
+        ({GATES: np.array(path, np.int64)}, f"path {paths.format_path(path)}", partial(rgn, path=path))
+        for path in chosen
+    ]
 
-    networks: list[nn.Module]
-    architecture: Architecture
-    card: Card
 
-    @classmethod
-    def of(cls, bundle: Bundle) -> _Weights:
-        file = bundle.file(weights_file(bundle.card))
-        if not bundle.card.architecture.gated_layers:
-            return cls(*load_members(file), bundle.card)
-        network, architecture = load_network(file)
-        if not isinstance(network, RandomGatedNetwork):
-            raise CheckpointError(f"{file} holds a plain network, and its card a gated one; export the bundle again")
-        return cls([network], architecture, bundle.card)
-
-    @property
-    def rgn(self) -> RandomGatedNetwork | None:
-        (first, *_) = self.networks
-        return first if isinstance(first, RandomGatedNetwork) else None
-
-    def members(self, variant: str) -> list[nn.Module]:
-        """Return the networks of the variant "single" or "ensemble", as `zoo.weights.models.member_networks` does."""
-        if self.rgn is None:
-            answering = [network if num_exits(network) == 1 else AtExit(network) for network in self.networks]
-            return answering[:1] if variant == "single" else answering
-        chosen = [self.card.paths.single] if variant == "single" else self.card.paths.ensemble
-        shape = self.rgn.num_gates, self.rgn.candidates
-        return [derive(self.rgn, paths.parse(path, *shape)) for path in chosen if path is not None]
-
-    def answering(self, variant: str) -> list[Asked]:
-        """Return what a variant computes: for a gated one along several paths."""
-        if variant != "gated":
-            members = self.members(variant)
-            return [({}, "", members[0] if variant == "single" else Ensemble(members).eval())]
-        rgn, rng = self.rgn, random.Random(0)  # noqa: S311 - repeatable
-        assert rgn is not None
-        chosen = [(gate,) * rgn.num_gates for gate in range(rgn.candidates)]  # every candidate of every layer runs
-        chosen += [paths.sample(rgn.num_gates, rgn.candidates, rng) for _ in range(DRAWN_PATHS)]
-        return [
-            ({GATES: np.array(path, np.int64)}, f"path {paths.format_path(path)}", partial(rgn, path=path))
-            for path in chosen
-        ]
+def summary_of(networks: Sequence[nn.Module], architecture: Architecture) -> NetworkSummary:
+    """Return what a card says of one random gated network, or of plain networks of one architecture."""
+    rgn = networks[0] if isinstance(networks[0], RandomGatedNetwork) else None
+    one = networks[0] if rgn is None else derive(rgn, [0] * rgn.num_gates)
+    return NetworkSummary(
+        name=architecture.network,
+        options=architecture.options,
+        gated_layers=() if rgn is None else tuple(layer.conv for layer in rgn.layers),
+        candidates=1 if rgn is None else rgn.candidates,
+        sharing=None if rgn is None else rgn.sharing,
+        parameters=sum(map(count_parameters, networks)),
+        single_path_parameters=count_parameters(one),
+    )
 
 
 def exits_of(network: nn.Module) -> tuple[Exit, ...]:
@@ -155,7 +141,7 @@ def _run(
     return run(opened, {IMAGES: onnx_graphs.as_numpy(images), **feeds}, LOGITS, PROBABILITIES, *more)
 
 
-def _check_variant(bundle: Bundle, variant: str, weights: _Weights, images: Tensor, origin: str) -> list[Check]:
+def _check_variant(bundle: Bundle, variant: str, weights: Weights, images: Tensor, origin: str) -> list[Check]:
     opened = session(content := bundle.read(f"{variant}.onnx"))
     checks = [_check_answers(variant, opened, weights, images, origin)]
     if variant == "ensemble":
@@ -170,42 +156,28 @@ def _check_variant(bundle: Bundle, variant: str, weights: _Weights, images: Tens
     return checks
 
 
-def _check_card(bundle: Bundle, weights: _Weights) -> Check:
+def _check_card(bundle: Bundle, weights: Weights) -> Check:
     """Compare what the card says of the network and its classes with the weights and the data set."""
-    card, architecture, rgn = bundle.card, weights.architecture, weights.rgn
-    layers = () if rgn is None else tuple(layer.conv for layer in rgn.layers)
-    one = weights.networks[0] if rgn is None else derive(rgn, [0] * rgn.num_gates)
-    total = sum(map(count_parameters, weights.networks))
-    dataset = datasets.source(architecture.dataset)
-    pairs = {
-        "architecture.name": (card.architecture.name, architecture.network),
-        "architecture.options": (card.architecture.options, architecture.options),
-        "architecture.gated_layers": (card.architecture.gated_layers, layers),
-        "architecture.candidates": (card.architecture.candidates, architecture.candidates),
-        "architecture.sharing": (card.architecture.sharing, architecture.sharing),
-        "architecture.parameters": (card.architecture.parameters, total),
-        "architecture.single_path_parameters": (card.architecture.single_path_parameters, count_parameters(one)),
+    card, architecture = bundle.card, weights.architecture
+    network, dataset = summary_of(weights.networks, architecture), datasets.source(architecture.dataset)
+    images = {**asdict(dataset.format), "range": (0.0, 1.0)}
+    pairs: dict[str, tuple[object, object]] = {
         "dataset": (card.dataset, architecture.dataset),
         "classes": (card.classes, dataset.classes),
-        "input.channels": (card.input.channels, dataset.format.channels),
-        "input.height": (card.input.height, dataset.format.height),
-        "input.width": (card.input.width, dataset.format.width),
-        "input.range": (card.input.range, (0.0, 1.0)),
-        "input.mean": (card.input.mean, dataset.format.mean),
-        "input.std": (card.input.std, dataset.format.std),
-        "exits": (card.exits, exits_of(one)),
+        "exits": (card.exits, exits_of(weights.networks[0])),
     }
+    for name in (field.name for field in fields(network)):
+        pairs[f"architecture.{name}"] = getattr(card.architecture, name), getattr(network, name)
+    for name, found in images.items():
+        pairs[f"input.{name}"] = getattr(card.input, name), found
     wrong = [f"{key} is {said!r}, the weights say {found!r}" for key, (said, found) in pairs.items() if said != found]
-    return Check(
-        name="the card describes its weights",
-        held=not wrong,
-        detail="; ".join(wrong) or f"{len(pairs)} entries, {total} parameters",
-    )
+    detail = "; ".join(wrong) or f"{len(pairs)} entries, {network.parameters} parameters"
+    return Check(name="the card describes its weights", held=not wrong, detail=detail)
 
 
-def _check_answers(variant: str, opened: Any, weights: _Weights, images: Tensor, origin: str) -> Check:
+def _check_answers(variant: str, opened: Any, weights: Weights, images: Tensor, origin: str) -> Check:
     """Compare a graph with the weights; a gated one along several paths, of which the first that differs is told."""
-    chosen = weights.answering(variant)
+    chosen = _answering(weights, variant)
     for feeds, path, network in chosen:
         check = _compare(_answers(variant), partial(_run, opened, feeds=feeds), network, images, origin)
         if path and not check.held:
@@ -306,13 +278,7 @@ def _written(limits: Sequence[float]) -> str:
 
 
 @torch.no_grad()
-def _compare(
-    name: str,
-    graph: Answers,
-    network: Callable[[Tensor], Tensor],
-    images: Tensor,
-    origin: str,
-) -> Check:
+def _compare(name: str, graph: Answers, network: Callable[[Tensor], Tensor], images: Tensor, origin: str) -> Check:
     worst, scale, agree, finite = 0.0, 1.0, True, True
     for size in BATCH_SIZES:
         batch = images[:size]
@@ -331,15 +297,15 @@ def _compare(
     return Check(name=name, held=held, detail=detail)
 
 
-def _check_int8(bundle: Bundle, variant: str, weights: _Weights, images: Tensor, origin: str) -> list[Check]:
+def _check_int8(bundle: Bundle, variant: str, weights: Weights, images: Tensor, origin: str) -> list[Check]:
     """Compare an int8 graph with its float32 twin, what it takes and holds, and with the weights, what it answers."""
     file, twin = int8_file(variant), f"{variant}.onnx"
     content, original = bundle.read(file), bundle.read(twin)
     opened = session(content)
     ours, theirs = _signature(opened), _signature(session(original))
-    strangers = int8_contents.strangers(content, original)
+    unknown = strangers(content, original)
     name = _answers(f"{variant}.int8")
-    answers = _unless_broken(name, lambda: [_check_rounded(name, opened, weights.answering(variant), images, origin)])
+    answers = _unless_broken(name, lambda: [_check_rounded(name, opened, _answering(weights, variant), images, origin)])
     return [
         Check(
             name=f"{file} has the signature of {twin}",
@@ -348,8 +314,8 @@ def _check_int8(bundle: Bundle, variant: str, weights: _Weights, images: Tensor,
         ),
         Check(
             name=f"{file} holds the numbers of {twin} and no others",
-            held=not strangers,
-            detail=f"not among them: {', '.join(strangers[:3])}" if strangers else "each is within half of its scale",
+            held=not unknown,
+            detail=f"not among them: {', '.join(unknown[:3])}" if unknown else "each is within half of its scale",
         ),
         *answers,
     ]
@@ -361,13 +327,7 @@ def _signature(opened: Any) -> str:
 
 
 @torch.no_grad()
-def _check_rounded(
-    name: str,
-    opened: Any,
-    chosen: Sequence[Asked],
-    images: Tensor,
-    origin: str,
-) -> Check:
+def _check_rounded(name: str, opened: Any, chosen: Sequence[Asked], images: Tensor, origin: str) -> Check:
     least, most = 1.0, 0.0
     for feeds, _, network in chosen:
         expected = network(images)
@@ -396,3 +356,50 @@ def _check_pruned(content: bytes, network: nn.Module) -> Check:
         held=found <= most,
         detail=f"{found} numbers in the graph, {most} in the plain network with BatchNorm folded",
     )
+
+
+# --- what an int8 graph holds ---
+
+
+def strangers(content: bytes, twin: bytes) -> list[str]:
+    """Return the names of the tensors of an int8 graph that are not in its float32 twin, rounded or as they are.
+
+    A rounded tensor may be off by half of its scale. Scales and zero points are no tensors of the network; they are
+    numbers, or one number per channel. So an int8 graph without strangers holds no candidate that its twin does not.
+    """
+    known = {name: numpy_helper.to_array(tensor) for name, tensor in all_tensors(onnx.load_from_string(twin).graph)}
+    graph = onnx.load_from_string(content).graph
+    tensors = {name: numpy_helper.to_array(tensor) for name, tensor in all_tensors(graph)}
+    accounted: set[str] = set()
+    for node in all_nodes(graph):
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        accounted |= {name for name in node.input[1:] if name in tensors and tensors[name].ndim <= 1}
+        if node.input[0] in tensors and _rounds(node, tensors, known):
+            accounted.add(node.input[0])
+    found = [name for name, tensor in tensors.items() if name not in accounted and not _is(name, tensor, known)]
+    return sorted(found)
+
+
+def _rounds(node: NodeProto, tensors: Mapping[str, np.ndarray], known: Mapping[str, np.ndarray]) -> bool:
+    """Whether a stored tensor is a known one, rounded to whole multiples of its scale.
+
+    A bias that several layers share has a copy for each of them, with digits behind its name.
+    """
+    name, stored = node.input[0].rpartition("_quantized")[0], tensors[node.input[0]]
+    scale = tensors.get(node.input[1])
+    originals = [known[other] for other in known if name.startswith(other) and known[other].shape == stored.shape]
+    if scale is None or scale.ndim > 1 or not originals:
+        return False
+    zero = tensors[node.input[2]] if len(node.input) > 2 else np.zeros_like(scale)
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+    shape = [-1 if position == axis else 1 for position in range(stored.ndim)] if scale.ndim else []
+    step = scale.astype(np.float64).reshape(shape)
+    restored = (stored.astype(np.float64) - zero.astype(np.float64).reshape(shape)) * step
+    return any(bool((np.abs(restored - original) <= 0.5001 * step).all()) for original in originals)
+
+
+def _is(name: str, tensor: np.ndarray, known: Mapping[str, np.ndarray]) -> bool:
+    """Whether a tensor stands in the twin as it is, under its own name or as a candidate's in a branch."""
+    twins = [known[other] for other in (name, name.rpartition("/")[0]) if other in known]
+    return any(twin.shape == tensor.shape and bool((twin == tensor).all()) for twin in twins)

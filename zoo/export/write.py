@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from zoo import paths
 from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle, int8_file, write_bundle
-from zoo.bundle.card import Calibration, Card, Exit, Int8, Lint, NetworkSummary, Paths, Result, Training
+from zoo.bundle.card import Calibration, Card, Int8, Lint, NetworkSummary, Paths, Result, Training
 from zoo.data import datasets
 from zoo.errors import BadInput, BundleError
 from zoo.export import onnx_graphs, quantize
-from zoo.export.verify import count_parameters, exits_of, verify_graphs
-from zoo.gates.derive import derive
+from zoo.export.verify import exits_of, summary_of, verify_graphs
 from zoo.gates.rgn import RandomGatedNetwork
 from zoo.input_format import InputFormat
 from zoo.networks import num_exits
@@ -60,21 +60,12 @@ def export_rgn(
     """
     rgn.eval()
     graphs = onnx_graphs.rgn_graphs(rgn, rgn.check(single), [rgn.check(path) for path in ensemble], gated=True)
-    one = derive(rgn, single)
     card = _card(
         description,
         architecture,
-        NetworkSummary(
-            name=architecture.network,
-            options=architecture.options,
-            gated_layers=tuple(layer.conv for layer in rgn.layers),
-            candidates=rgn.candidates,
-            sharing=rgn.sharing,
-            parameters=count_parameters(rgn),
-            single_path_parameters=count_parameters(one),
-        ),
-        Paths(single=paths.format_path(single), ensemble=tuple(paths.format_path(path) for path in ensemble)),
-        tuple(graphs),
+        summary_of([rgn], architecture),
+        paths=Paths(single=paths.format_path(single), ensemble=tuple(map(paths.format_path, ensemble))),
+        variants=tuple(graphs),
     )
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / RGN_WEIGHTS
@@ -109,18 +100,10 @@ def export_members(
     card = _card(
         description,
         architecture,
-        NetworkSummary(
-            name=architecture.network,
-            options=architecture.options,
-            gated_layers=(),
-            candidates=1,
-            sharing=None,
-            parameters=sum(count_parameters(member) for member in members),
-            single_path_parameters=count_parameters(members[0]),
-        ),
-        Paths(single=None, ensemble=()),
-        variants,
-        exits_of(members[0]),
+        summary_of(members, architecture),
+        paths=Paths(single=None, ensemble=()),
+        variants=variants,
+        exits=exits_of(members[0]),
     )
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / PLAIN_WEIGHTS
@@ -156,15 +139,11 @@ def add_int8(folder: Path, *, images: int = CALIBRATION_IMAGES, seed: int = 0, e
     known = bundle.card if earlier is None else earlier
     int8 = Int8(variants=card.variants, calibration=calibration)
     if known.int8 is not None and known.int8.calibration == calibration:
-        results = [entry for entry in known.results if _measured_on(entry.variant, card.variants)]
-        found = [entry for entry in known.lint if _measured_on(entry.variant, card.variants)]
+        rounded = [f"{variant}{INT8}" for variant in card.variants]
+        results = [entry for entry in known.results if entry.variant in rounded]
+        found = [entry for entry in known.lint if entry.variant in rounded]
         card = replace(card, int8=int8, results=(*card.results, *results), lint=(*card.lint, *found))
     return _write_checked(folder, replace(card, int8=int8), files)
-
-
-def _measured_on(variant: str, variants: Sequence[str]) -> bool:
-    """Whether something was measured on the int8 graph of one of these variants."""
-    return variant.endswith(INT8) and variant.removesuffix(INT8) in variants
 
 
 def without_int8(card: Card) -> Card:
@@ -177,40 +156,18 @@ def without_int8(card: Card) -> Card:
     )
 
 
-def _card(
-    description: Description,
-    architecture: Architecture,
-    network: NetworkSummary,
-    chosen: Paths,
-    variants: tuple[str, ...],
-    exits: tuple[Exit, ...] = (),
-) -> Card:
+def _card(description: Description, architecture: Architecture, network: NetworkSummary, **own: Any) -> Card:
+    """Return a card without files; `own` are the fields of this kind of bundle."""
     dataset = datasets.source(architecture.dataset)
-    image = dataset.format
+    said = {each.name: getattr(description, each.name) for each in fields(description)}
     return Card(
-        name=description.name,
-        description=description.description,
-        method=description.method,
-        license=description.license,
         dataset=architecture.dataset,
         architecture=network,
-        input=InputFormat(
-            channels=image.channels,
-            height=image.height,
-            width=image.width,
-            range=(0.0, 1.0),
-            mean=image.mean,
-            std=image.std,
-            resize="bicubic",
-        ),
+        input=InputFormat(range=(0.0, 1.0), resize="bicubic", **asdict(dataset.format)),
         classes=dataset.classes,
-        paths=chosen,
-        exits=exits,
-        variants=variants,
-        training=description.training,
-        results=description.results,
-        lint=description.lint,
         files={},
+        **said,
+        **own,
     )
 
 
@@ -223,9 +180,8 @@ def _write(folder: Path, card: Card, graphs: dict[str, bytes], weights: Path) ->
 
 def _write_checked(folder: Path, card: Card, files: dict[str, bytes | Path | str]) -> Bundle:
     with tempfile.TemporaryDirectory() as scratch:
-        failed = [
-            check for check in verify_graphs(write_bundle(Path(scratch) / "bundle", card, files)) if not check.held
-        ]
+        bundle = write_bundle(Path(scratch) / "bundle", card, files)
+        failed = [check for check in verify_graphs(bundle) if not check.held]
     if failed:
         raise BundleError(
             "the export does not agree with the weights, so nothing was written: "

@@ -19,11 +19,8 @@ def macs(network: nn.Module, image_shape: Sequence[int] | None = None) -> tuple[
 
     Counted is what the forward pass has run when the answer is there, in its own order, so with the classifiers of the
     exits before. That is how budgets are published; `early_exit.onnx` also puts off what only later answers need, so it
-    does a little less. Biases, norms, activations and pooling do not count.
-
-    Args:
-        network: one that `torch.fx` can trace; untouched.
-        image_shape: (channel, height, width); the network's own attribute of that name if None.
+    does a little less. Biases, norms, activations and pooling do not count. `image_shape` is (channel, height, width);
+    None is the network's own attribute of that name.
 
     Raises:
         BadInput: the network does not say the shape of its images, or cannot be traced.

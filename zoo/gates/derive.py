@@ -60,8 +60,7 @@ def mean_probability(logits: Tensor) -> Tensor:
 def agreement(logits: Tensor) -> Tensor:
     """Return the share of members (or draws) whose class is that of their mean probability, float32 (batch).
 
-    Args:
-        logits: (member, batch, class); log-probabilities do as well.
+    Logits are (member, batch, class); log-probabilities do as well.
     """
     winner = logits.softmax(-1).mean(0).argmax(-1)
     return (logits.argmax(-1) == winner).sum(0).float() / len(logits)
@@ -98,11 +97,8 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Re-estimate the BatchNorm statistics of a derived network, in place: the plain mean over `batches`.
 
     Use training images *with the training augmentation*: without its zero-padded crop the statistics belong to other
-    images, which costs several points of accuracy. The weights stay as they are.
-
-    Args:
-        network: a derived network; comes back in evaluation mode.
-        batches: images (batch, channel, height, width) in [0, 1].
+    images (batch, channel, height, width), which costs several points of accuracy. The weights stay as they are, and
+    the network comes back in evaluation mode.
 
     Raises:
         BadInput: no batch at all; the statistics stay as they were.

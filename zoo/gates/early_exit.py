@@ -16,14 +16,10 @@ from zoo.errors import BadInput
 
 
 def leaving(confidence: Tensor, limits: Sequence[float]) -> Tensor:
-    """Return the exit at which each image leaves (image,) int64, from 0.
-
-    Args:
-        confidence: of each image at each exit (image, exit).
-        limits: one for each exit but the last.
+    """Return the exit at which each image leaves (image,) int64, from 0; `confidence` is (image, exit).
 
     Raises:
-        BadInput: another number of limits.
+        BadInput: the limits are not one for each exit but the last.
     """
     if len(limits) != confidence.shape[1] - 1:
         raise BadInput(f"need {confidence.shape[1] - 1} limits, one per exit but the last, got {len(limits)}")
@@ -35,9 +31,7 @@ def leaving(confidence: Tensor, limits: Sequence[float]) -> Tensor:
 def thresholds(confidence: Tensor, quotas: Sequence[Fraction | float]) -> list[float]:
     """Return the limits at which each exit takes its quota of the images given.
 
-    Args:
-        confidence: of each validation image at each exit (image, exit).
-        quotas: the share of the images that leaves at each exit; they sum to 1, the last exit takes the rest.
+    `confidence` is that of each validation image at each exit (image, exit); the last exit takes what is left.
 
     Raises:
         BadInput: quotas that are not one share per exit, or do not sum to 1.

@@ -143,7 +143,8 @@ def convolutions(graph_module: fx.GraphModule) -> list[Convolution]:
         if _is(node, nn.Conv2d, modules):
             calls.setdefault(str(node.target), []).append(node)
     conv_nodes = {node for nodes in calls.values() for node in nodes}
-    projections = _projections(graph_module, conv_nodes)
+    # on the shortcut of a residual block: they stay shared (Ensemble-in-One, section 3.2)
+    projections = {node for _, shortcut, _ in _blocks(graph_module, conv_nodes) for node in shortcut}
     norm_calls = Counter(str(node.target) for node in graph_module.graph.nodes if _is(node, _BatchNorm, modules))
     read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     tied = _tied(graph_module)
@@ -255,11 +256,6 @@ def _activates(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return node.op in ("call_function", "call_method") and _name(node).removesuffix("_") in _ACTIVATION_NAMES
 
 
-def _projections(graph_module: fx.GraphModule, conv_nodes: set[fx.Node]) -> set[fx.Node]:
-    """Convolutions on the shortcut of a residual block: they stay shared (Ensemble-in-One, section 3.2)."""
-    return {node for _, shortcut, _ in _blocks(graph_module, conv_nodes) for node in shortcut}
-
-
 def _blocks(graph_module: fx.GraphModule, conv_nodes: set[fx.Node]) -> Iterator[tuple[fx.Node, set[fx.Node], fx.Node]]:
     """Yield (addition, convolutions of its shortcut, other operand) of every residual block.
 
@@ -285,9 +281,8 @@ def _blocks(graph_module: fx.GraphModule, conv_nodes: set[fx.Node]) -> Iterator[
         if node.target not in _ADDITIONS or len(operands) != 2:
             continue
         left, right = (ancestors[operand] for operand in operands)
-        branches = sorted([(left - right, operands[1], right - left), (right - left, operands[0], left - right)],
-                          key=lambda branch: in_a_row(branch[0]))  # fmt: skip
-        shortcut, operand, main = branches[0]
+        branches = [(left - right, operands[1], right - left), (right - left, operands[0], left - right)]
+        shortcut, operand, main = min(branches, key=lambda branch: in_a_row(branch[0]))
         if in_a_row(shortcut) >= in_a_row(main):
             continue
         convs = shortcut & conv_nodes
@@ -299,10 +294,7 @@ def _blocks(graph_module: fx.GraphModule, conv_nodes: set[fx.Node]) -> Iterator[
 def residual_branches(graph_module: fx.GraphModule, *, projections: bool) -> list[tuple[fx.Node, fx.Node]]:
     """Return (addition, its residual operand) of every residual block: the operand with convolutions of its own.
 
-    Args:
-        graph_module: a traced network.
-        projections: include blocks whose shortcut has convolutions too, fewer than the branch; else the shortcut must
-            be an identity.
+    `projections` includes blocks whose shortcut has convolutions too; else it must be an identity.
     """
     modules = dict(graph_module.named_modules())
     conv_nodes = {node for node in graph_module.graph.nodes if _is(node, nn.Conv2d, modules)}
@@ -361,12 +353,10 @@ def cut(graph_module: fx.GraphModule, node_name: str) -> fx.GraphModule:
     nodes = {node.name: node for node in graph_module.graph.nodes}
     if node_name not in nodes:
         raise BadInput(f"the graph has no node {node_name!r}; known: {', '.join(nodes)}")
-    needed, waiting = set(), [nodes[node_name]]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting += node.all_input_nodes
+    needed = {nodes[node_name]}
+    for node in reversed(graph_module.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph_module.graph.nodes:
@@ -384,11 +374,10 @@ def without_norms(graph_module: fx.GraphModule, layers: Sequence[Convolution]) -
     for node in graph_module.graph.nodes:
         if node.op == "call_module" and node.target in norms:
             copies[node] = copies[node.all_input_nodes[0]]
-            continue
-        if node.op == "output":
+        elif node.op == "output":
             graph.output(fx.map_arg(node.args[0], lambda source: copies[source]))
-            continue
-        copies[node] = graph.node_copy(node, lambda source: copies[source])
+        else:
+            copies[node] = graph.node_copy(node, lambda source: copies[source])
     return fx.GraphModule(graph_module, graph)
 
 
@@ -404,9 +393,8 @@ def prefix(
 
     Args:
         graph_module: a traced network.
-        layers: whose features may be compared; see `feature_nodes`.
+        layers, activated: see `feature_nodes`.
         layer: 1 to len(layers) + 1; the last is what the network answers.
-        activated: take the feature behind the activation.
         folded: convolutions whose BatchNorm is left out, for weights into which it has been folded.
 
     Raises:

@@ -70,9 +70,7 @@ class RandomGatedNetwork(nn.Module):
             layer for layer in self.convolutions if layer.main and (sharing == "independent" or layer.norm is not None)
         ]
         if not self.layers:
-            raise BadInput(
-                _nothing_to_gate(template, self.convolutions, graphs.others(graph, self.convolutions), sharing)
-            )
+            raise BadInput(_nothing_to_gate(template, self.convolutions, graphs.others(graph, self.convolutions)))
         self.candidates = candidates
         self.sharing: Sharing = sharing
         self.template = template
@@ -139,32 +137,18 @@ class RandomGatedNetwork(nn.Module):
     def prefix(self, layer: int, *, activated: bool = False, folded: bool = False) -> fx.GraphModule:
         """Return the network cut off at feature `layer`, sharing its layers; call it through `functional_call`.
 
-        Args:
-            layer: 1 to `num_features`; the last is the logits.
-            activated: take the feature behind the activation (the released Ensemble-in-One) or before it (DVERGE).
-            folded: leave the BatchNorms out, for the tensors of `folded`.
+        Layers are 1 to `num_features`, of which the last is the logits. A feature is taken behind the activation if
+        `activated` (the released Ensemble-in-One), else before it (DVERGE). `folded` leaves the BatchNorms out, for the
+        tensors of `folded`.
 
         Raises:
             BadInput: a layer out of range.
         """
-        if not 1 <= layer <= self.num_features:
-            raise BadInput(f"layer {layer} is out of range, expected 1 to {self.num_features}")
         key = (layer, activated, folded)
         if key not in self._prefixes:
-            self._prefixes[key] = graphs.prefix(
-                self._graph(),
-                self.layers,
-                layer,
-                activated=activated,
-                folded=self.convolutions if folded else (),
-            )
+            left_out = self.convolutions if folded else ()
+            self._prefixes[key] = graphs.prefix(self._graph(), self.layers, layer, activated=activated, folded=left_out)
         return self._prefixes[key]
-
-    def features(
-        self, images: Tensor, layer: int, tensors: dict[str, Tensor], *, activated: bool = False, folded: bool = False
-    ) -> Tensor:
-        """Run only the prefix up to `layer` with the tensors of `select` or `folded`."""
-        return self.runner(layer, tensors, activated=activated, folded=folded)(images)
 
     def runner(
         self, layer: int, tensors: dict[str, Tensor], *, activated: bool = False, folded: bool = False
@@ -300,9 +284,7 @@ def _weights(module: nn.Module, name: str, *, least_dim: int) -> Iterator[tuple[
         yield tensor, tensor.copy_
 
 
-def _nothing_to_gate(
-    template: nn.Module, convolutions: Sequence[Convolution], others: Sequence[str], sharing: Sharing
-) -> str:
+def _nothing_to_gate(template: nn.Module, convolutions: Sequence[Convolution], others: Sequence[str]) -> str:
     name = type(template).__name__
     if others:
         return (
@@ -333,36 +315,27 @@ def _equal(alternatives: nn.Module) -> bool:
 
 
 def _warn(rgn: RandomGatedNetwork, *, drawn: bool) -> None:
-    """Say what a user would not expect: convolutions without gates, candidates that are equal, a network with one gate.
-
-    Args:
-        rgn: fresh from `randomly_gate`.
-        drawn: whether its candidates should differ.
-    """
-    name = type(rgn.template).__name__
+    """Say what a user would not expect: convolutions without gates, a single gate, or equal candidates if `drawn`."""
+    said = []
     equal = [layer.conv for layer, bank in zip(rgn.layers, rgn.bank, strict=True) if drawn and _equal(bank)]
     if equal:
-        warnings.warn(
-            f"{name}: all candidates of {_listed(equal)} start equal, because the weights there are all zero or cannot "
-            "be drawn; training has to tell them apart",
-            GatingWarning,
-            stacklevel=3,
+        said.append(
+            f": all candidates of {_listed(equal)} start equal, because the weights there are all zero or cannot be "
+            "drawn; training has to tell them apart"
         )
     if others := graphs.others(rgn._graph(), rgn.convolutions):
         counted = "1 convolution" if len(others) == 1 else f"{len(others)} convolutions"
-        warnings.warn(
-            f"{name} has {counted} without a gate, shared by all paths, because only nn.Conv2d layers with tensors of "
-            f"their own can have one: {_listed(others)}",
-            GatingWarning,
-            stacklevel=3,
+        said.append(
+            f" has {counted} without a gate, shared by all paths, because only nn.Conv2d layers with tensors of their "
+            f"own can have one: {_listed(others)}"
         )
     if rgn.num_gates == 1:
-        warnings.warn(
-            f"{name} has a single gated layer, {rgn.layers[0].conv}, so its {rgn.candidates} paths share all other "
-            "layers and hardly make an ensemble",
-            GatingWarning,
-            stacklevel=3,
+        said.append(
+            f" has a single gated layer, {rgn.layers[0].conv}, so its {rgn.candidates} paths share all other layers "
+            "and hardly make an ensemble"
         )
+    for text in said:
+        warnings.warn(type(rgn.template).__name__ + text, GatingWarning, stacklevel=3)
 
 
 def fold(

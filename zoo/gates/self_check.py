@@ -214,8 +214,7 @@ def _answers(name: str, run: Answer, batch: Tensor) -> tuple[Tensor, ...]:
         ) from error
     several = tuple(answer) if isinstance(answer, (tuple, list)) else (answer,)
     for each in several:
-        fits = isinstance(each, Tensor) and each.shape[:1] == batch.shape[:1] and each.is_floating_point()
-        if not fits:
+        if not (isinstance(each, Tensor) and each.shape[:1] == batch.shape[:1] and each.is_floating_point()):
             shape = f"{each.dtype} of shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
             raise BadInput(
                 f"{name} answers a batch of {len(batch)} images with {shape}; expected logits (batch, class), or a "
@@ -237,10 +236,10 @@ def check_reach(
 
     Args:
         network: the template; in evaluation mode for the time.
-        tensors: those of the path that takes this candidate everywhere, under their names in the template.
+        tensors: of the path that takes this candidate everywhere, under their names in the template.
         parts: the names of the convolutions and norms that have candidates.
         images: some that the network takes.
-        candidate: named in the error.
+        candidate: its number, for the error.
 
     Raises:
         BadInput: a part that changes nothing.

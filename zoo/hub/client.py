@@ -64,10 +64,7 @@ def endpoint() -> str:
 
 
 def bars(*, wanted: bool = True) -> AbstractContextManager[object]:
-    """Let the client draw its progress bars only where they are wanted, and on a terminal.
-
-    A user who sets HF_HUB_DISABLE_PROGRESS_BARS has the last word.
-    """
+    """Let the client draw its bars on a terminal where they are wanted; HF_HUB_DISABLE_PROGRESS_BARS decides if set."""
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -108,12 +105,8 @@ def translated(
 ) -> Iterator[None]:
     """Turn the errors of the hub, the network and the disk into one of ours that says what to do.
 
-    Args:
-        doing: what was tried, behind "cannot".
-        repository: `organisation/name`.
-        revision: of it.
-        names: the files that were asked for.
-        refusals: what certain answers mean here, by status, instead of what they usually mean.
+    It begins with "cannot" and what was being done. `names` are the files that were asked for; `refusals` says what
+    certain answers mean here, by status.
     """
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP client that it uses
 

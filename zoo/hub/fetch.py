@@ -25,14 +25,8 @@ logger = logging.getLogger(__name__)
 def fetch_card(repository: str, revision: str | None = None) -> Bundle:
     """Fetch the card of a bundle alone; `fetch_files` then fetches files from the same commit.
 
-    What the cache holds is not fetched again; without a network, or with HF_HUB_OFFLINE=1, it is all there is.
-
-    Args:
-        repository: `organisation/name`.
-        revision: a branch, tag or commit; None is the main branch.
-
-    Returns:
-        The bundle in the cache; its folder is named after the commit.
+    What the cache holds is not fetched again; without a network, or with HF_HUB_OFFLINE=1, it is all there is. The
+    folder of the bundle is named after the commit; `revision` None is the main branch.
 
     Raises:
         BadInput: if there is no such repository or revision, the hub cannot be reached, or the disk is full.
@@ -61,12 +55,7 @@ def fetch_card(repository: str, revision: str | None = None) -> Bundle:
 
 
 def fetch_files(repository: str, bundle: Bundle, only: Iterable[str] | None = None) -> None:
-    """Fetch files of a bundle whose card is here, from the commit of that card, and check them.
-
-    Args:
-        repository: `organisation/name`.
-        bundle: as `fetch_card` returned it.
-        only: the files that are needed; None is all that the card lists.
+    """Fetch the files named in `only`, or all, of a bundle from `fetch_card`, from the same commit, and check them.
 
     Raises:
         BadInput: if the hub cannot be reached, or the disk is full.
@@ -95,9 +84,7 @@ def hub_cards(author: str | None = None) -> list[tuple[str, str, Card]]:
     """Return the repository, commit and card of every bundle on the hub, sorted by repository; nothing else is fetched.
 
     A repository whose card cannot be read (broken, newer, private, blocked) is left out with a warning on the log.
-
-    Args:
-        author: an organisation or user; None is everybody.
+    `author` is an organisation or user; None is everybody.
 
     Raises:
         BadInput: if the hub cannot be reached.
@@ -150,13 +137,9 @@ def _discarded(bundle: Bundle) -> str:
 
 
 def _snapshot(repository: str, revision: str | None, names: list[str], *, first: bool = False) -> Path:
-    """Bring files into the cache; returns the folder of their commit.
+    """Bring files into the cache, and return the folder of their commit.
 
-    Args:
-        repository: `organisation/name`.
-        revision: a branch, tag or commit.
-        names: the files.
-        first: nothing was asked of the hub yet, so it is said if it does not answer; no bars are drawn.
+    Where they are the `first` that is asked of the hub, it is said if it does not answer, and no bars are drawn.
     """
     from huggingface_hub import snapshot_download  # lazily: a bundled or local model needs no HTTP client
 
@@ -182,15 +165,10 @@ def _is_damaged(place: Path) -> bool:
 
 
 def _discard(folder: Path, names: Iterable[str], *, everywhere: bool = False) -> str:
-    """Take files of one commit out of the cache, and what nothing in it refers to any more.
+    """Take files out of the cache's REPOSITORY/snapshots/COMMIT, and say what became of them.
 
-    Args:
-        folder: the commit's folder: REPOSITORY/snapshots/COMMIT.
-        names: the files; others, which another program may have put there, stay.
-        everywhere: also from other commits that hold the very same content.
-
-    Returns:
-        What became of them, in words.
+    What nothing refers to any more goes too; other files, which another program may have put there, stay. `everywhere`
+    takes the very same content out of other commits as well.
     """
     try:
         _remove(folder, names, everywhere)

@@ -9,22 +9,13 @@ from dataclasses import asdict
 from fractions import Fraction
 from typing import Any
 
-from zoo.bundle.card import Card, Result
-from zoo.bundle.headline import (
-    AUTOATTACK,
-    CLEAN,
-    TRANSFER,
-    WHITEBOX,
-    accuracy_of,
-    eps_shown,
-    main_variant,
-    measured_eps,
-)
+from zoo.bundle import headline
+from zoo.bundle.card import Card, Lint, Result
 from zoo.bundle.wording import eps_text, plain
 from zoo.errors import BadInput, UnknownName
 from zoo.hub.source import KnownModel
 
-KINDS = {"whitebox": WHITEBOX, "transfer": TRANSFER, "autoattack": AUTOATTACK}
+KINDS = {"whitebox": headline.WHITEBOX, "transfer": headline.TRANSFER, "autoattack": headline.AUTOATTACK}
 """What `sort` can name beside "name", "method" and "clean"; each may be followed by ":EPS"."""
 SORTS = ("name", "method", "clean", *KINDS)
 MANY_IMAGES = 1000
@@ -36,14 +27,7 @@ _LINTER = {PASSED: "ok", FAILED: "ALARM", NOT_LINTED: "-"}
 
 
 def on_the_hub(author: str | None = None) -> tuple[KnownModel, ...]:
-    """Return the models that are published on the hub now, sorted by name.
-
-    Args:
-        author: an organisation or user; None is everybody.
-
-    Raises:
-        BadInput: the hub cannot be reached.
-    """
+    """Return the models that are published on the hub now, sorted by name; takes and raises what `hub_cards` does."""
     from zoo.hub.fetch import hub_cards
 
     models = (
@@ -58,12 +42,8 @@ def select(
 ) -> list[KnownModel]:
     """Return the models of a data set and a method, in the order asked for: numbers from high to low, missing last.
 
-    Args:
-        models: the catalogue.
-        dataset: its name; None is any.
-        method: its name; None is any.
-        sort: "name" (the default), "method", "clean", or "whitebox", "transfer" or "autoattack" at the lowest radius
-            that is shown, or at the radius that stands behind a colon: "whitebox:8/255".
+    `sort` is "name" (the default), "method", "clean", or "whitebox", "transfer" or "autoattack" at the lowest radius
+    that is shown, or at the radius that stands behind a colon: "whitebox:8/255".
 
     Raises:
         UnknownName: no model has such a data set or method.
@@ -94,11 +74,11 @@ def _order(models: Sequence[KnownModel], sort: str) -> Callable[[KnownModel], tu
 
     def key(model: KnownModel) -> tuple[Any, ...]:
         if name == "clean":
-            found = accuracy_of(model.card, CLEAN, Fraction(0))
+            found = headline.accuracy_of(model.card, headline.CLEAN, Fraction(0))
         else:
             cards = [other.card for other in models if other.card.dataset == model.card.dataset]
             places = [eps] if eps is not None else _shown(cards, KINDS[name])[:1]
-            found = accuracy_of(model.card, KINDS[name], places[0]) if places else None
+            found = headline.accuracy_of(model.card, KINDS[name], places[0]) if places else None
         return (found is None, 0.0 if found is None else -found.accuracy, model.card.name, model.source)
 
     return key
@@ -110,51 +90,32 @@ def documents(models: Iterable[KnownModel]) -> list[dict[str, Any]]:
 
 
 def _document(model: KnownModel) -> dict[str, Any]:
-    card = model.card
+    card, network, training = model.card, model.card.architecture, model.card.training
     weights = [entry.sha256 for name, entry in card.files.items() if name.endswith(".safetensors")]
-    dates = [card.training.date, *(result.date for result in card.results), *(lint.date for lint in card.lint)]
+    dates = [training.date, *(result.date for result in card.results), *(lint.date for lint in card.lint)]
     document = {
-        "name": card.name,
-        "description": card.description,
-        "method": card.method,
-        "license": card.license,
-        "architecture": card.architecture.name,
+        **{name: getattr(card, name) for name in ("name", "description", "method", "license")},
+        "architecture": network.name,
         "dataset": card.dataset,
         "classes": card.classes,
-        "gates": len(card.architecture.gated_layers),
-        "candidates": card.architecture.candidates,
-        "sharing": card.architecture.sharing,
-        "parameters": card.architecture.parameters,
-        "single_path_parameters": card.architecture.single_path_parameters,
+        "gates": len(network.gated_layers),
+        **{name: getattr(network, name) for name in ("candidates", "sharing", "parameters", "single_path_parameters")},
         "variants": card.variants,
-        "main": main_variant(card),
+        "main": headline.main_variant(card),
         "files": {name: entry.size for name, entry in sorted(card.files.items())},
         "bytes": sum(entry.size for entry in card.files.values()),
         "weights": weights[0] if weights else "",
-        "where": {
-            "bundled": model.bundled,
-            "repository": model.repository,
-            "commit": model.commit,
-            "commands": model.commands,
-        },
+        "where": {name: getattr(model, name) for name in ("bundled", "repository", "commit", "commands")},
         "trained": {
-            "summary": card.training.summary,
-            "recipe": str(card.training.recipe.get("name", "")),
-            "epochs": card.training.epochs,
-            "published": None if card.training.published is None else asdict(card.training.published),
-            "seed": card.training.seed,
-            "date": card.training.date,
+            "summary": training.summary,
+            "recipe": str(training.recipe.get("name", "")),
+            "epochs": training.epochs,
+            "published": None if training.published is None else asdict(training.published),
+            "seed": training.seed,
+            "date": training.date,
         },
         "results": [_result(card, result) for result in card.results],
-        "lint": [
-            {
-                "variant": lint.variant,
-                "alarms": [finding.code for finding in lint.alarms],
-                "images": lint.images,
-                "date": lint.date,
-            }
-            for lint in card.lint
-        ],
+        "lint": [_lint(lint) for lint in card.lint],
         "date": max(dates),
         "card": hashlib.sha256(card.to_json().encode()).hexdigest(),
         "suspect": card.suspect,
@@ -164,20 +125,8 @@ def _document(model: KnownModel) -> dict[str, Any]:
 
 
 _IN_SHORT = (
-    "variant",
-    "protocol",
-    "attack",
-    "norm",
-    "eps",
-    "eps_fraction",
-    "steps",
-    "restarts",
-    "draws",
-    "images",
-    "seed",
-    "accuracy",
-    "interval",
-    "date",
+    *("variant", "protocol", "attack", "norm", "eps", "eps_fraction", "steps", "restarts", "draws"),
+    *("images", "seed", "accuracy", "interval", "date"),
 )
 
 
@@ -187,6 +136,11 @@ def _result(card: Card, result: Result) -> dict[str, Any]:
         "held": all(check.held for check in result.checks),
         "linter": _linter(card, result.variant),
     }
+
+
+def _lint(lint: Lint) -> dict[str, Any]:
+    alarms = [finding.code for finding in lint.alarms]
+    return {"variant": lint.variant, "alarms": alarms, "images": lint.images, "date": lint.date}
 
 
 def _linter(card: Card, variant: str) -> str:
@@ -233,27 +187,24 @@ def _table(dataset: str, models: Sequence[KnownModel]) -> list[str]:
         room += missing
         above += f" {_HEADS[kind]} ".center(room, "-") + "  "
         place += span
-    return [
-        *([above.rstrip()] if columns else []),
-        *(
-            "  ".join(
-                cell.rjust(width) if _NUMBERS - 1 <= index < len(row) - 2 else cell.ljust(width)
-                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ),
-    ]
+    lines = [above] if columns else []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        numbers = slice(_NUMBERS - 1, len(row) - 2)
+        cells[numbers] = [cell.rjust(width) for cell, width in zip(row[numbers], widths[numbers], strict=True)]
+        lines.append("  ".join(cells))
+    return [line.rstrip() for line in lines]
 
 
 def _row(model: KnownModel, columns: Sequence[tuple[str, Fraction]]) -> tuple[str, ...]:
-    card, variant = model.card, main_variant(model.card)
+    card, variant = model.card, headline.main_variant(model.card)
     alarms = f"ALARM: {', '.join(card.suspect)}" if card.suspect else _LINTER[_linter(card, variant)]
     return (
         plain(card.name if model.commands else model.source),
         plain(card.architecture.name),
         variant,
-        _number(accuracy_of(card, CLEAN, Fraction(0)), 2),
-        *(_number(accuracy_of(card, KINDS[kind], eps), 1) for kind, eps in columns),
+        _number(headline.accuracy_of(card, headline.CLEAN, Fraction(0)), 2),
+        *(_number(headline.accuracy_of(card, KINDS[kind], eps), 1) for kind, eps in columns),
         alarms,
         _origin(model),
     )
@@ -261,7 +212,7 @@ def _row(model: KnownModel, columns: Sequence[tuple[str, Fraction]]) -> tuple[st
 
 def _shown(cards: Iterable[Card], protocols: Sequence[str]) -> list[Fraction]:
     """Return the radii at which the main variants of these models are compared."""
-    return eps_shown(eps for card in cards for eps in measured_eps(card, protocols))
+    return headline.eps_shown(eps for card in cards for eps in headline.measured_eps(card, protocols))
 
 
 def _number(found: Result | None, digits: int) -> str:

@@ -40,7 +40,10 @@ def pull(model: str, *, variants: Sequence[str] = (), precision: str | None = No
         ManygatesError: as `open_model`.
     """
     if out is not None:
-        _check_out(out)
+        try:
+            check_target(out)
+        except OSError as error:  # a name that no file can have
+            raise BadInput(f"cannot write to {out}: {error.strerror}; choose another place") from error
     found = find(model)
     card = found.card
     for variant in variants:
@@ -66,13 +69,10 @@ def part_of(card: Card, variants: Sequence[str], rounded: Sequence[str] = ()) ->
         plain = measured.removesuffix(INT8)
         return plain in variants and (plain in rounded or not measured.endswith(INT8))
 
-    int8 = card.int8
-    if int8 is not None:
-        int8 = replace(int8, variants=tuple(rounded)) if rounded else None
     return replace(
         card,
         variants=tuple(variants),
-        int8=int8,
+        int8=replace(card.int8, variants=tuple(rounded)) if card.int8 and rounded else None,
         results=tuple(result for result in card.results if kept(result.variant)),
         lint=tuple(lint for lint in card.lint if kept(lint.variant)),
     )
@@ -88,13 +88,6 @@ def _rounded(card: Card, chosen: Sequence[str], named: bool) -> tuple[str, ...]:
             "--precision int8 out, or make one with `manygates export BUNDLE --int8`"
         )
     return tuple(variant for variant in chosen if variant in there)
-
-
-def _check_out(out: Path) -> None:
-    try:
-        check_target(out)
-    except OSError as error:  # a name that no file can have
-        raise BadInput(f"cannot write to {out}: {error.strerror}; choose another place") from error
 
 
 def _check_not_lost(out: Path, card: Card, files: Sequence[str]) -> None:

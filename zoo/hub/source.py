@@ -14,6 +14,7 @@ weights nor a network.
 from __future__ import annotations
 
 import importlib.resources
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,15 +23,13 @@ from typing import Literal
 
 from zoo.bundle.bundle import CARD_FILE, Bundle
 from zoo.bundle.card import Card
-from zoo.cache import cache_dir
 from zoo.errors import BadInput, BundleError, ManygatesError, UnknownName
-from zoo.files import replace_directory
+from zoo.files import cache_dir, replace_directory
 from zoo.hub.client import HUB_PREFIX as HUB_PREFIX
 from zoo.hub.client import named, parse_repository
-from zoo.hub.commands import LOCAL_PREFIX as LOCAL_PREFIX
-from zoo.hub.commands import commands_of
 from zoo.hub.fetch import fetch_card, fetch_files
 
+LOCAL_PREFIX = "local-dir:"
 HUB_CARDS_DIR = "hub-cards"
 """In the user's cache: ORGANISATION--NAME--COMMIT.json; no name on the hub holds two hyphens in a row."""
 
@@ -67,15 +66,7 @@ class Source:
         return Found(name=self.written, source=self, bundle=Bundle.open(self.folder, only=()))
 
     def open(self, only: Iterable[str] | Callable[[Card], Iterable[str]] | None = None) -> Bundle:
-        """Find the model, and return its bundle with its files here and checked.
-
-        Args:
-            only: the files that are needed, like ("single.onnx",), or a function that names them for a card; None is
-                all of them. Others are not fetched.
-
-        Raises:
-            ManygatesError: as `find` and `Found.open`.
-        """
+        """Find the model and open it: `find` and `Found.open` at once; `only` may also name the files for a card."""
         found = self.find()
         return found.open(only(found.card) if callable(only) else only)
 
@@ -96,10 +87,7 @@ class Found:
         return self.bundle.card
 
     def open(self, only: Iterable[str] | None = None) -> Bundle:
-        """Return the bundle with its files here and checked.
-
-        Args:
-            only: the files that are needed, like ("single.onnx",); None is all of them. Others are not fetched.
+        """Return the bundle with the files named in `only`, or all, here and checked; others are not fetched.
 
         Raises:
             BadInput: the hub cannot be reached.
@@ -144,27 +132,12 @@ def resolve(model: str) -> Source:
 
 
 def find(model: str) -> Found:
-    """Find a model by name and read its card: `resolve` and `Source.find` at once.
-
-    Args:
-        model: a catalogue name, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME[@REVISION]`.
-
-    Raises:
-        ManygatesError: as these two.
-    """
+    """Find a model by name and read its card: `resolve` and `Source.find` at once; raises as these two."""
     return resolve(model).find()
 
 
 def open_model(model: str, *, only: Iterable[str] | Callable[[Card], Iterable[str]] | None = None) -> Bundle:
-    """Find a model by name, and open its bundle with its checksums checked: `resolve` and `Source.open` at once.
-
-    Args:
-        model: a catalogue name, `local-dir:FOLDER` or `hf-hub:ORGANISATION/NAME[@REVISION]`.
-        only: the files that are needed, or a function that names them for a card; None is all of them.
-
-    Raises:
-        ManygatesError: as these two.
-    """
+    """Open the bundle of a model by name, checksums checked: `resolve` and `Source.open` at once; raises as these."""
     return resolve(model).open(only)
 
 
@@ -222,6 +195,45 @@ class KnownModel:
         return ", or ".join(ways) or "no recipe of this version makes it"
 
 
+def commands_of(card: Card) -> tuple[str, ...]:
+    """Return the commands that make a model from nothing, as its card tells; none where no recipe here makes it."""
+    recipe, overrides = card.training.recipe, card.training.overrides
+    if overrides is None:
+        return ()
+    seeds = recipe.get("seeds")
+    several = seeds if isinstance(seeds, list) and len(seeds) > 1 else [None]  # networks trained apart
+    runs, commands = [], []
+    for seed in several:
+        run = f"runs/{card.name}" + ("" if seed is None else f"-{seed}")
+        changes = [text for text in overrides if seed is None or not text.startswith("seed=")]
+        changes += [] if seed is None else [f"seed={seed}"]
+        words = ["manygates", "train", str(recipe.get("name", "")), "--out", run]
+        for text in changes:
+            words += ["--set", text]
+        runs.append(run)
+        commands.append(shlex.join(words))
+    commands.append(shlex.join(_last_step(card, runs)))
+    if card.int8 is not None and isinstance(recipe.get("derived"), dict):  # `derive` writes no int8 graphs
+        commands.append(f"manygates export {LOCAL_PREFIX}models/{card.name} --int8")
+    return tuple(commands)
+
+
+def _last_step(card: Card, runs: Sequence[str]) -> list[str]:
+    """Return the words of the command that writes the bundle of trained runs."""
+    derived = card.training.recipe.get("derived")
+    target = ["--out", f"models/{card.name}", "--name", card.name]
+    if not isinstance(derived, dict):
+        best = ["--checkpoint", "best"] if "(best checkpoint)" in card.training.summary else []
+        return ["manygates", "export", *runs, *target, *best, *(["--int8"] if card.int8 else [])]
+    words = ["manygates", "derive", *runs, *target]
+    for option, key in (("--path", "paths"), ("--member", "members")):
+        for value in derived.get(key) or []:
+            words += [option, str(value)]
+    words += ["--recalibrate"] if derived.get("recalibrated") else []
+    words += ["--finetune", str(derived["finetune_epochs"])] if derived.get("finetune_epochs") else []
+    return [*words, "--seed", str(derived["seed"])] if derived.get("seed") else words
+
+
 def bundled_dir() -> Path:
     """Return the folder inside the package that holds one bundle per model; it need not exist."""
     return Path(str(importlib.resources.files("zoo") / "bundles"))
@@ -255,10 +267,7 @@ def known_models(warn: Callable[[str], None] | None = None) -> tuple[KnownModel,
 
     A model on the hub is one of the package if its card is the same: a card has the digest of every file, so it does
     not matter who published it. Any other is a further model, called by its repository; a stranger's numbers never
-    stand beside a name of the package.
-
-    Args:
-        warn: is told, in one sentence, of a card in the cache that cannot be used; the list is then without it.
+    stand beside a name of the package. A card in the cache that cannot be used is left out, and `warn` is told.
 
     Raises:
         BundleError: as `package_models`.
@@ -282,12 +291,7 @@ def known_model(name: str) -> KnownModel | None:
 def keep_seen(models: Sequence[KnownModel], author: str | None = None) -> Path:
     """Keep the cards of models that are on the hub now, in the place of those that were seen before.
 
-    Args:
-        models: with their repositories and commits.
-        author: whose models they are; cards of others stay. None is everybody.
-
-    Returns:
-        The folder in the user's cache.
+    Where they are those of one `author`, cards of others stay. Returns the folder in the user's cache.
 
     Raises:
         OSError: it cannot be written; what was there stays.

@@ -7,46 +7,36 @@ with several exits returns a tuple of them, first exit first, and says how many 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from zoo.errors import BadInput, UnknownName
-from zoo.networks.bottleneck_resnet import CifarResNet50
 from zoo.networks.image_format import CIFAR_FORMAT as CIFAR_FORMAT
 from zoo.networks.image_format import MNIST_FORMAT as MNIST_FORMAT
 from zoo.networks.image_format import ImageFormat as ImageFormat
 from zoo.networks.lenet import LeNet
 from zoo.networks.msdnet import MSDNet
-from zoo.networks.preact_resnet import PreActResNet18
-from zoo.networks.resnet import CifarResNet
+from zoo.networks.resnet import CifarResNet, CifarResNet50
 from zoo.networks.small_cnn import SmallCNN
 from zoo.networks.two_layer import TwoLayerCNN
 from zoo.networks.vgg import VGG16
-from zoo.networks.wide_resnet import WideResNet
-
-
-def _resnet(depth: int) -> Callable[..., nn.Module]:
-    return lambda images, classes, **options: CifarResNet(depth, images.mean, images.std, classes, **options)
-
-
-def _wide(depth: int, widen: int) -> Callable[..., nn.Module]:
-    return lambda images, classes, **options: WideResNet(depth, widen, images.mean, images.std, classes, **options)
-
+from zoo.networks.wide_resnet import PreActResNet18, WideResNet
 
 # name -> builder(image format, classes, **options)
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    **{f"resnet{depth}": _resnet(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    "resnet50_cifar": lambda images, classes, **options: CifarResNet50(images.mean, images.std, classes, **options),
-    "vgg16": lambda images, classes, **options: VGG16(images.mean, images.std, classes, **options),
-    "preact_resnet18": lambda images, classes, **options: PreActResNet18(images.mean, images.std, classes, **options),
-    "wide_resnet16_4": _wide(16, 4),
-    "wide_resnet28_10": _wide(28, 10),
-    "wide_resnet34_10": _wide(34, 10),
-    "lenet": lambda images, classes, **options: LeNet(images, classes, **options),
-    "two_layer_cnn": lambda images, classes, **options: TwoLayerCNN(images, classes, **options),
-    "small_cnn3": lambda images, classes, **options: SmallCNN(images, classes, **options),
-    "msdnet": lambda images, classes, **options: MSDNet(images, classes, **options),
+    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "resnet50_cifar": CifarResNet50,
+    "vgg16": VGG16,
+    "preact_resnet18": PreActResNet18,
+    "wide_resnet16_4": partial(WideResNet, 16, 4),
+    "wide_resnet28_10": partial(WideResNet, 28, 10),
+    "wide_resnet34_10": partial(WideResNet, 34, 10),
+    "lenet": LeNet,
+    "two_layer_cnn": TwoLayerCNN,
+    "small_cnn3": SmallCNN,
+    "msdnet": MSDNet,
     "msdnet3": lambda images, classes, **options: MSDNet(images, classes, exits=3, base=2, step=2, **options),
 }
 

@@ -1,8 +1,12 @@
-"""What the images of a network look like."""
+"""What the images of a network look like, and its first layer: pixels to standard scores, so budgets stay in pixels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
 
 from zoo.errors import BadInput
 
@@ -26,3 +30,19 @@ class ImageFormat:
 
 CIFAR_FORMAT = ImageFormat()
 MNIST_FORMAT = ImageFormat(channels=1, height=28, width=28, mean=(0.1307,), std=(0.3081,))
+
+
+class Normalise(nn.Module):
+    """`(images - mean) / std` per channel; images (batch, channel, height, width) in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return standard scores of the shape of `images`."""
+        return (images - self.mean) / self.std

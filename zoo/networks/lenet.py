@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import BadInput
-from zoo.networks.image_format import ImageFormat
-from zoo.networks.normalise import Normalise
+from zoo.networks.image_format import ImageFormat, Normalise
 
 
 class LeNet(nn.Module):

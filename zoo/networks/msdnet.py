@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import BadInput
-from zoo.networks.image_format import ImageFormat
-from zoo.networks.normalise import Normalise
+from zoo.networks.image_format import ImageFormat, Normalise
 from zoo.networks.resnet import initialise
 
 SCALES = 3

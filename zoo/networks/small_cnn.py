@@ -8,8 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from zoo.errors import BadInput
-from zoo.networks.image_format import ImageFormat
-from zoo.networks.normalise import Normalise
+from zoo.networks.image_format import ImageFormat, Normalise
 
 HIDDEN = 200
 

@@ -5,12 +5,10 @@ Thirteen 3x3 convolutions with bias and one linear classifier, as in the release
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from zoo.networks.normalise import Normalise
+from zoo.networks.image_format import ImageFormat, Normalise
 from zoo.networks.resnet import initialise
 
 # Output channels of each convolution; 0 is a 2x2 max pool.
@@ -20,11 +18,11 @@ LAYOUT = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 
 class VGG16(nn.Module):
     """VGG-16; `width` scales its channels (1.0 is the published network)."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], classes: int = 10, *, width: float = 1.0) -> None:
+    def __init__(self, images: ImageFormat, classes: int = 10, *, width: float = 1.0) -> None:
         super().__init__()
-        self.normalise = Normalise(mean, std)
+        self.normalise = Normalise(images.mean, images.std)
         layers: list[nn.Module] = []
-        channels_in = len(mean)
+        channels_in = images.channels
         for entry in LAYOUT:
             if entry == 0:
                 layers.append(nn.MaxPool2d(2))

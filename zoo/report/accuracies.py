@@ -82,7 +82,9 @@ def _grid(entries: Sequence[Entry], columns: Sequence[Column], caption: str, *, 
         header += [Cell(text=column.text or "accuracy") for column in members]
     rows = []
     for entry in entries:
-        cells = [Cell(text=entry.model, detail=entry.card.method), _variant_cell(entry)]
+        verdict, lint = entry.verdict, "" if entry.lint is None else "linter: "
+        variant = Cell(text=entry.variant, detail=f"{lint}{verdict.text}", tone=verdict.tone, link=entry.key)
+        cells = [Cell(text=entry.model, detail=entry.card.method), variant]
         for column in columns:
             there = [result for result in deployed(entry) if Column.of(result) == column]
             cells.append(accuracy_cell(entry, there, usual=usual[column.group]))
@@ -93,12 +95,6 @@ def _grid(entries: Sequence[Entry], columns: Sequence[Column], caption: str, *, 
     return grid(caption, header, rows, groups=groups, headings=2)
 
 
-def _variant_cell(entry: Entry) -> Cell:
-    said = entry.verdict.text
-    text = said if entry.lint is None else f"linter: {said}"
-    return Cell(text=entry.variant, detail=text, tone=entry.verdict.tone, link=entry.key)
-
-
 def deployed(entry: Entry) -> Iterator[Result]:
     """Return the results that say how often the deployed variant answers correctly."""
     return (result for result in entry.results if result.protocol not in NOT_DEPLOYED)
@@ -107,10 +103,7 @@ def deployed(entry: Entry) -> Iterator[Result]:
 def accuracy_cell(entry: Entry, results: Sequence[Result], *, usual: str = "") -> Cell:
     """Return one accuracy (or several of the same attack) with its marks, its interval, and where its terms differ.
 
-    Args:
-        entry: whose results these are.
-        results: of one attack at one eps.
-        usual: the terms that are said elsewhere; empty if the cell need not say how its own differ.
+    `usual` are the terms that are said elsewhere; empty if the cell need not say how its own differ.
     """
     if not results:
         return Cell(text=MISSING)
@@ -138,18 +131,12 @@ def _costs(entry: Entry) -> tuple[Cell, Cell]:
     architecture = entry.card.architecture
     return (
         Cell(text=f"{architecture.single_path_parameters:,}", detail=f"{architecture.parameters:,}"),
-        Cell(text=MISSING if entry.passes is None else str(entry.passes), value=entry.passes),
+        entry.cost,
     )
 
 
 def meanings(entries: Sequence[Entry], results: Iterable[Result], *, missing: bool) -> Iterator[str]:
-    """Yield what the marks of a table mean, only those that occur.
-
-    Args:
-        entries: the rows.
-        results: the numbers shown.
-        missing: whether some number was not measured.
-    """
+    """Yield what the marks mean that occur in a table of these rows and numbers; `missing` if it has gaps."""
     if not all(map(held, results)):
         yield f"{FAILED} A check of this measurement did not hold, so the number may be wrong."
     if any(entry.suspect for entry in entries):

@@ -10,8 +10,7 @@ from zoo.bundle.wording import MISSING, capital, measured_at, number, plural, te
 from zoo.report.accuracies import accuracy_cell
 from zoo.report.document import Cell, Command, Exhibit, Figures, Section, grid
 from zoo.report.drawings import Heat, Lines, Series, Style
-from zoo.report.entries import Entry
-from zoo.report.found import Found, positions, tables_of
+from zoo.report.entries import Entry, Found, positions, tables_of
 
 _COST, _ACCURACY = "million MACs, ", "accuracy, "
 """How the columns of a table "budgeted" begin: two for every kind of images."""

@@ -31,15 +31,16 @@ def height(drawing: Drawing) -> float:
 
 
 def _wanted_height(drawing: Drawing) -> float:
-    if isinstance(drawing, (Lines, Scatter)):
-        return 3.4 + 0.19 * math.ceil(len(drawing.series) / _legend_columns(drawing.series))
+    if isinstance(drawing, Heat):
+        return 1.5 + min(0.36 * len(drawing.rows), 9.0)
+    number = len(drawing.series)
     if isinstance(drawing, Spread):
-        return 1.1 + 0.55 * len(drawing.series)
+        return 1.1 + 0.55 * number
+    legend = 0.19 * math.ceil(number / _legend_columns(drawing.series))
     if isinstance(drawing, Bars):
-        legend = math.ceil(len(drawing.series) / _legend_columns(drawing.series))
-        each = 0.16 * len(drawing.series) + 0.1 if len(drawing.series) <= 4 else max(0.36, 0.06 * len(drawing.series))
-        return 1.0 + max(each, 0.26) * len(drawing.categories) + 0.19 * legend
-    return 1.5 + min(0.36 * len(drawing.rows), 9.0)
+        each = 0.16 * number + 0.1 if number <= 4 else max(0.36, 0.06 * number)
+        return 1.0 + max(each, 0.26) * len(drawing.categories) + legend
+    return 3.4 + legend
 
 
 def _known(series: Series) -> tuple[list[int], list[float]]:
@@ -80,12 +81,10 @@ def _draw_lines(figure: Figure, drawing: Lines) -> None:
         dash = _DASHES[series.style.dash % len(_DASHES)]
         axes.plot(at, values, linestyle=dash, linewidth=1.6, zorder=3, **_points(series))
         if series.ranges:
-            ranges = [series.ranges[index] for index in known]
-            axes.vlines(
-                at, [low for low, _ in ranges], [high for _, high in ranges], color=series.style.ink, linewidth=1.1
-            )
-            axes.plot(at, [low for low, _ in ranges], "_", color=series.style.ink, markersize=5)
-            axes.plot(at, [high for _, high in ranges], "_", color=series.style.ink, markersize=5)
+            low, high = ([series.ranges[index][end] for index in known] for end in (0, 1))
+            axes.vlines(at, low, high, color=series.style.ink, linewidth=1.1)
+            for ends in (low, high):
+                axes.plot(at, ends, "_", color=series.style.ink, markersize=5)
     _share_axis(axes, "y")
     kept = _spaced(drawing.ticks)
     axes.set_xticks([place for place, _ in kept], [_legible(text, 14) for _, text in kept])

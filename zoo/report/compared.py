@@ -1,67 +1,116 @@
-"""The tables behind results where models stand side by side: a figure per measurement, a series per variant."""
+"""Where models stand side by side, a figure per measurement and a series per variant: against eps, and tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 
 import numpy as np
 
 from zoo.bundle import wording
-from zoo.bundle.wording import capital, only, plural, terms_remark
+from zoo.bundle.card import Result
+from zoo.bundle.headline import CLEAN, accuracy_of
+from zoo.bundle.wording import capital, only, plural, terms, terms_remark
+from zoo.report.accuracies import Column, accuracy_cell, deployed
 from zoo.report.document import Cell, Exhibit, Figures, Grid, Row, Section, grid, share
 from zoo.report.drawings import Bars, Lines, Series, Spread, Style
-from zoo.report.found import Found, grouped, labels_of, positions, remarks_of
+from zoo.report.entries import Entry, Found, curve, grouped, labels_of, positions, remarks_of
 
 _SHORT_LIST = 8
 """With more categories than these a comparison has a row per category."""
+
+
+def against_eps(entries: Sequence[Entry], figure: Figures) -> Section:
+    """Return accuracy against eps: a figure per data set, protocol, attack and norm."""
+    panels: dict[tuple[str, int, str], list[tuple[Entry, Result]]] = {}
+    for entry in entries:
+        for result in deployed(entry):
+            column = Column.of(result)
+            panels.setdefault((entry.card.dataset, column.order, column.group), []).append((entry, result))
+    exhibits = []
+    for (dataset, _, group), found in sorted(panels.items(), key=lambda panel: panel[0]):
+        clean = _anchored(found[0][1]) and any(_clean(entry) for entry, _ in found)
+        if len({result.eps for _, result in found} | ({0.0} if clean else set())) > 1:
+            title = f"{capital(group)} on {dataset}"
+            exhibits.append(_eps_exhibit(title, found, f"eps {group} {dataset}", figure))
+    return Section(
+        key="eps",
+        title="Accuracy against ε",
+        intro="Each point is one measured accuracy with its 95 % interval; the lines between them only guide the eye. "
+        "At ε 0 stands the clean accuracy of the same variant.",
+        exhibits=tuple(exhibits),
+    )
+
+
+def _eps_exhibit(title: str, found: Sequence[tuple[Entry, Result]], name: str, figure: Figures) -> Exhibit:
+    usual = wording.usual_terms(result for _, result in found)
+    lines: dict[tuple[str, str], list[Result]] = {}
+    owners: dict[str, Entry] = {}
+    for entry, result in found:
+        owners[entry.name] = entry
+        lines.setdefault((entry.name, terms(result)), []).append(result)
+    anchored = _anchored(found[0][1])
+    places = sorted({Fraction(result.eps_fraction) for _, result in found} | ({Fraction(0)} if anchored else set()))
+    series, rows, seen = [], [], set()
+    for (label, _), results in lines.items():
+        entry = owners[label]
+        differs = wording.apart(results[0], usual)
+        clean = _clean(entry) if anchored and not any(result.eps == 0 for result in results) else None
+        points = sorted([*([clean] if clean else []), *results], key=lambda result: Fraction(result.eps_fraction))
+        style = Style(colour=entry.style.colour, dash=entry.style.dash, hollow=label in seen)
+        seen.add(label)
+        series.append(curve(f"{label} ({differs})" if differs else label, style, points))
+        at = [[point for point in points if Fraction(point.eps_fraction) == place] for place in places]
+        rows.append([Cell(text=label, apart=differs), *(accuracy_cell(entry, there) for there in at)])
+    remarks = [terms_remark(result for _, result in found)]
+    cleans = sorted({terms(clean) for clean in map(_clean, owners.values()) if clean and anchored})
+    if cleans:
+        remarks.append(f"Clean: {'; '.join(cleans)}.")
+    norms = dict.fromkeys(result.norm for _, result in found)
+    header = ("Model", *(f"ε {place}" if place else "clean" for place in places))
+    return Exhibit(
+        title=title,
+        picture=figure(
+            name,
+            f"Line chart: accuracy from 0 to 100 % against ε for {plural(len(series), 'series', 'series')}",
+            Lines(
+                axis=f"ε ({', '.join(wording.norm(norm) for norm in norms)})",
+                ticks=tuple((float(place), str(place)) for place in places),
+                series=tuple(series),
+            ),
+        ),
+        grids=(grid(f"{title}: accuracy (95 % interval)", header, rows),),
+        remarks=tuple(remarks),
+    )
+
+
+def _anchored(result: Result) -> bool:
+    """Say whether clean accuracy is the same measurement at eps 0: over exits an accuracy is a mean, clean is not."""
+    return result.protocol != "exits"
+
+
+def _clean(entry: Entry) -> Result | None:
+    return accuracy_of(entry.card, CLEAN, Fraction(0), variant=entry.variant)
+
+
+# --- the tables behind results ---
 
 
 def compared_tables(found: Sequence[Found], figure: Figures) -> list[Section]:
     """Return a section per kind of table, also where no card has such a table."""
     return [
         Section(
-            key="steps",
-            title="Accuracy against steps",
-            intro="A curve that still falls at its right end belongs to an attack that needs more steps, and the "
-            "accuracy above it is too high.",
-            exhibits=tuple(_curves(context, group, figure) for context, group in grouped(found, "steps")),
-        ),
-        Section(
-            key="paths",
-            title="Spread over paths",
-            intro="Each point is one path; the box spans the middle half, its bar is the median, the line reaches from "
-            "the worst path to the best.",
-            exhibits=tuple(_spreads(found, figure)),
-        ),
-        Section(
-            key="corruptions",
-            title="Common corruptions",
-            intro="Accuracy under noise, blur, weather and digital changes that nobody chose to fool the network.",
-            exhibits=tuple(_corruptions(context, group, figure) for context, group in grouped(found, "corruptions")),
-        ),
-        Section(
-            key="sources",
-            title="Black-box attacks by surrogate",
-            intro="On which surrogate the transferred images were made. An image counts only if all of its versions "
-            "are answered correctly.",
-            exhibits=tuple(
-                _by_category(context, group, figure, last=True) for context, group in grouped(found, "sources")
-            ),
-        ),
-        Section(
-            key="attacks",
-            title="Attack by attack",
-            intro="What each attack alone leaves. The accuracy of all of them takes for every image the attack that "
-            "served it worst, so it is at most the smallest of these.",
-            exhibits=tuple(
-                _by_category(context, group, figure, last=False) for context, group in grouped(found, "attacks")
-            ),
-        ),
+            key=key,
+            title=title,
+            intro=intro,
+            exhibits=tuple(each for context, group in grouped(found, key) for each in shown(context, group, figure)),
+        )
+        for key, title, intro, shown in _SECTIONS
     ]
 
 
-def _curves(context: str, group: list[Found], figure: Figures) -> Exhibit:
+def _curves(context: str, group: list[Found], figure: Figures) -> Iterator[Exhibit]:
     names = list(dict.fromkeys(name for found in group for name in found.table.columns))
     places = _steps_scale(names)
     ordered = sorted(names, key=lambda name: places[name])
@@ -84,7 +133,7 @@ def _curves(context: str, group: list[Found], figure: Figures) -> Exhibit:
             )
             rows.append((label, *(share(known.get(name)) for name in ordered)))
     axis = group[0].table.column_axis
-    return Exhibit(
+    yield Exhibit(
         title=capital(context),
         picture=figure(
             f"steps {context}",
@@ -97,12 +146,11 @@ def _curves(context: str, group: list[Found], figure: Figures) -> Exhibit:
     )
 
 
-def _spreads(found: Sequence[Found], figure: Figures) -> Iterable[Exhibit]:
+def _spreads(context: str, group: list[Found], figure: Figures) -> Iterator[Exhibit]:
     """Show how paths differ, a figure per column of the tables."""
-    for context, group in grouped(found, "paths"):
-        for name in dict.fromkeys(name for each in group for name in each.table.columns):
-            members = [each for each in group if name in each.table.columns]
-            yield _spread(f"{capital(context)}: {name}", name, members, figure)
+    for name in dict.fromkeys(name for each in group for name in each.table.columns):
+        members = [each for each in group if name in each.table.columns]
+        yield _spread(f"{capital(context)}: {name}", name, members, figure)
 
 
 def _spread(title: str, column: str, group: list[Found], figure: Figures) -> Exhibit:
@@ -133,7 +181,7 @@ def _spread(title: str, column: str, group: list[Found], figure: Figures) -> Exh
     )
 
 
-def _corruptions(context: str, group: list[Found], figure: Figures) -> Exhibit:
+def _corruptions(context: str, group: list[Found], figure: Figures) -> Iterator[Exhibit]:
     """Show the mean accuracy per corruption."""
     title = capital(context)
     means = [[_mean(row) for row in found.values] for found in group]
@@ -143,7 +191,7 @@ def _corruptions(context: str, group: list[Found], figure: Figures) -> Exhibit:
         Series(label=label, style=found.entry.style, values=(*(known.get(name) for name in names), _mean(mean)))
         for label, found, known, mean in zip(labels_of(group), group, by_name, means, strict=True)
     ]
-    return Exhibit(
+    yield Exhibit(
         title=title,
         picture=figure(
             context,
@@ -159,9 +207,10 @@ def _corruptions(context: str, group: list[Found], figure: Figures) -> Exhibit:
     )
 
 
-def _by_category(context: str, group: list[Found], figure: Figures, *, last: bool) -> Exhibit:
-    """Show the first or last column of tables, row by row; of a table with one row, its columns unless `last`."""
+def _by_category(context: str, group: list[Found], figure: Figures) -> Iterator[Exhibit]:
+    """Show the last column of sources, row by row, and the first of attacks; of attacks in one row, its columns."""
     title, kind = capital(context), group[0].table.name
+    last = kind == "sources"
     shown: list[dict[str, float | None]] = []
     drawn, whole = [], []
     for found in group:
@@ -179,7 +228,7 @@ def _by_category(context: str, group: list[Found], figure: Figures, *, last: boo
     ]
     columns = ", ".join(dict.fromkeys(drawn))
     compared = _comparison(f"{title}{': ' if columns else ''}{columns}", kind[:-1].capitalize(), names, series)
-    return Exhibit(
+    yield Exhibit(
         title=title,
         picture=figure(
             f"{kind} {title}",
@@ -211,3 +260,42 @@ def _steps_scale(names: Sequence[str]) -> dict[str, float]:
     if places is None:
         return {name: float(index) for index, name in enumerate(names)}
     return {name: math.log1p(place) for name, place in places.items()}
+
+
+_SECTIONS = (
+    (
+        "steps",
+        "Accuracy against steps",
+        "A curve that still falls at its right end belongs to an attack that needs more steps, and the accuracy above "
+        "it is too high.",
+        _curves,
+    ),
+    (
+        "paths",
+        "Spread over paths",
+        "Each point is one path; the box spans the middle half, its bar is the median, the line reaches from the worst "
+        "path to the best.",
+        _spreads,
+    ),
+    (
+        "corruptions",
+        "Common corruptions",
+        "Accuracy under noise, blur, weather and digital changes that nobody chose to fool the network.",
+        _corruptions,
+    ),
+    (
+        "sources",
+        "Black-box attacks by surrogate",
+        "On which surrogate the transferred images were made. An image counts only if all of its versions are answered "
+        "correctly.",
+        _by_category,
+    ),
+    (
+        "attacks",
+        "Attack by attack",
+        "What each attack alone leaves. The accuracy of all of them takes for every image the attack that served it "
+        "worst, so it is at most the smallest of these.",
+        _by_category,
+    ),
+)
+"""Kind of table, title, introduction, and what shows the tables of one measurement."""

@@ -97,13 +97,7 @@ class Figures:
         self._names: list[str] = []
 
     def __call__(self, name: str, shown: str, drawing: Drawing) -> Picture:
-        """Return a figure.
-
-        Args:
-            name: of its files, if no other figure has it.
-            shown: what a reader who does not see it is told; where its numbers are is added.
-            drawing: what to draw.
-        """
+        """Return a figure with this name, if no other has it, and with what a reader who does not see it is told."""
         self._names.append(slug(name, self._names))
         return Picture(name=self._names[-1], alt=f"{shown}; its numbers are in the table beside it.", drawing=drawing)
 

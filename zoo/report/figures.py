@@ -60,14 +60,7 @@ def render(drawing: Drawing, *, name: str, title: str, alt: str) -> Rendered:
 
 @contextmanager
 def needs_extra(what: str) -> Iterator[None]:
-    """Turn a missing package of the extra `report` into advice.
-
-    Args:
-        what: needs it, as the subject of a sentence.
-
-    Raises:
-        BadInput: matplotlib or jinja2 is not installed.
-    """
+    """Raise BadInput with advice where matplotlib or jinja2 is missing; `what` needs it, as a sentence's subject."""
     try:
         yield
     except ModuleNotFoundError as error:

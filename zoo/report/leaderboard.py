@@ -39,25 +39,16 @@ _NEW_PAGE = f"""# The zoo, measured
 
 
 def write_leaderboard(cards: Sequence[Card], file: Path) -> list[Path]:
-    """Write the comparison of all cards between the marks of a Markdown page, and its figures beside it.
+    """Write the comparison of all cards between the marks of a Markdown page; returns its figures.
 
-    What else stands in the page stays. The same cards give the same bytes; a figure of last time that is not drawn
-    again is removed.
-
-    Args:
-        cards: of any data sets; those without a result are named below the table.
-        file: the page; made if it is not there. Figures are in `figures/` beside it, called `zoo-….svg`.
-
-    Returns:
-        The figures.
+    The page is made if it is not there; what else stands in it stays. Its figures are in `figures/` beside it, called
+    `zoo-….svg`; one of last time that is not drawn again is removed. The same cards give the same bytes.
 
     Raises:
         BadInput: without cards, if the page has not exactly one pair of marks, or if matplotlib is not installed.
     """
     if not cards:
-        raise BadInput(
-            "no cards to compare, expected at least one; put bundles into zoo/bundles or cards into zoo/cards"
-        )
+        raise BadInput("no cards to compare, expected one or more; put bundles into zoo/bundles, cards into zoo/cards")
     if file.suffix != ".md":
         raise BadInput(f"--out is {str(file)!r}, expected a page of Markdown for the leaderboard, such as docs/zoo.md")
     page = file.read_text(encoding="utf-8") if file.is_file() else _NEW_PAGE
@@ -142,7 +133,7 @@ class _Board:
                     entry.model,
                     entry.said,
                     entry.card.method,
-                    Cell(text=MISSING if entry.passes is None else str(entry.passes), value=entry.passes),
+                    entry.cost,
                     standing.clean.cell(entry, Fraction(0)),
                     *(attack.cell(entry, eps) for attack, eps in standing.places),
                     _trained(entry.card),

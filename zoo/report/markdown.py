@@ -16,9 +16,8 @@ from zoo.report.overview import overview
 def markdown_table(cards: Sequence[Card]) -> str:
     """Return the table of the first screen for a README, with the terms and the marks below it.
 
-    Returns:
-        Markdown that ends in a newline: a table per data set, at most eight columns wide, and a row per variant of each
-        model that was measured.
+    It is Markdown that ends in a newline: a table per data set, at most eight columns wide, and a row per variant of
+    each model that was measured.
 
     Raises:
         BadInput: without cards.
@@ -63,12 +62,7 @@ def _exhibit(exhibit: Exhibit) -> Iterator[str]:
 
 
 def table_lines(grid: Grid, *, groups_below: bool = False) -> Iterator[str]:
-    """Yield the lines of a table; a group's name goes into each of its columns.
-
-    Args:
-        grid: the table.
-        groups_below: leave the terms of groups to a line below the table.
-    """
+    """Yield the lines of a table; a group's name goes into each of its columns, its terms unless `groups_below`."""
     above: list[Cell] = []
     for group in grid.groups:
         above += [group] * group.span

@@ -9,7 +9,7 @@ from fractions import Fraction
 from zoo.bundle import findings, wording
 from zoo.bundle.card import Result
 from zoo.bundle.headline import headline
-from zoo.bundle.wording import MISSING, SUSPECT, eps_text, measured
+from zoo.bundle.wording import SUSPECT, eps_text, measured
 from zoo.report.accuracies import held
 from zoo.report.document import Cell, Claim, Exhibit, Figures, Grid, Row, Section, grid
 from zoo.report.entries import Entry
@@ -98,7 +98,7 @@ def _table(standing: Standing, places: Sequence[Place], dataset: str) -> Grid:
         (
             entry.model,
             Cell(text=entry.variant, detail=entry.said, link=entry.key),
-            Cell(text=MISSING if entry.passes is None else str(entry.passes), value=entry.passes),
+            entry.cost,
             standing.clean.cell(entry, Fraction(0)),
             *(attack.cell(entry, eps) for attack, eps in places),
             entry.verdict,

@@ -24,13 +24,8 @@ def trust(entries: Sequence[Entry]) -> Section:
         if not check.held
     ]
     if failed:
-        header = ("Model", "Measurement", "Check", "Found")
-        exhibits.append(
-            Exhibit(
-                title="Checks of single measurements that did not hold",
-                grids=(grid("Checks that did not hold", header, failed),),
-            )
-        )
+        table = grid("Checks that did not hold", ("Model", "Measurement", "Check", "Found"), failed)
+        exhibits.append(Exhibit(title="Checks of single measurements that did not hold", grids=(table,)))
     return Section(
         key="lint",
         title="Can these numbers be trusted?",

@@ -10,23 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from zoo.bundle import wording
+from zoo.bundle import headline, wording
 from zoo.bundle.card import Result
-from zoo.bundle.headline import (
-    AUTOATTACK,
-    CLEAN,
-    TRANSFER,
-    WHITEBOX,
-    accuracy_of,
-    eps_shown,
-    main_variant,
-    measured_eps,
-)
 from zoo.bundle.wording import MISSING, eps_text
 from zoo.report.accuracies import accuracy_cell, meanings
 from zoo.report.document import Cell
-from zoo.report.drawings import Lines, Series, Style
-from zoo.report.entries import Entry
+from zoo.report.drawings import Lines, Style
+from zoo.report.entries import Entry, curve
 from zoo.vocabulary import INT8, VARIANTS
 
 RANDOM, ELSEWHERE = "§", "¶"
@@ -47,13 +37,13 @@ class Columns:
 
     def of(self, entry: Entry, eps: Fraction) -> Result | None:
         """Return the l_inf accuracy that stands for a variant at one radius."""
-        return accuracy_of(entry.card, self.protocols, eps, variant=entry.variant)
+        return headline.accuracy_of(entry.card, self.protocols, eps, variant=entry.variant)
 
     def mark(self, result: Result) -> str:
         """Return the mark of a number that is not what most of the column is."""
         if result.protocol == "random-gates":
             return RANDOM
-        return ELSEWHERE if self.protocols == TRANSFER and result.attack != self.attack else ""
+        return ELSEWHERE if self.protocols == headline.TRANSFER and result.attack != self.attack else ""
 
     def cell(self, entry: Entry, eps: Fraction) -> Cell:
         """Return a number with its interval, its marks, and where its terms differ."""
@@ -76,8 +66,12 @@ class Standing:
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         every = [entry for entry in entries if not entry.variant.endswith(INT8)]
-        self.clean = _columns("clean", CLEAN, every, (Fraction(0),))
-        groups = (("white-box", WHITEBOX), ("transfer", TRANSFER), ("AutoAttack", AUTOATTACK))
+        self.clean = _columns("clean", headline.CLEAN, every, (Fraction(0),))
+        groups = (
+            ("white-box", headline.WHITEBOX),
+            ("transfer", headline.TRANSFER),
+            ("AutoAttack", headline.AUTOATTACK),
+        )
         self.attacks = [found for title, protocols in groups if (found := _columns(title, protocols, every)).eps]
         self.key = self._key(every)
         self.places: list[Place] = [(attack, eps) for attack in self.attacks for eps in attack.eps]
@@ -142,21 +136,13 @@ class Standing:
         """Return white-box accuracy against eps of each model's main variant; None without a line of two points."""
         series, places = [], {Fraction(0)}
         for entry in self.rows:
-            at = set(measured_eps(entry.card, WHITEBOX, variant=entry.variant))
-            points = [(CLEAN, Fraction(0)), *((WHITEBOX, eps) for eps in sorted(at))]
-            known = (accuracy_of(entry.card, which, eps, variant=entry.variant) for which, eps in points)
+            at = set(headline.measured_eps(entry.card, headline.WHITEBOX, variant=entry.variant))
+            points = [(headline.CLEAN, Fraction(0)), *((headline.WHITEBOX, eps) for eps in sorted(at))]
+            known = (headline.accuracy_of(entry.card, which, eps, variant=entry.variant) for which, eps in points)
             results = [result for result in known if result is not None]
-            if entry.variant != main_variant(entry.card) or not at or len(results) < 2:
+            if entry.variant != headline.main_variant(entry.card) or not at or len(results) < 2:
                 continue
-            series.append(
-                Series(
-                    label=label(entry),
-                    style=style(entry),
-                    at=tuple(result.eps for result in results),
-                    values=tuple(result.accuracy for result in results),
-                    ranges=tuple(result.interval for result in results),
-                )
-            )
+            series.append(curve(label(entry), style(entry), results))
             places |= at
         ticks = tuple((float(place), eps_text(place)) for place in sorted(places))
         return Lines(axis=f"ε ({wording.norm('linf')})", ticks=ticks, series=tuple(series)) if series else None
@@ -166,8 +152,8 @@ def _columns(
     title: str, protocols: tuple[str, ...], entries: Sequence[Entry], eps: tuple[Fraction, ...] | None = None
 ) -> Columns:
     """Return the columns of an attack; `eps` None chooses the radii that are shown."""
-    every = (eps for entry in entries for eps in measured_eps(entry.card, protocols, variant=entry.variant))
-    places = tuple(eps_shown(every)) if eps is None else eps
+    every = (eps for entry in entries for eps in headline.measured_eps(entry.card, protocols, variant=entry.variant))
+    places = tuple(headline.eps_shown(every)) if eps is None else eps
     columns = Columns(title=title, protocols=protocols, eps=places, usual="", attack="")
     found = [columns.of(entry, place) for entry in entries for place in places]
     shown = [result for result in found if result is not None and result.protocol == protocols[0]]

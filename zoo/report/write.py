@@ -1,4 +1,8 @@
-"""Writing a report to a folder: all of it or nothing, and never over what is not a report."""
+"""A report written to a folder, as one HTML page, one Markdown file and the figures: all of it or nothing.
+
+Unlike things are kept apart: data sets, protocols, attacks and norms have tables and figures of their own, and where
+results in one of them differ in images, steps, restarts, draws or seed, the terms stand beside each number.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zoo.bundle.card import Card
+from zoo.bundle.wording import plural
 from zoo.errors import BadInput
 from zoo.files import replace_directory
-from zoo.report.content import report_of
+from zoo.report.accuracies import accuracies
+from zoo.report.alone import variant_section
+from zoo.report.compared import against_eps, compared_tables
+from zoo.report.document import Figures, Report
+from zoo.report.entries import entries_of, tables_of
 from zoo.report.figures import needs_extra, render
 from zoo.report.markdown import markdown_of
+from zoo.report.overview import overview
 from zoo.report.page import MARK, figure_files, page_of
+from zoo.report.provenance import models, trust
 
 TITLE = "Robustness report"
 HTML_FILE = "report.html"
@@ -20,12 +31,9 @@ FIGURES_DIR = "figures"
 
 
 def write_report(cards: Sequence[Card], folder: Path, *, title: str = TITLE) -> Path:
-    """Write `report.html` (one self-contained page), `report.md` and `figures/` to `folder`.
+    """Write `report.html` (one self-contained page), `report.md` and `figures/` to `folder`, and return the page.
 
     An older report there is replaced as a whole; the same cards give the same bytes.
-
-    Returns:
-        The page.
 
     Raises:
         BadInput: without cards, if `folder` holds anything but a report, or if the extra `report` is not installed.
@@ -76,3 +84,29 @@ def check_report_target(folder: Path) -> None:
                 f"{folder} holds {name!r}, which is no part of its report and would be lost; "
                 "choose an empty or new folder"
             )
+
+
+def report_of(cards: Sequence[Card], *, title: str) -> Report:
+    """Return the report of cards; a section for which no card has data is left out."""
+    entries = entries_of(cards)
+    figure = Figures()
+    first = overview(entries, figure)
+    compared = [
+        accuracies(entries),
+        against_eps(entries, figure),
+        *compared_tables(tables_of(entries), figure),
+        trust(entries),
+        models(entries),
+    ]
+    number = len({entry.model for entry in entries})
+    results = [result for entry in entries for result in entry.results]
+    dates = sorted({result.date for result in results})
+    when = "" if not dates else f", measured {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
+    return Report(
+        title=title,
+        subtitle=f"{plural(number, 'model')}, {plural(len(entries), 'variant')}, "
+        f"{plural(len(results), 'result')}{when}",
+        overview=first,
+        compared=tuple(section for section in compared if section.exhibits),
+        alone=tuple(variant_section(entry, figure) for entry in entries),
+    )

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from zoo import networks
 from zoo.data.datasets import source
-from zoo.errors import BadInput, CheckpointError
+from zoo.errors import BadInput, CheckpointError, check_count
 from zoo.files import write_bytes_atomic
 from zoo.gates.derive import Ensemble
 from zoo.gates.rgn import RandomGatedNetwork, Sharing, randomly_gate
@@ -55,9 +55,7 @@ class Architecture:
         if any(abs(number) > MAX_OPTION for number in _numbers(self.options)):
             raise BadInput(f"the options {self.options} hold a number above {MAX_OPTION}; expected layers or channels")
         for name in ("candidates", "members"):
-            number = getattr(self, name)
-            if type(number) is not int or not 1 <= number <= MAX_STACKED:
-                raise BadInput(f"{name} is {number!r}, expected a whole number from 1 to {MAX_STACKED}")
+            check_count(name, getattr(self, name), most=MAX_STACKED)
 
     @property
     def gated(self) -> bool:

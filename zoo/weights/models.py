@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,10 +36,7 @@ RGN_WEIGHTS, PLAIN_WEIGHTS = "rgn.safetensors", "weights.safetensors"
 class RandomGates(nn.Module):
     """A random gated network that answers every image along a fresh path of its own, as the server does.
 
-    Args:
-        rgn: in evaluation mode.
-        rng: where the gates come from; the operating system's generator if None. An evaluation that must be repeatable
-            passes `random.Random(seed)`.
+    Gates come from `rng`, the operating system's generator if that is None; `random.Random(seed)` is repeatable.
     """
 
     def __init__(self, rgn: RandomGatedNetwork, rng: random.Random | None = None) -> None:
@@ -55,9 +53,7 @@ class RandomGates(nn.Module):
 class AtExit(nn.Module):
     """One exit of a multi-exit network as a network of its own, with one answer.
 
-    Args:
-        network: returns a tuple of logits, first exit first; its layers and mode are shared.
-        exit_index: which exit, from 0; negative from the last.
+    Its layers and mode are the network's. Exits count from 0; negative ones count from the last.
 
     Raises:
         BadInput: a network with one exit, or no such exit.
@@ -117,34 +113,64 @@ def load_members(file: Path) -> tuple[list[nn.Module], Architecture]:
     return [assembled(architecture, state) for state in states], architecture
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What a bundle's file of weights holds: one random gated network, or plain networks of one architecture."""
+
+    networks: list[nn.Module]
+    architecture: Architecture
+    card: Card
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Weights:
+        """Read the weights of a bundle; its networks are in evaluation mode.
+
+        Raises:
+            CheckpointError: the file is damaged, or holds another kind of network than its card describes.
+        """
+        file = bundle.file(weights_file(bundle.card))
+        if not bundle.card.architecture.gated_layers:
+            return cls(*load_members(file), bundle.card)
+        network, architecture = load_network(file)
+        if not isinstance(network, RandomGatedNetwork):
+            raise CheckpointError(f"{file} holds a plain network, and its card a gated one; export the bundle again")
+        return cls([network], architecture, bundle.card)
+
+    @property
+    def rgn(self) -> RandomGatedNetwork | None:
+        """The random gated network, if it is one."""
+        (first, *_) = self.networks
+        return first if isinstance(first, RandomGatedNetwork) else None
+
+    def members(self, variant: str) -> list[nn.Module]:
+        """Return the plain networks of the variant "single" or "ensemble", in evaluation mode.
+
+        Each has one answer: of a multi-exit network it is the last exit's.
+        """
+        if self.rgn is None:
+            answering = [network if num_exits(network) == 1 else AtExit(network) for network in self.networks]
+            return answering[:1] if variant == "single" else answering
+        chosen = [self.card.paths.single] if variant == "single" else self.card.paths.ensemble
+        shape = self.rgn.num_gates, self.rgn.candidates
+        return [derive(self.rgn, paths.parse(path, *shape)) for path in chosen if path is not None]
+
+
 def load_rgn(bundle: Bundle) -> RandomGatedNetwork:
     """Return the random gated network of a bundle, in evaluation mode.
 
     Raises:
         BadInput: the bundle holds a plain network.
     """
-    if not bundle.card.architecture.gated_layers:
+    rgn = Weights.of(bundle).rgn if bundle.card.architecture.gated_layers else None
+    if rgn is None:
         raise BadInput(f"{bundle.card.name} is a plain network without gates; expected a random gated one")
-    network, _ = load_network(bundle.file(RGN_WEIGHTS))
-    if not isinstance(network, RandomGatedNetwork):
-        raise CheckpointError(f"{bundle.card.name}: {RGN_WEIGHTS} holds a plain network; export the bundle again")
-    return network
+    return rgn
 
 
 def member_networks(bundle: Bundle, variant: str) -> list[nn.Module]:
-    """Return the plain networks of the variant "single" or "ensemble", in evaluation mode.
-
-    Each has one answer: of a multi-exit network it is the last exit's.
-    """
+    """Return the plain networks of a variant, as `Weights.members`; BadInput if there is none."""
     check_variant(bundle, variant)
-    card = bundle.card
-    if not card.architecture.gated_layers:
-        members, _ = load_members(bundle.file(PLAIN_WEIGHTS))
-        answering = [member if num_exits(member) == 1 else AtExit(member) for member in members]
-        return answering[:1] if variant == "single" else answering
-    rgn = load_rgn(bundle)
-    chosen = [card.paths.single] if variant == "single" else card.paths.ensemble
-    return [derive(rgn, paths.parse(path, rgn.num_gates, rgn.candidates)) for path in chosen if path is not None]
+    return Weights.of(bundle).members(variant)
 
 
 def load_exits(bundle: Bundle) -> nn.Module:
@@ -153,30 +179,21 @@ def load_exits(bundle: Bundle) -> nn.Module:
     Raises:
         BadInput: its network has one exit.
     """
-    if not bundle.card.architecture.gated_layers:
-        members, _ = load_members(bundle.file(PLAIN_WEIGHTS))
-        if num_exits(members[0]) > 1:
-            return members[0]
-    raise BadInput(f"{bundle.card.name} has one exit; expected a network with several, such as msdnet3")
+    network = None if bundle.card.architecture.gated_layers else Weights.of(bundle).networks[0]
+    if network is None or num_exits(network) == 1:
+        raise BadInput(f"{bundle.card.name} has one exit; expected a network with several, such as msdnet3")
+    return network
 
 
-def load_variant(
-    bundle: Bundle, variant: str, *, rng: random.Random | None = None, exit_index: int | None = None
-) -> nn.Module:
+def load_variant(bundle: Bundle, variant: str, *, rng: random.Random | None = None) -> nn.Module:
     """Return what a variant deploys, in evaluation mode: a plain network, an `Ensemble` or `RandomGates`.
 
-    Args:
-        bundle: its weights are read.
-        variant: "single", "ensemble" or "gated".
-        rng: where random gates come from; see `RandomGates`.
-        exit_index: which exit of a multi-exit network answers, from 0; the last if None (`load_exits` gives all).
+    Of a multi-exit network the last exit answers; `load_exits` and `AtExit` give the others.
 
     Raises:
-        BadInput: the bundle has no such variant, its network no such exit.
+        BadInput: the bundle has no such variant.
     """
     check_variant(bundle, variant)
-    if exit_index is not None:
-        return AtExit(load_exits(bundle), exit_index)
     if variant == "gated":
         return RandomGates(load_rgn(bundle), rng).eval()
     members = member_networks(bundle, variant)

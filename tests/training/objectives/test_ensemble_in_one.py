@@ -95,7 +95,7 @@ def test_distillation_brings_the_feature_nearer_to_the_targets(preset: EnsembleI
 
         def feature(images: Tensor, model: RandomGatedNetwork = model, layer: int = layer) -> Tensor:
             with torch.no_grad():
-                return model.features(images, layer, model.select(path), activated=preset.activated)
+                return model.runner(layer, model.select(path), activated=preset.activated)(images)
 
         wanted = feature(target)
         assert (feature(distilled) - wanted).square().sum() < 0.95 * (feature(source) - wanted).square().sum(), layer

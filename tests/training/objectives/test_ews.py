@@ -216,7 +216,7 @@ def test_the_subnet_differs_from_the_network_and_leaves_its_running_statistics_a
 
 def test_dropout_is_off_in_the_subnet() -> None:
     torch.manual_seed(0)
-    model = WideResNet(10, 1, SMALL.mean, SMALL.std, dropout=0.5).train()
+    model = WideResNet(10, 1, SMALL, dropout=0.5).train()
     at = step()
     (network,) = networks_of(model, at)
     view = View(batch().images, network(batch().images))

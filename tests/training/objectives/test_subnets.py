@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name == "wide_resnet10_1":
-        network: nn.Module = WideResNet(10, 1, SMALL.mean, SMALL.std)
+        network: nn.Module = WideResNet(10, 1, SMALL)
     else:
         network = build(name, images=SMALL, **KINDS[name])
     with torch.no_grad():

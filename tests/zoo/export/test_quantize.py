@@ -29,9 +29,8 @@ from zoo.evaluation import Request, evaluate
 from zoo.evaluation.int8_graph import Int8Network, attack_weights, int8_graph
 from zoo.evaluation.linter.bundle import lint_bundle
 from zoo.export import quantize
-from zoo.export.int8_contents import strangers
-from zoo.export.onnx_graphs import rgn_graphs, single_graph
-from zoo.export.verify import verify_graphs
+from zoo.export.onnx_graphs import plain_graphs, rgn_graphs
+from zoo.export.verify import strangers, verify_graphs
 from zoo.export.write import Description, add_int8, export_members, export_rgn, without_int8
 from zoo.gates import self_check
 from zoo.gates.rgn import RandomGatedNetwork, randomly_gate
@@ -231,7 +230,7 @@ def test_networks_of_every_kind_can_be_rounded(name: str, options: dict[str, int
     side = 32 if name == "vgg16" else 16
     shape = MNIST_FORMAT if name == "lenet" else ImageFormat(height=side, width=side)
     torch.manual_seed(0)
-    content = single_graph(build(name, images=shape, classes=10, **options).eval())
+    content = plain_graphs([build(name, images=shape, classes=10, **options).eval()])["single"]
     images = np.random.default_rng(0).random((40, shape.channels, shape.height, shape.width), np.float32)
     rounded = quantize.quantised(content, images[:32])
     assert strangers(rounded, content) == []

@@ -241,6 +241,10 @@ def images(batch: int) -> Tensor:
     return torch.rand(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch))
 
 
+def single_graph(network: nn.Module) -> bytes:
+    return onnx_graphs.plain_graphs([network])["single"]
+
+
 def random_path(rgn: RandomGatedNetwork, seed: int = 0) -> paths.Path:
     return paths.sample(rgn.num_gates, rgn.candidates, random.Random(seed))
 
@@ -263,7 +267,7 @@ def test_a_network_of_any_kind_answers_alike_gated_derived_folded_and_exported(n
     single, others = random_path(rgn), [random_path(rgn, 1), random_path(rgn, 2)]
     derived = derive(rgn, single)
     exported = onnx_graphs.rgn_graphs(rgn, single, others, gated=True)
-    plain = onnx_graphs.single_graph(derived)
+    plain = single_graph(derived)
     for batch in map(images, BATCHES):
         expected = rgn(batch, single)
         assert torch.equal(derived(batch), expected)
@@ -481,10 +485,10 @@ def test_convolutions_that_share_a_weight_go_on_sharing_it_and_are_named() -> No
     assert derived.b.weight is derived.c.weight
     assert torch.equal(derived(batch), rgn(batch, path))
     assert_equal_answers(answer(onnx_graphs.rgn_graphs(rgn, path, [], gated=True)["single"], batch), rgn(batch, path))
-    assert_equal_answers(answer(onnx_graphs.single_graph(derived), batch), derived(batch))
+    assert_equal_answers(answer(single_graph(derived), batch), derived(batch))
     members = [derive(rgn, [gate]) for gate in (0, 1)]
     mean = torch.stack([member(batch).softmax(1) for member in members]).mean(0)
-    assert_equal_answers(answer(onnx_graphs.members_graph(members), batch).exp(), mean)
+    assert_equal_answers(answer(onnx_graphs.plain_graphs(members)["ensemble"], batch).exp(), mean)
 
 
 @pytest.mark.filterwarnings("ignore:Tied has:zoo.errors.GatingWarning")
@@ -647,7 +651,7 @@ def test_noise_that_is_no_amount_is_refused(noise: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.nn.utils.*_norm.*:FutureWarning")
-@pytest.mark.parametrize("refused", [randomly_gate, folded_copy, onnx_graphs.single_graph])
+@pytest.mark.parametrize("refused", [randomly_gate, folded_copy, single_graph])
 @pytest.mark.parametrize(
     "hook",
     [
@@ -681,7 +685,7 @@ def test_a_weight_that_is_not_the_layers_own_is_found_beside_a_bias_that_is() ->
         randomly_gate(network.eval())
 
 
-@pytest.mark.parametrize("made_of", [onnx_graphs.single_graph, folded_copy])
+@pytest.mark.parametrize("made_of", [single_graph, folded_copy])
 def test_a_norm_left_in_training_mode_is_named(made_of: Callable[[nn.Module], object]) -> None:
     network: Any = made("plain")
     network.other_norm.train()
@@ -716,11 +720,11 @@ def test_a_forward_that_torch_cannot_export_is_refused_in_a_sentence() -> None:
             return super().forward(images) if images.mean() > 0.5 else -super().forward(images)
 
     with pytest.raises(BadInput, match="Branching"):
-        onnx_graphs.single_graph(Branching().eval())
+        single_graph(Branching().eval())
 
 
 @pytest.mark.parametrize("shape", [12, (12, 12), "3x12x12", (3, 12.0, 12), (3, -1, 12)])
-@pytest.mark.parametrize("asked", [randomly_gate, onnx_graphs.single_graph])
+@pytest.mark.parametrize("asked", [randomly_gate, single_graph])
 def test_a_shape_of_images_that_is_none_is_refused(shape: object, asked: Callable[[nn.Module], object]) -> None:
     network: Any = made("plain")
     network.image_shape = shape
@@ -730,17 +734,17 @@ def test_a_shape_of_images_that_is_none_is_refused(shape: object, asked: Callabl
 
 def test_an_ensemble_of_no_networks_or_of_unequal_ones_is_refused() -> None:
     with pytest.raises(BadInput, match="at least one"):
-        onnx_graphs.members_graph([])
+        onnx_graphs.plain_graphs([])
     other: Any = made("plain")
     other.again = nn.Linear(2, 2)
     with pytest.raises(BadInput, match=r"network 2 .*'again\.bias'"):
-        onnx_graphs.members_graph([made("plain"), other.eval()])
+        onnx_graphs.plain_graphs([made("plain"), other.eval()])
 
 
 def test_a_member_in_training_mode_is_refused_and_stays_in_it() -> None:
     training = made("plain").train()
     with pytest.raises(BadInput, match="training mode"):
-        onnx_graphs.members_graph([made("plain"), training])
+        onnx_graphs.plain_graphs([made("plain"), training])
     assert all(module.training for module in training.modules())
 
 
@@ -748,7 +752,7 @@ def test_a_tensor_called_like_an_input_of_the_graph_is_refused() -> None:
     network: Any = made("plain")
     network.gates = nn.Parameter(torch.ones(1))
     with pytest.raises(BadInput, match="'gates'"):
-        onnx_graphs.single_graph(network)
+        single_graph(network)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -774,7 +778,7 @@ def spoilt(stencil: Stencil) -> Stencil:
         lambda rgn: onnx_graphs.rgn_graphs(rgn, (0, 1), [], gated=False),
         lambda rgn: onnx_graphs.rgn_graphs(rgn, None, [(0, 1), (1, 1)], gated=False),
         lambda rgn: onnx_graphs.rgn_graphs(rgn, None, [], gated=True),
-        lambda rgn: onnx_graphs.single_graph(derive(rgn, (0, 1))),
+        lambda rgn: single_graph(derive(rgn, (0, 1))),
     ],
     ids=["single", "ensemble", "gated", "plain"],
 )

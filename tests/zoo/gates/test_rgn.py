@@ -221,7 +221,7 @@ def test_every_prefix_computes_what_a_hook_sees_in_the_derived_network(activated
         expected = hooked(derive(rgn, path).train(training), images, activated=activated)
         assert len(expected) == rgn.num_features == 20
         for layer in range(1, 21):
-            feature = rgn.features(images, layer, rgn.select(path), activated=activated)
+            feature = rgn.runner(layer, rgn.select(path), activated=activated)(images)
             assert torch.equal(feature, expected[layer - 1]), layer
 
 
@@ -238,15 +238,15 @@ def test_folded_prefixes_equal_unfolded_ones(name: str, sharing: Sharing) -> Non
     with torch.no_grad():
         for layer in range(1, rgn.num_features + 1):
             for activated in (False, True):
-                expected = rgn.features(images, layer, rgn.select(path), activated=activated)
-                feature = rgn.features(images, layer, folded, activated=activated, folded=True)
+                expected = rgn.runner(layer, rgn.select(path), activated=activated)(images)
+                feature = rgn.runner(layer, folded, activated=activated, folded=True)(images)
                 torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_the_last_feature_is_the_logits() -> None:
     rgn = small_rgn().eval()
     path, images = random_path(rgn), torch.rand(2, 3, 16, 16)
-    assert torch.equal(rgn.features(images, rgn.num_features, rgn.select(path)), rgn(images, path))
+    assert torch.equal(rgn.runner(rgn.num_features, rgn.select(path))(images), rgn(images, path))
 
 
 def test_a_prefix_depends_on_its_own_gates_only() -> None:
@@ -254,9 +254,7 @@ def test_a_prefix_depends_on_its_own_gates_only() -> None:
     images, zeros = torch.rand(2, 3, 16, 16), [0] * rgn.num_gates
     for layer in range(1, rgn.num_gates):
         beyond = zeros[:layer] + [1] * (rgn.num_gates - layer)
-        assert torch.equal(
-            rgn.features(images, layer, rgn.select(zeros)), rgn.features(images, layer, rgn.select(beyond))
-        )
+        assert torch.equal(rgn.runner(layer, rgn.select(zeros))(images), rgn.runner(layer, rgn.select(beyond))(images))
 
 
 def test_folded_weights_are_detached_and_can_be_cast() -> None:
@@ -269,13 +267,13 @@ def test_folded_weights_are_detached_and_can_be_cast() -> None:
 def test_a_copy_of_an_rgn_lives_on_its_own() -> None:
     rgn = small_rgn().eval()
     path, images = random_path(rgn), torch.rand(2, 3, 16, 16)
-    rgn.features(images, 3, rgn.select(path))  # a cached prefix must not tie the copy to the original
+    rgn.runner(3, rgn.select(path))(images)  # a cached prefix must not tie the copy to the original
     twin = copy.deepcopy(rgn)
     expected = rgn(images, path)
     for parameter in rgn.parameters():
         nn.init.zeros_(parameter)
     assert torch.equal(twin(images, path), expected)
-    assert torch.equal(twin.features(images, twin.num_features, twin.select(path)), expected)
+    assert torch.equal(twin.runner(twin.num_features, twin.select(path))(images), expected)
     twin.train()
     norms = [module for module in twin.prefix(3).modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
@@ -285,11 +283,9 @@ def test_a_copy_of_an_rgn_lives_on_its_own() -> None:
 def test_prefixes_follow_their_network_to_another_type() -> None:
     rgn = small_rgn().eval()
     path, images = random_path(rgn), torch.rand(2, 3, 16, 16)
-    feature = rgn.features(images, 3, rgn.select(path))
+    feature = rgn.runner(3, rgn.select(path))(images)
     rgn.double()
-    torch.testing.assert_close(
-        rgn.features(images.double(), 3, rgn.select(path)).float(), feature, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(rgn.runner(3, rgn.select(path))(images.double()).float(), feature, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_reach_the_images_and_the_active_candidates_alone() -> None:

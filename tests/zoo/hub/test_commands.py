@@ -7,8 +7,7 @@ from typing import Any
 
 from manygates.cli import parser
 from zoo.bundle.card import Card
-from zoo.hub.commands import commands_of
-from zoo.hub.source import package_models
+from zoo.hub.source import commands_of, package_models
 
 GOLDEN = Card.from_json((Path(__file__).parents[1] / "golden_card.json").read_text(encoding="utf-8"))
 

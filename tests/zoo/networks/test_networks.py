@@ -6,8 +6,8 @@ from torch import nn
 
 from zoo.errors import BadInput, UnknownName
 from zoo.networks import CIFAR_FORMAT, MNIST_FORMAT, NETWORKS, ImageFormat, build, num_exits
+from zoo.networks.image_format import Normalise
 from zoo.networks.msdnet import Transition
-from zoo.networks.normalise import Normalise
 
 SMALL = ImageFormat(height=16, width=16)
 

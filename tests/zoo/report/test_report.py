@@ -16,14 +16,13 @@ import pytest
 import zoo.report
 from zoo.bundle.card import Card, Check, Finding, Lint, NetworkSummary, Paths, Result, Table
 from zoo.errors import BadInput
-from zoo.report.content import report_of
 from zoo.report.document import Exhibit
 from zoo.report.drawings import INK, MUTED, PAGE, SERIES, VARIABLES, Lines, Style
 from zoo.report.entries import Entry, entries_of
 from zoo.report.figures import Rendered
 from zoo.report.markdown import markdown_of, markdown_table
 from zoo.report.page import page_of
-from zoo.report.write import check_report_target, write_report
+from zoo.report.write import check_report_target, report_of, write_report
 
 pytest.importorskip("matplotlib", reason="the figures of a report need manygates[report]")
 

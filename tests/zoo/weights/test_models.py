@@ -247,7 +247,7 @@ def test_a_network_with_exits_answers_with_all_of_them_with_the_last_or_with_the
     assert torch.equal(load_variant(early, "single")(IMAGES), every[2])
     assert torch.equal(manygates.load(str(early.folder))(IMAGES), every[2])
     for index in range(3):
-        network = load_variant(early, "single", exit_index=index)
+        network = AtExit(load_exits(early), index)
         assert not any(module.training for module in network.modules())
         assert torch.equal(network(IMAGES), every[index])
     (member,) = member_networks(early, "single")
@@ -265,11 +265,11 @@ def test_an_exit_keeps_the_mode_and_the_image_shape_of_its_network() -> None:
 def test_exits_that_are_not_there_are_refused(early: Bundle, gated: Bundle, tmp_path: Path) -> None:
     for index in (3, -4):
         with pytest.raises(BadInput, match=rf"exit {index} is out of range, expected 0 to 2, or -3 to -1"):
-            load_variant(early, "single", exit_index=index)
+            AtExit(load_exits(early), index)
     for bundle in (gated, plain_bundle(tmp_path, plain_members(1))):
         with pytest.raises(BadInput, match="digits has one exit; expected a network with several, such as msdnet3"):
             load_exits(bundle)
         with pytest.raises(BadInput, match="digits has one exit"):
-            load_variant(bundle, "single", exit_index=0)
+            AtExit(load_exits(bundle), 0)
     with pytest.raises(BadInput, match="LeNet has one exit, so there is none to choose"):
         AtExit(plain_members(1)[0])
