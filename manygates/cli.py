@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (problem := _foreign_package() or _negative_number(words)) is not None:
         say(f"manygates: {problem}")
         return WRONG
-    from manygates.failures import advice
+    from manygates.arguments import advice
     from zoo.errors import ManygatesError
 
     arguments = parser(words[0] if words else "").parse_args(words)

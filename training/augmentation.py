@@ -12,6 +12,7 @@ where theirs is uniform between 0.1 and `severity` tenths of the largest.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,30 +64,16 @@ CIFAR10_POLICY: tuple[tuple[Choice, Choice], ...] = (
     (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 0)),
 )
 
+_GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+
 # AugMix, section 3, less the operations that common corruptions consist of: no colour, contrast, brightness, sharpness.
-AUGMIX_OPERATIONS = (
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-    "Rotate",
-    "Posterize",
-    "Solarize",
-    "AutoContrast",
-    "Equalize",
-)
+AUGMIX_OPERATIONS = (*_GEOMETRIC, "Posterize", "Solarize", "AutoContrast", "Equalize")
 AUGMIX_WIDTH = 3  # chains that are mixed
 AUGMIX_DEPTH = 3  # the most operations in a chain; 1 to as many are drawn
 
-_MAXIMA = {
-    "ShearX": 0.3,
-    "ShearY": 0.3,
-    "Rotate": 30.0,
-    "Brightness": 0.9,
-    "Color": 0.9,
-    "Contrast": 0.9,
-    "Sharpness": 0.9,
-}
+# What torchvision calls the operations that change a factor; the saturation of a grey image stays as it is.
+_ADJUSTED = {"Brightness": "brightness", "Color": "saturation", "Contrast": "contrast", "Sharpness": "sharpness"}
+_MAXIMA = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0} | dict.fromkeys(_ADJUSTED, 0.9)
 _WITHOUT_MAGNITUDE = ("AutoContrast", "Equalize", "Invert")
 
 
@@ -113,8 +100,7 @@ class Operation:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return images uint8 (n, 1 or 3, height, width), each changed by itself; perhaps the given tensor."""
-        functional = transforms().functional
-        magnitude = self.magnitude
+        functional, magnitude = transforms().functional, self.magnitude
         match self.name:
             case "Identity":
                 changed = images
@@ -124,26 +110,14 @@ class Operation:
                 changed = self._affine(images, translate=int(magnitude))
             case "Rotate":
                 changed = functional.rotate(images, angle=magnitude, interpolation=self.interpolation)
-            case "Brightness":
-                changed = functional.adjust_brightness(images, brightness_factor=1 + magnitude)
-            case "Color":  # leaves grey images as they are
-                changed = functional.adjust_saturation(images, saturation_factor=1 + magnitude)
-            case "Contrast":
-                changed = functional.adjust_contrast(images, contrast_factor=1 + magnitude)
-            case "Sharpness":
-                changed = functional.adjust_sharpness(images, sharpness_factor=1 + magnitude)
             case "Posterize":
                 changed = functional.posterize(images, bits=int(magnitude))
             case "Solarize":
                 changed = functional.solarize(images, threshold=255 * magnitude)
-            case "AutoContrast":
-                changed = functional.autocontrast(images)
-            case "Equalize":
-                changed = functional.equalize(images)
-            case "Invert":
-                changed = functional.invert(images)
-            case _:
-                raise AssertionError(f"{self.name} is in a table above, and not here")
+            case name if name in _ADJUSTED:
+                changed = getattr(functional, f"adjust_{_ADJUSTED[name]}")(images, 1 + magnitude)
+            case name:
+                changed = getattr(functional, name.lower())(images)
         assert isinstance(changed, Tensor)
         return changed
 
@@ -179,13 +153,13 @@ def at_level(name: str, level: int, negative: bool, reach: Reach, height: int, w
         magnitude = _levels(0.0, _MAXIMA[name])[level]
     if magnitude == 0:
         return IDENTITY
-    geometric = name not in ("Brightness", "Color", "Contrast", "Sharpness")
-    return Operation(name, -magnitude if negative else magnitude, reach.interpolation if geometric else "nearest")
+    interpolation = reach.interpolation if name in _GEOMETRIC else "nearest"
+    return Operation(name, -magnitude if negative else magnitude, interpolation)
 
 
 def _levels(first: float, last: float) -> list[float]:
     """Return the magnitudes of all levels, with torchvision's rounding to single precision."""
-    return list(torch.linspace(first, last, NUM_LEVELS).tolist())
+    return torch.linspace(first, last, NUM_LEVELS).tolist()
 
 
 Table = tuple[tuple[Operation, ...], Tensor]
@@ -212,12 +186,8 @@ def _autoaugment_table(height: int, width: int) -> Table:
 @lru_cache(maxsize=8)
 def _augmix_table(height: int, width: int) -> Table:
     """Return what (name, level, negative or not) stands for in images of this size."""
-    drawn = [
-        at_level(name, level, negative, AUGMIX_REACH, height, width)
-        for name in AUGMIX_OPERATIONS
-        for level in range(NUM_LEVELS)
-        for negative in (False, True)
-    ]
+    each = itertools.product(AUGMIX_OPERATIONS, range(NUM_LEVELS), (False, True))
+    drawn = [at_level(*one, AUGMIX_REACH, height, width) for one in each]
     return _table(drawn, (len(AUGMIX_OPERATIONS), NUM_LEVELS, 2))
 
 
@@ -334,13 +304,7 @@ def check_augmentation(name: str, *, views: int = 1, severity: int = EWS_SEVERIT
 
 
 def augmented(
-    name: str,
-    pixels: Tensor,
-    generator: torch.Generator,
-    *,
-    flip: bool,
-    views: int = 1,
-    severity: int = EWS_SEVERITY,
+    name: str, pixels: Tensor, generator: torch.Generator, *, flip: bool, views: int = 1, severity: int = EWS_SEVERITY
 ) -> list[Tensor]:
     """Return `views` augmented batches of the same images, a function of `generator` alone.
 

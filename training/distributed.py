@@ -27,8 +27,7 @@ class World:
     def join(cls, device: str) -> World:
         """Join the process group that `torchrun` describes in the environment; a world of one without it.
 
-        Args:
-            device: what the processes compute on, "cpu" or "cuda"; each takes the CUDA device of its local rank.
+        On "cuda" each process takes the CUDA device of its local rank.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
@@ -53,9 +52,8 @@ class World:
             BadInput: the batch cannot be shared evenly.
         """
         if batch_size % self.size:
-            raise BadInput(
-                f"batch_size {batch_size} cannot be shared evenly by {self.size} processes; choose a multiple"
-            )
+            shared = f"shared evenly by {self.size} processes"
+            raise BadInput(f"batch_size {batch_size} cannot be {shared}; choose a multiple")
         part = batch_size // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 

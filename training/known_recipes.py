@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from training.recipes import RECIPES, Recipe, recipe, resolved
+from training.recipes import RECIPES, recipe, resolved
 from zoo.bundle.card import Published
 
 
@@ -33,15 +33,12 @@ def overrides_of(run: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def _compare(there: Any, here: Any, name: str, texts: list[str]) -> bool:
     """Add what differs to the texts; returns False if it cannot be said so."""
+    inside = f"{name}." if name else ""
     if isinstance(there, dict) and isinstance(here, dict) and there.get("method") == here.get("method"):
-        return all(
-            _compare(there[key], here[key], f"{name}.{key}" if name else key, texts) for key in there if key in here
-        )
+        return all(_compare(there[key], here[key], f"{inside}{key}", texts) for key in there if key in here)
     if isinstance(there, list) and isinstance(here, list) and any(isinstance(entry, dict) for entry in there):
-        return len(there) == len(here) and all(
-            _compare(old, new, f"{name}.{index}", texts)
-            for index, (old, new) in enumerate(zip(there, here, strict=True))
-        )
+        pairs = enumerate(zip(there, here, strict=False))
+        return len(there) == len(here) and all(_compare(*pair, f"{inside}{at}", texts) for at, pair in pairs)
     if there != here:
         texts.append(f"{name}={_setting(here)}")
     return True
@@ -75,7 +72,7 @@ def published_scale(run: Mapping[str, Any]) -> Published | None:
             return None
         keys = ("members", "candidates", "sharing", "network")
         nearest = max(alike, key=lambda name: [full[name][key] == run.get(key) for key in keys])
-    found: Recipe = recipe(nearest)
+    found = recipe(nearest)
     return Published(recipe=nearest, network=found.network, epochs=tuple(phase.epochs for phase in found.phases))
 
 

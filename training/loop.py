@@ -10,7 +10,6 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -155,7 +154,9 @@ class _Loop:
         ]
         steps = self._steps(phase)
         label = f"epoch {place.epoch + 1}/{self.recipe.epochs} {objective.name}"
-        for batch in self._progress(range(place.batch, steps), label):
+        hidden = not self.world.leads or not sys.stderr.isatty()
+        left = range(place.batch, steps)
+        for batch in tqdm(left, desc=label, initial=left.start, total=steps, disable=hidden, leave=False):
             rate = learning_rate(phase, epoch + batch / steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -234,10 +235,6 @@ class _Loop:
         self.model.zero_grad(set_to_none=True)
         self.model.load_state_dict(kept)
 
-    def _progress(self, steps: range, label: str) -> Iterator[int]:
-        shown = self.world.leads and sys.stderr.isatty()
-        yield from tqdm(steps, desc=label, initial=steps.start, total=steps.stop, disable=not shown, leave=False)
-
     def _batches(self, phase: Phase, orders: list[Tensor], batch: int) -> list[Batch]:
         size, objective = self.recipe.batch_size, phase.objective
         number, replay = divmod(batch, objective.replays)
@@ -258,12 +255,9 @@ class _Loop:
             views=views,
             severity=self.recipe.augmix_severity,
         )
-        images, *others = (self._as_images(pixels[share]) for pixels in made)
-        return Batch(images, self.images.labels[index][share], tuple(others))
-
-    def _as_images(self, pixels: Tensor) -> Tensor:
         # a copy of the bytes: images of one channel are in both layouts as they are, and torch may take the other
-        return datasets.as_float(pixels.clone(memory_format=self.layout))
+        images, *others = (datasets.as_float(pixels[share].clone(memory_format=self.layout)) for pixels in made)
+        return Batch(images, self.images.labels[index][share], tuple(others))
 
     def _finish_epoch(self, phase: Phase, epoch: int, writer: Any) -> None:
         place = self.position
@@ -325,18 +319,15 @@ class _Loop:
 
     def checkpoint(self) -> None:
         """Write the last checkpoint: one file, one rename."""
-        if self.world.leads:
-            self._checkpoint().write(self.run_dir / LAST)
-        self.saved = time.monotonic()
-
-    def _checkpoint(self) -> Checkpoint:
+        if not self.world.leads:
+            return
         stored = {
             f"{slot}/{name}": value
             for name, parameter in self.model.named_parameters()
             for slot, value in self.optimizer.state.get(parameter, {}).items()
             if value is not None
         }
-        return Checkpoint(
+        last = Checkpoint(
             architecture=self.recipe.architecture,
             position=self.position,
             model=network_state(self.model),
@@ -344,6 +335,8 @@ class _Loop:
             optimizer=stored,
             memory=self.memory.state(),
         )
+        last.write(self.run_dir / LAST)
+        self.saved = time.monotonic()
 
     def restore(self) -> None:
         """Take up the last checkpoint."""

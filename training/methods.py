@@ -42,27 +42,22 @@ def methods() -> list[Method]:
         members = MEMBERS if objective.needs == "several members" else 1
         exits = EXITS if objective.needs == "several exits" else 1
         forwards = objective.forwards(members, exits)
-        first_line = (kind.__doc__ or "").strip().splitlines()[0]
-        found.append(
-            Method(
-                name=name,
-                title=first_line.rstrip("."),
-                paper=objective.published,
-                needs=objective.needs,
-                forwards=round(forwards, 1),
-                relative=round(forwards / standard, 1),
-                recipes=tuple(trained[name]),
-            )
+        method = Method(
+            name=name,
+            title=(kind.__doc__ or "").strip().splitlines()[0].rstrip("."),
+            paper=objective.published,
+            needs=objective.needs,
+            forwards=round(forwards, 1),
+            relative=round(forwards / standard, 1),
+            recipes=tuple(trained[name]),
         )
+        found.append(method)
     return found
 
 
 def markdown_table(rows: Iterable[Method]) -> str:
     """Return the rows as the Markdown table of docs/methods/README.md."""
-    lines = [
-        "| method | paper | needs | forward passes | x standard | train it |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| method | paper | needs | forward passes | x standard | train it |", "|---|---|---|---|---|---|"]
     for row in rows:
         commands = "<br>".join(f"`manygates train {recipe} --out RUN`" for recipe in row.recipes) or "--"
         cells = (f"[`{row.name}`]({row.name}.md)", row.paper, row.needs, f"{row.forwards:g}", f"{row.relative:g}")

@@ -32,24 +32,15 @@ from zoo.errors import BadInput, CheckpointError, UnknownName
 from zoo.files import replace_directory, write_json_atomic, write_text_atomic
 from zoo.weights.checkpoint import Architecture, assembled, load, read_architecture, save
 
-LAST, BEST, RECIPE, PROVENANCE, LOG = (
-    "last.safetensors",
-    "best.safetensors",
-    "recipe.json",
-    "provenance.json",
-    "log.csv",
-)
-COLUMNS = (
-    "epoch",
-    "objective",
-    "steps",
-    "learning_rate",
-    "loss",
-    "accuracy",
-    "held_out_clean",
-    "held_out_robust",
-    "seconds",
-)
+LAST, BEST = "last.safetensors", "best.safetensors"
+RECIPE, PROVENANCE, LOG = "recipe.json", "provenance.json", "log.csv"
+LABELS = ("epoch", "objective")
+NUMBERS = ("steps", "learning_rate", "loss", "accuracy", "held_out_clean", "held_out_robust", "seconds")
+COLUMNS = (*LABELS, *NUMBERS)
+"""Of the log."""
+
+PARTS = {"model": "model", "ema": "average", "optimizer": "optimizer", "memory": "memory"}
+"""By the prefix of its tensors' names in the file, the field of a `Checkpoint`."""
 
 Row = dict[str, float | int | str]
 """A line of the log, by column."""
@@ -96,8 +87,9 @@ class Checkpoint:
 
     def write(self, file: Path) -> None:
         """Write it in one rename."""
-        parts = {"model": self.model, "ema": self.average, "optimizer": self.optimizer, "memory": self.memory}
-        tensors = {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+        tensors = {
+            f"{part}/{name}": tensor for part, field in PARTS.items() for name, tensor in getattr(self, field).items()
+        }
         save(file, tensors, {"architecture": self.architecture.described(), "position": asdict(self.position)})
 
     @classmethod
@@ -108,17 +100,14 @@ class Checkpoint:
             CheckpointError: The file is damaged, or does not say how far the run is.
         """
         tensors, header = load(file)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "memory": {}}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = tensor
         return cls(
             architecture=read_architecture(header, file),
             position=_position(header, file),
-            model=parts["model"],
-            average=parts["ema"],
-            optimizer=parts["optimizer"],
-            memory=parts["memory"],
+            **{field: parts[part] for part, field in PARTS.items()},
         )
 
 
@@ -142,9 +131,8 @@ def check_folder(recipe: Recipe, run_dir: Path, *, resume: bool) -> None:
     if (run_dir / RECIPE).exists():
         stored = _read_json(run_dir / RECIPE, "name")
         if not resume:
-            raise BadInput(
-                f"{run_dir} already holds a run of {stored.get('name')!r}; add --resume, or choose another folder"
-            )
+            name = stored.get("name")
+            raise BadInput(f"{run_dir} already holds a run of {name!r}; add --resume, or choose another folder")
         if stored != document and _meaning(stored) != recipe:
             differing = sorted(key for key in {*stored, *document} if stored.get(key) != document.get(key))
             raise BadInput(
@@ -178,11 +166,8 @@ def prepare_folder(recipe: Recipe, run_dir: Path) -> None:
 def record_start(run_dir: Path, *, step: int, ranks: int, start_from: str | None = None) -> None:
     """Add a start to the provenance: other code on another machine may resume a run.
 
-    Args:
-        run_dir: The run's folder.
-        step: Where the run goes on.
-        ranks: Processes that train together.
-        start_from: SHA-256 of the weights that the run began with, if they were trained before.
+    It goes on at `step`, on so many `ranks` (processes that train together); `start_from` is the SHA-256 of the weights
+    that the run began with, if they were trained before.
     """
     versions = {"python": platform.python_version()}
     for package in ("torch", "numpy", "safetensors", "manygates"):
@@ -240,11 +225,7 @@ def write_log(run_dir: Path, rows: list[Row]) -> None:
 
 
 def load_run(run_dir: Path, *, which: str = "last") -> tuple[nn.Module, Architecture, Recipe]:
-    """Load what a run trained, in evaluation mode, with its architecture and recipe.
-
-    Args:
-        run_dir: A folder that `train` wrote.
-        which: "last" or "best".
+    """Load what `train` left in a folder, in evaluation mode, with its architecture and recipe; "last" or "best".
 
     Raises:
         CheckpointError: Not a run, or one without such a checkpoint yet.
@@ -296,7 +277,7 @@ def log(run_dir: Path) -> tuple[Table, ...]:
         return ()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{run_dir / LOG} cannot be read ({error}); put it back, or take it away") from error
-    columns = tuple(column for column in COLUMNS[2:] if any(line.get(column) for line in lines))
+    columns = tuple(column for column in NUMBERS if any(line.get(column) for line in lines))
     try:
         rows = tuple(f"{line['epoch']} {line['objective']}" for line in lines)
         values = tuple(
@@ -316,9 +297,8 @@ def _read_json(file: Path, *keys: str) -> dict[str, Any]:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file.parent} holds no readable {file.name} ({error}); put it back, or train again"
-        ) from error
+        message = f"{file.parent} holds no readable {file.name} ({error}); put it back, or train again"
+        raise CheckpointError(message) from error
     if not isinstance(document, dict) or any(key not in document for key in keys):
         raise CheckpointError(f"{file} is not what a run writes, expected an object with {', '.join(keys)}")
     return document

@@ -59,11 +59,7 @@ def initial_network(recipe: Recipe) -> nn.Module:
     if architecture.sharing is None:
         return plain
     return randomly_gate(
-        plain,
-        candidates=architecture.candidates,
-        sharing=architecture.sharing,
-        start="copy",
-        noise=recipe.start_noise,
+        plain, candidates=architecture.candidates, sharing=architecture.sharing, start="copy", noise=recipe.start_noise
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,9 +41,8 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=count(), default=1000, metavar="N", help="of square and rays")
     parser.add_argument("--draws", type=count(), default=1, metavar="N", help="forwards of random gates per step")
     parser.add_argument("--server", metavar="URL", help="attack MODEL as this server answers, by square or rays")
-    parser.add_argument(
-        "--allow-remote", action="store_true", help="the server is another machine, and you may attack it"
-    )
+    allowed = "the server is another machine, and you may attack it"
+    parser.add_argument("--allow-remote", action="store_true", help=allowed)
     parser.add_argument("--steps", type=count(), default=20, metavar="N")
     parser.add_argument("--restarts", type=count(), default=1, metavar="N")
     add_seed(parser)
@@ -84,12 +83,18 @@ class _Attempt:
     after: Tensor
     label: int
     target: int | None
-    outcome: str = field(init=False)
-    """"broken", "not broken", or "wrong before the attack", which is no merit of the attack."""
 
-    def __post_init__(self) -> None:
-        outcome = "broken" if self._fooled(self.after) else "not broken"
-        object.__setattr__(self, "outcome", "wrong before the attack" if self._fooled(self.before) else outcome)
+    @property
+    def outcome(self) -> str:
+        """ "broken", "not broken", or "wrong before the attack", which is no merit of the attack."""
+        if self._fooled(self.before):
+            return "wrong before the attack"
+        return "broken" if self._fooled(self.after) else "not broken"
+
+    def told(self) -> str:
+        """Return both answers and the outcome in words."""
+        said = [f"{self.classes[int(answer.argmax())]} ({answer.max():.1%})" for answer in (self.before, self.after)]
+        return f"{' -> '.join(said)}: {self.outcome}"
 
     def _fooled(self, answer: Tensor) -> bool:
         said = int(answer.argmax())
@@ -99,6 +104,7 @@ class _Attempt:
 def _attack(arguments: argparse.Namespace) -> int:
     import torch
 
+    from zoo.attacks import L2Budget, LinfBudget
     from zoo.attacks.registry import AttackOptions, attack_named
     from zoo.evaluation import parse_eps
     from zoo.hub.source import resolve
@@ -111,7 +117,8 @@ def _attack(arguments: argparse.Namespace) -> int:
     eps = parse_eps(arguments.eps, arguments.norm)
     image = torch.from_numpy(read_image(arguments.image, bundle.card.input))
     victim = _victim(arguments, bundle, chosen)
-    budget = _budget(arguments, eps)
+    norm = LinfBudget if arguments.norm == "linf" else L2Budget
+    budget: Budget = norm(eps=float(eps), steps=arguments.steps, restarts=arguments.restarts)
     if victim.remote is not None:
         from zoo.attacks.budget import linf_of
         from zoo.attacks.remote import eight_bit
@@ -120,22 +127,19 @@ def _attack(arguments: argparse.Namespace) -> int:
     before = victim.answer(image)
     label = int(before.argmax()) if arguments.label is None else _class(arguments.label, victim.classes)
     target = _target(arguments, chosen, victim.classes, label)
-    options = chosen.with_loss(
-        AttackOptions(
-            budget=budget,
-            generator=torch.Generator().manual_seed(arguments.seed),
-            loss=arguments.loss,
-            targets=None if target is None else torch.tensor([target]),
-            queries=arguments.queries,
-            draws=arguments.draws,
-        ),
-        arguments.attack,
+    options = AttackOptions(
+        budget=budget,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        loss=arguments.loss,
+        targets=None if target is None else torch.tensor([target]),
+        queries=arguments.queries,
+        draws=arguments.draws,
     )
+    options = chosen.with_loss(options, arguments.attack)
     adversarial = chosen.run(victim.network, image, torch.tensor([label]), options) if eps else image
-    remote = victim.remote  # counted before the picture is judged
-    server = (
-        None if remote is None else {"url": arguments.server, "queries": remote.queries, "requests": remote.requests}
-    )
+    server = None
+    if (remote := victim.remote) is not None:  # counted before the picture is judged
+        server = {"url": arguments.server, "queries": remote.queries, "requests": remote.requests}
     adversarial = _as_picture(adversarial, image, budget)
     attempt = _Attempt(
         classes=victim.classes,
@@ -148,7 +152,10 @@ def _attack(arguments: argparse.Namespace) -> int:
     )
     report = _report(arguments, bundle.card.name, options, eps, attempt, server)
     _write(arguments.out, attempt, report)
-    _print(arguments, eps, attempt, report)
+    if arguments.json:
+        print_json(report)
+    else:
+        print(f"{attempt.told()} at eps {eps}; {arguments.out}")
     return DONE
 
 
@@ -156,17 +163,8 @@ def _check_folder(out: Path) -> None:
     """Refuse a folder that holds anything but the files of an earlier attack, which would be lost."""
     strangers = {entry.name for entry in out.iterdir()} - set(ATTACK_FILES) if out.is_dir() else set()
     if strangers:
-        raise BadInput(
-            f"{out} holds {min(strangers)!r}, which is no result of an attack and would be lost; "
-            "choose an empty or new folder"
-        )
-
-
-def _budget(arguments: argparse.Namespace, eps: Fraction) -> Budget:
-    from zoo.attacks import L2Budget, LinfBudget
-
-    norm = LinfBudget if arguments.norm == "linf" else L2Budget
-    return norm(eps=float(eps), steps=arguments.steps, restarts=arguments.restarts)
+        lost = f"{min(strangers)!r}, which is no result of an attack and would be lost"
+        raise BadInput(f"{out} holds {lost}; choose an empty or new folder")
 
 
 def _victim(arguments: argparse.Namespace, bundle: Bundle, chosen: Attack) -> _Victim:
@@ -204,7 +202,7 @@ def _class(name: str, classes: Sequence[str]) -> int:
     """Return the index of a class; UnknownName if there is none of that name."""
     if name not in classes:
         raise UnknownName(name, classes, kind="class")
-    return list(classes).index(name)
+    return classes.index(name)
 
 
 def _target(arguments: argparse.Namespace, chosen: Attack, classes: Sequence[str], label: int) -> int | None:
@@ -281,17 +279,6 @@ def _write(out: Path, attempt: _Attempt, report: dict[str, Any]) -> None:
         save_png(folder / "adversarial.png", attempt.adversarial.numpy())
         save_png(folder / "perturbation.png", (0.5 + scale * difference).numpy())
         write_json_atomic(folder / "report.json", report)
-
-
-def _print(arguments: argparse.Namespace, eps: Fraction, attempt: _Attempt, report: dict[str, Any]) -> None:
-    if arguments.json:
-        print_json(report)
-        return
-    before, after = (attempt.classes[int(answer.argmax())] for answer in (attempt.before, attempt.after))
-    print(
-        f"{before} ({attempt.before.max():.1%}) -> {after} ({attempt.after.max():.1%}): "
-        f"{attempt.outcome} at eps {eps}; {arguments.out}"
-    )
 
 
 COMMANDS = {"attack": Command("Attack a model on one picture and keep what came out.", _add, _attack)}

@@ -7,17 +7,9 @@ import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from manygates.arguments import (
-    Command,
-    add_json,
-    add_model,
-    add_seed,
-    count,
-    repeating,
-    usable_device,
-)
+from manygates.arguments import Command, add_json, add_model, add_seed, count, repeating, usable_device
 from manygates.output import DONE, NOT_HELD, print_finding, print_json, print_result, say
 from zoo.errors import BadInput
 from zoo.files import check_writable
@@ -25,11 +17,18 @@ from zoo.vocabulary import PRECISIONS, PROTOCOLS, VARIANTS
 
 if TYPE_CHECKING:
     from zoo.bundle.bundle import Bundle
-    from zoo.bundle.card import Card, Lint, Result
+    from zoo.bundle.card import Card, Lint
     from zoo.evaluation import Request
     from zoo.hub.source import Source
 
 PATHS_COMPARED = 5
+UNSAID = {"precision": "fp32", "paths": PATHS_COMPARED}
+"""Defaults that the command which repeats a measurement leaves out."""
+ASKED = (
+    *("protocol", "variant", "eps", "precision", "images", "steps", "restarts"),
+    *("draws", "queries", "paths", "corrupted", "surrogates", "seed"),
+)
+"""Options of `evaluate` that a `Request` holds."""
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -37,13 +36,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", required=True, metavar="P", help=f"one of {', '.join(PROTOCOLS)}")
     parser.add_argument("--variant", choices=VARIANTS, default="single")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="int8: judge the variant's int8 graph")
-    parser.add_argument(
-        "--eps",
-        nargs="+",
-        default=[],
-        metavar="EPS",
-        help="radii such as 8/255; by default 0.01 0.03, blackbox 0.01 to 0.07",
-    )
+    radii = "radii such as 8/255; by default 0.01 0.03, blackbox 0.01 to 0.07"
+    parser.add_argument("--eps", nargs="+", default=[], metavar="EPS", help=radii)
     for option, text in (
         ("--images", "test images; 10,000 clean and 1,000 attacked by default"),
         ("--steps", "gradient steps; the protocol's own number by default"),
@@ -52,15 +46,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         ("--queries", "of the protocol queries, per image; 1,000 by default"),
     ):
         parser.add_argument(option, type=count(), metavar="N", help=text)
-    parser.add_argument(
-        "--paths", type=count(2), default=PATHS_COMPARED, metavar="K", help="paths that a transfer matrix compares"
-    )
-    parser.add_argument(
-        "--surrogates", nargs="+", default=[], metavar="MODEL", help="models on which transfer attacks are made"
-    )
-    parser.add_argument(
-        "--set", type=Path, metavar="DIR", help="stored adversarial set: reused, or made if DIR is empty"
-    )
+    parser.add_argument("--paths", type=count(2), default=PATHS_COMPARED, metavar="K", help="of a transfer matrix")
+    parser.add_argument("--surrogates", nargs="+", default=[], metavar="MODEL", help="what transfer attacks start from")
+    parser.add_argument("--set", type=Path, metavar="DIR", help="adversarial set: reused, or made if DIR is empty")
     parser.add_argument("--corrupted", type=Path, metavar="DIR", help="folder with the official CIFAR-10-C files")
     add_seed(parser)
     parser.add_argument("--device", default="cpu", metavar="DEVICE")
@@ -87,7 +75,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         say(f"interrupted; {len(ledger)} batches are kept, the same command goes on there")
         raise
-    _print_results(results, as_json=arguments.json)
+    if arguments.json:
+        told = [{key: value for key, value in dataclasses.asdict(one).items() if value is not None} for one in results]
+        print_json(told if len(told) > 1 else told[0])
+    else:
+        for result in results:
+            print_result(result)
     failed = [check for result in results for check in result.checks if not check.held]
     for check in failed:
         say(f"ALARM: {check.name} does not hold ({check.detail}); this number may flatter the model")
@@ -105,51 +98,16 @@ def _request(arguments: argparse.Namespace, name: str) -> Request:
     """Return what the arguments ask for; `name` is how the command that repeats it names the model."""
     from zoo.evaluation import Request, parse_eps
 
-    command = repeating(
-        "evaluate",
-        name,
-        protocol=arguments.protocol,
-        variant=arguments.variant,
-        eps=arguments.eps,
-        precision=None if arguments.precision == "fp32" else arguments.precision,
-        images=arguments.images,
-        steps=arguments.steps,
-        restarts=arguments.restarts,
-        draws=arguments.draws,
-        queries=arguments.queries,
-        paths=None if arguments.paths == PATHS_COMPARED else arguments.paths,
-        corrupted=arguments.corrupted,
-        surrogates=arguments.surrogates,
-        seed=arguments.seed,
-    )
-    return Request(
-        protocol=arguments.protocol,
-        variant=arguments.variant,
-        eps=tuple(parse_eps(text) for text in arguments.eps),
-        images=arguments.images,
-        steps=arguments.steps,
-        restarts=arguments.restarts,
-        draws=arguments.draws,
-        paths=arguments.paths,
-        surrogates=tuple(arguments.surrogates),
-        adversarial_set=arguments.set,
-        corrupted=arguments.corrupted,
-        precision=arguments.precision,
-        queries=arguments.queries,
-        seed=arguments.seed,
-        command=command,
-    )
+    asked = {option: getattr(arguments, option) for option in ASKED}
+    parsed = {"eps": tuple(map(parse_eps, arguments.eps)), "surrogates": tuple(arguments.surrogates)}
+    command = _repeating(arguments, name, asked)
+    return Request(**{**asked, **parsed}, adversarial_set=arguments.set, command=command)
 
 
-def _print_results(results: Sequence[Result], *, as_json: bool) -> None:
-    if as_json:
-        documents = [
-            {key: value for key, value in dataclasses.asdict(result).items() if value is not None} for result in results
-        ]
-        print_json(documents if len(documents) > 1 else documents[0])
-        return
-    for result in results:
-        print_result(result)
+def _repeating(arguments: argparse.Namespace, name: str, asked: dict[str, Any]) -> str:
+    """Return the command that repeats this, without what is as it is by default."""
+    told = {option: value for option, value in asked.items() if value != UNSAID.get(option)}
+    return repeating(arguments.command, name, **told)
 
 
 def _add_lint(parser: argparse.ArgumentParser) -> None:
@@ -202,9 +160,7 @@ def _variants(arguments: argparse.Namespace, card: Card) -> list[str]:
 
     variants = [arguments.variant] if arguments.variant else list(variants_in(card, arguments.precision))
     if not variants:
-        raise BadInput(
-            f"{card.name} has no int8 graphs; `manygates export MODEL --int8` adds some to a bundle of yours"
-        )
+        raise BadInput(f"{card.name} has no int8 graphs; `manygates export MODEL --int8` adds some to your bundle")
     return variants
 
 
@@ -213,33 +169,16 @@ def _lint_variant(
 ) -> Lint:
     from zoo.evaluation.linter.bundle import lint_bundle
 
-    precision = None if arguments.precision == "fp32" else arguments.precision
-    command = repeating(
-        "lint",
-        name,
-        variant=variant,
-        precision=precision,
-        eps=arguments.eps,
-        images=arguments.images,
-        queries=arguments.queries,
-        surrogate=arguments.surrogate,
-        seed=arguments.seed,
-    )
+    asked = {option: getattr(arguments, option) for option in ("precision", "images", "queries", "surrogate", "seed")}
+    told = {"variant": variant, "precision": arguments.precision, "eps": arguments.eps}
+    command = _repeating(arguments, name, told | asked)
     if not arguments.json:
-        print(f"{bundle.card.name} {variant}{f' {precision}' if precision else ''}", flush=True)
-    return lint_bundle(
-        bundle,
-        variant,
-        eps=eps,
-        images=arguments.images,
-        seed=arguments.seed,
-        surrogate=arguments.surrogate,
-        device=device,
-        precision=arguments.precision,
-        command=command,
-        watch=None if arguments.json else print_finding,
-        **({} if arguments.queries is None else {"queries": arguments.queries}),
-    )
+        precision = "" if arguments.precision == "fp32" else f" {arguments.precision}"
+        print(f"{bundle.card.name} {variant}{precision}", flush=True)
+    if arguments.queries is None:
+        del asked["queries"]
+    watch = None if arguments.json else print_finding
+    return lint_bundle(bundle, variant, eps=eps, device=device, command=command, watch=watch, **asked)
 
 
 def _files(card: Card, variants: Sequence[str], precision: str, *, graphs: bool = False) -> list[str]:

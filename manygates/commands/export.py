@@ -26,9 +26,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="folder that will hold the bundle; --int8 alone adds to MODEL's own"
     )
     parser.add_argument("--int8", action="store_true", help="add int8 graphs, calibrated on training images")
-    parser.add_argument(
-        "--calibration-images", type=count(), default=1024, metavar="N", help="how many; 1,024 by default"
-    )
+    parser.add_argument("--calibration-images", type=count(), default=1024, metavar="N", help="1,024 by default")
     add_seed(parser, "--calibration-seed", help="which ones")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which of a run's checkpoints")
     parser.add_argument("--name", metavar="NAME", help="the model's name; the recipe's by default")
@@ -107,9 +105,8 @@ def _export_together(arguments: argparse.Namespace) -> tuple[Bundle, None]:
             kind = "an ensemble already" if run.members else "a random gated network"
             raise BadInput(f"{source} is {kind}; its ensemble is made of its own paths or members, export it alone")
         if runs and run.architecture != runs[0].architecture:
-            raise BadInput(
-                f"{source} holds {run.architecture}, expected {runs[0].architecture} like {arguments.source}"
-            )
+            expected = f"{runs[0].architecture} like {arguments.source}"
+            raise BadInput(f"{source} holds {run.architecture}, expected {expected}")
         runs.append(run)
     first = runs[0]
     seeds = [run.training.seed for run in runs]
@@ -161,5 +158,5 @@ def _add_int8(arguments: argparse.Namespace, folder: Path, earlier: Card | None)
 
 
 COMMANDS = {
-    "export": Command("Write the bundle of a run or a model, its graphs checked against the weights.", _add, _export),
+    "export": Command("Write the bundle of a run or a model, its graphs checked against the weights.", _add, _export)
 }

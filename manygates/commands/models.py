@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -27,9 +28,7 @@ def _add_list(parser: argparse.ArgumentParser) -> None:
         metavar="BY",
         help="name (the default), method, clean, whitebox, transfer or autoattack; whitebox:8/255 names the radius",
     )
-    parser.add_argument(
-        "--hub", action="store_true", help="what is published on the hub now, instead; `list` shows it too from then on"
-    )
+    parser.add_argument("--hub", action="store_true", help="what the hub has now; `list` shows it too from then on")
     parser.add_argument("--author", metavar="ORG", help="with --hub: whose models")
     add_json(parser)
 
@@ -106,11 +105,8 @@ def _pull(arguments: argparse.Namespace) -> int:
 
     found = pull(arguments.model, variants=arguments.variant, precision=arguments.precision, out=arguments.out)
     if arguments.json:
-        files = {
-            name: {"sha256": found.card.files[name].sha256, "size": found.card.files[name].size} for name in found.files
-        }
-        document = {"name": found.card.name, "source": found.source, "folder": str(found.folder), "files": files}
-        print_json(document)
+        files = {name: dataclasses.asdict(found.card.files[name]) for name in found.files}
+        print_json({"name": found.card.name, "source": found.source, "folder": str(found.folder), "files": files})
     elif arguments.out is None:
         print(found.folder)
     if arguments.out is not None:
@@ -125,9 +121,7 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="if the repository is created: only you may read it")
     parser.add_argument("--branch", metavar="BRANCH", help="main by default; created if there is none")
     parser.add_argument("--message", metavar="TEXT", help="of the commit")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, say what would be done, write nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")
 
 
 def _push(arguments: argparse.Namespace) -> int:
@@ -168,7 +162,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     checks, skipped = _checks(found)
     held = all(check.held for check in checks)
     if arguments.json:
-        rows = [{"name": check.name, "held": check.held, "detail": check.detail} for check in checks]
+        rows = [dataclasses.asdict(check) for check in checks]
         print_json({"model": found.name, "held": held, "checks": rows, "skipped": skipped})
     else:
         for check in checks:

@@ -43,5 +43,5 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "report": Command("Draw what the cards of models say, side by side: HTML, Markdown and figures.", _add, _report),
+    "report": Command("Draw what the cards of models say, side by side: HTML, Markdown and figures.", _add, _report)
 }

@@ -62,10 +62,11 @@ def _load_run(run_dir: Path, checkpoint: str) -> Trained:
         phases = f"{done} of {phases}"
     places = ", then ".join(dict.fromkeys(start["hardware"] for start in starts))
     origin = f", from {recipe.start_from}" if recipe.start_from else ""
+    document = resolved(recipe)
     training = Training(
-        recipe={**resolved(recipe), "method": recipe.method, "starts": starts},
-        overrides=overrides_of(resolved(recipe)),
-        published=published_scale(resolved(recipe)),
+        recipe={**document, "method": recipe.method, "starts": starts},
+        overrides=overrides_of(document),
+        published=published_scale(document),
         seed=recipe.seed,
         commit=", ".join(dict.fromkeys(start["commit"] for start in starts)),
         versions=starts[-1]["versions"],
@@ -73,15 +74,11 @@ def _load_run(run_dir: Path, checkpoint: str) -> Trained:
         summary=f"{phases} epochs{origin} on {places} ({checkpoint} checkpoint)",
         logs=log(run_dir),
     )
-    members = [network]
-    if isinstance(network, Ensemble):
-        members = list(network.members)
-    elif isinstance(network, RandomGatedNetwork):
-        members = []
+    members = list(network.members) if isinstance(network, Ensemble) else [network]
     return Trained(
         name=recipe.name,
         network=network,
-        members=members,
+        members=[] if isinstance(network, RandomGatedNetwork) else members,
         architecture=architecture,
         method=recipe.method,
         training=training,
@@ -97,9 +94,8 @@ def _load_model(source: str) -> Trained:
     try:
         bundle = resolve(source).open(lambda card: (weights_file(card),))
     except (BadInput, UnknownName) as error:
-        raise BadInput(
-            f"{source!r} is neither a training run (a folder with a recipe.json) nor a model: {error}"
-        ) from error
+        message = f"{source!r} is neither a training run (a folder with a recipe.json) nor a model: {error}"
+        raise BadInput(message) from error
     card = bundle.card
     file = bundle.file(weights_file(card))
     if card.architecture.gated_layers:

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field, e.g. phases.0.epochs=3"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in phases.0.epochs=3")
     parser.add_argument("--resume", action="store_true", help="go on where the run in RUN was stopped")
     parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda; a GPU if there is one by default")
 
@@ -60,9 +58,7 @@ def _add_derive(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that will hold the bundle")
     parser.add_argument("--paths", type=count(), metavar="K", help="draw K distinct paths")
     parser.add_argument("--path", action="append", metavar="0110…", help="take this path; repeat it for an ensemble")
-    parser.add_argument(
-        "--member", type=int, action="append", metavar="N", help="take this member of an ensemble, from 1 on; repeat it"
-    )
+    parser.add_argument("--member", type=int, action="append", metavar="N", help="likewise a member, from 1 on")
     add_seed(parser)
     parser.add_argument("--recalibrate", action="store_true", help="re-estimate BatchNorm statistics per path")
     parser.add_argument("--finetune", type=count(0), default=0, metavar="EPOCHS", help="epochs on clean images")
@@ -125,9 +121,7 @@ def _take_paths(arguments: argparse.Namespace, trained: Trained) -> _Taken:
     rgn = trained.network
     assert isinstance(rgn, RandomGatedNetwork)
     if arguments.member:
-        raise BadInput(
-            f"{trained.name} is a random gated network, which has paths and no members; use --path or --paths"
-        )
+        raise BadInput(f"{trained.name} is a random gated network and has paths, no members; use --path or --paths")
     if arguments.path and arguments.paths is not None:
         raise BadInput("give --path (which ones) or --paths (how many), not both")
     if arguments.path:

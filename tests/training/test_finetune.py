@@ -88,7 +88,7 @@ def test_equal_seeds_give_equal_networks(architecture: Architecture, network: nn
 
 @pytest.mark.parametrize("epochs", [0, -1])
 def test_no_epochs_are_refused(epochs: int, architecture: Architecture, network: nn.Module) -> None:
-    with pytest.raises(BadInput, match=f"a phase needs epochs >= 1 .* got {epochs}"):
+    with pytest.raises(BadInput, match=f"epochs is {epochs}, expected"):
         finetune(network, architecture, epochs)
 
 

@@ -291,7 +291,7 @@ def test_members_are_trained_validated_and_loaded_as_an_ensemble(make: MakeRecip
     [
         (("members=2", "candidates=2"), "members=2 and candidates=2"),
         (("ema=1",), "need 0 < ema < 1"),
-        (("patience=0",), "need patience >= 1"),
+        (("patience=0",), "patience is 0"),
         (("collapse=20",), "20 points of accuracy"),
         (("patience=2", "held_out=0"), "needs held-out images"),
         (("phases.0.clip=0",), "need clip > 0"),

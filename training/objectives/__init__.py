@@ -1,43 +1,20 @@
-"""What a training step minimises. One objective is one frozen dataclass in one file and one line here."""
+"""What a training step minimises. One objective is one frozen dataclass, named once here."""
 
-from training.objectives.adp import Adp
-from training.objectives.attack import TrainingAttack
-from training.objectives.awp import Awp
+from training.objectives.adversarial import Awp, FastAt, FreeAt, PgdAt, Trades, TrainingAttack
 from training.objectives.base import Batch, Memory, Objective, Step
-from training.objectives.dropen import Dropen
-from training.objectives.dverge import Dverge
-from training.objectives.ensemble_in_one import EnsembleInOne
+from training.objectives.distilled import Dverge, EnsembleInOne
 from training.objectives.ews import Ews
-from training.objectives.fast_at import FastAt
-from training.objectives.free_at import FreeAt
-from training.objectives.gal import Gal
-from training.objectives.multi_exit import MultiExit
-from training.objectives.neo_kd import NeoKd
-from training.objectives.pgd_at import PgdAt
-from training.objectives.standard import Standard
-from training.objectives.trades import Trades
-from training.objectives.trs import Trs
+from training.objectives.exits import MultiExit, NeoKd
+from training.objectives.members import Adp, Dropen, Gal, Trs
+from training.objectives.single import Standard
+
+OF_ONE_NETWORK = (Standard, PgdAt, FastAt, FreeAt, Trades, Awp, Ews)
+OF_SEVERAL_NETWORKS = (EnsembleInOne, Adp, Gal, Dverge, Trs, Dropen)
+OF_SEVERAL_EXITS = (MultiExit, NeoKd)
 
 # Read by recipes, JSON and the command line; Python code passes the object.
 OBJECTIVES: dict[str, type[Objective]] = {
-    kind.method: kind
-    for kind in (
-        Standard,
-        PgdAt,
-        FastAt,
-        FreeAt,
-        Trades,
-        Awp,
-        Ews,
-        EnsembleInOne,
-        Adp,
-        Gal,
-        Dverge,
-        Trs,
-        Dropen,
-        MultiExit,
-        NeoKd,
-    )
+    kind.method: kind for kind in (*OF_ONE_NETWORK, *OF_SEVERAL_NETWORKS, *OF_SEVERAL_EXITS)
 }
 
 __all__ = [

@@ -1,16 +1,18 @@
-"""The small vocabulary that the loop and the objectives share."""
+"""The small vocabulary that the loop and the objectives share, and checks of hyper-parameters."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from training.randomness import gate_generator, tensor_generator
 from zoo.errors import BadInput
@@ -147,11 +149,17 @@ class Objective(ABC):
     def forwards(self, networks: int = 1, exits: int = 1) -> float:
         """Return the predicted cost of a step in forward passes of one network over the batch; a backward counts two.
 
-        Args:
-            networks: members of an ensemble.
-            exits: of a multi-exit network.
+        `networks` are the members of an ensemble, `exits` those of a multi-exit network.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what a step costs")
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy of logits (batch, class) with smoothed labels, given as int64 (batch,)."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def cross_entropies(self, answers: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """Return the `cross_entropy` of each of several answers, as (answer,)."""
+        return torch.stack([self.cross_entropy(logits, labels) for logits in answers])
 
     def check(self, model: nn.Module) -> None:  # noqa: B027 - most methods train whatever they are given
         """Check that `model` can be trained with this objective; called before the first step.
@@ -167,3 +175,35 @@ class Objective(ABC):
         Returns:
             Scalars to log, detached; "loss" among them.
         """
+
+
+def check_choice(name: str, value: object, literal: Any) -> None:
+    """Check that a value is one of a `Literal`'s.
+
+    Raises:
+        BadInput: It is not; the message lists them.
+    """
+    if value not in get_args(literal):
+        raise BadInput(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")
+
+
+def check_weights(**weights: float) -> None:
+    """Check that the weights of a loss's terms are finite and not negative.
+
+    Raises:
+        BadInput: One is not; the message names it.
+    """
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise BadInput(f"need a finite {name} >= 0, got {weight}")
+
+
+def check_positive(**numbers: float) -> None:
+    """Check that numbers are finite and greater than 0.
+
+    Raises:
+        BadInput: One is not; the message names it.
+    """
+    for name, number in numbers.items():
+        if not 0 < number < math.inf:
+            raise BadInput(f"need a finite {name} > 0, got {number}")

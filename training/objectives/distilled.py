@@ -1,4 +1,4 @@
-"""Training networks on what the others confuse: what DVERGE and Ensemble-in-One have in common.
+"""Training networks on what the others confuse: DVERGE and Ensemble-in-One (Cai et al., AAAI 2023).
 
 For a layer l each network i distils the non-robust features of target images into source images (DVERGE, Yang et al.
 2020, arXiv:2009.14720, equation 1),
@@ -13,18 +13,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
-from training.objectives.attack import TrainingAttack
-from training.objectives.base import Batch, Objective, Step
-from training.objectives.checks import check_choice, check_weights
-from training.objectives.network import Network, check_one_exit, networks_of
+from training.objectives.adversarial import TrainingAttack
+from training.objectives.base import Batch, Needs, Objective, Step, check_choice, check_weights
+from training.objectives.network import Network, check_members, check_one_exit, networks_of
 from training.randomness import gate_generator
 from zoo.attacks.budget import LinfBudget
 from zoo.attacks.distillation import distil
@@ -118,23 +116,19 @@ class DistilledObjective(Objective):
         layer, networks = self.drawn(model, step)
         # All images are made before any gradient is accumulated: they must come from one state of the weights.
         distilled = [self.distil(network, layer, source.images, target.images) for network in networks]
-        attacked = [] if self.adversarial is None else [self._attacked(network, source) for network in networks]
+        attacked = []
+        if self.adversarial is not None:
+            attacked = [self.adversarial.on(network, source.images, source.labels) for network in networks]
         losses, adversarial_losses = [], []
         for number, network in enumerate(networks):
             others = [images for other, images in enumerate(distilled) if other != number] or distilled
             adversarial = None
             with step.autocast(source.images.device):  # one context: autocast casts the weights once
                 # One forward per distiller: concatenated batches would share BatchNorm statistics.
-                terms = [
-                    F.cross_entropy(network(images), source.labels, label_smoothing=self.label_smoothing)
-                    for images in others
-                ]
+                loss = self.cross_entropies([network(images) for images in others], source.labels).sum()
                 if attacked:
-                    adversarial = F.cross_entropy(
-                        network(attacked[number]), source.labels, label_smoothing=self.label_smoothing
-                    )
+                    adversarial = self.cross_entropy(network(attacked[number]), source.labels)
                     adversarial_losses.append(adversarial.detach())
-            loss = torch.stack(terms).sum()
             self.combined(loss, adversarial, len(networks)).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach() / len(others))
         measured = {"loss": torch.stack(losses).mean(), "layer": torch.tensor(float(layer))}
@@ -182,16 +176,12 @@ class DistilledObjective(Objective):
     def _feature(self, network: Network, layer: int) -> Callable[[Tensor], Tensor]:
         """Return the prefix as a function of images alone, its tensors bound and detached."""
         step, folded = network.step, self.batch_norm == "eval"
-        if network.rgn is not None and network.path is not None:
-            prefix = network.rgn.prefix(layer, activated=self.activated, folded=folded)
-            convolutions, chosen = network.rgn.convolutions, network.rgn.select(network.path)
-        else:
-            prefixes = Prefixes.of(network.module)
-            prefix = prefixes.prefix(layer, activated=self.activated, folded=folded)
-            convolutions, chosen = prefixes.convolutions, {}
+        prefixes = network.rgn or Prefixes.of(network.module)
+        prefix = prefixes.prefix(layer, activated=self.activated, folded=folded)
+        chosen = {} if network.rgn is None or network.path is None else network.rgn.select(network.path)
         if folded:
             dtype = None if step.precision == torch.float32 else step.precision
-            run = graphs.bound(prefix, fold(network.module, convolutions, chosen, dtype=dtype))
+            run = graphs.bound(prefix, fold(network.module, prefixes.convolutions, chosen, dtype=dtype))
             return lambda images: run(images.to(step.precision))
         own = {**dict(network.module.named_parameters()), **dict(network.module.named_buffers()), **chosen}
         run = graphs.bound(prefix, {name: tensor.detach() for name, tensor in own.items()})
@@ -201,10 +191,6 @@ class DistilledObjective(Objective):
                 return run(images)
 
         return in_precision
-
-    def _attacked(self, network: Network, batch: Batch) -> Tensor:
-        assert self.adversarial is not None
-        return self.adversarial.on(network, batch.images, batch.labels)
 
 
 class Prefixes:
@@ -248,3 +234,86 @@ def num_features(network: nn.Module) -> int:
     if isinstance(network, RandomGatedNetwork):
         return network.num_features
     return len(Prefixes.of(network).layers) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dverge(DistilledObjective):
+    """Cross-entropy of each member on what the other members distilled.
+
+    There is no clean term: training starts from networks that were trained on their own (`standard`). The defaults are
+    the released code's. Of a random gated network `paths` random paths stand for the members.
+    """
+
+    method: ClassVar[str] = "dverge"
+    published: ClassVar[str] = "Yang et al., NeurIPS 2020"
+    needs: ClassVar[Needs] = "several members"
+
+    momentum: float = 1.0
+    """Momentum on the L1-normalised gradient of distillation."""
+    batch_norm: DistillationNorm = "train"
+    """BatchNorm in distillation: "train" uses batch statistics and updates the running ones at every step; "eval" uses
+    and keeps the running ones, and costs less."""
+    layer_drawn: LayerDrawn = "epoch"
+    """How long a layer is kept: for an epoch, or for one batch."""
+    coefficient: float = 1.0
+    """Weight of the loss on distilled images; that on adversarial ones, if there are any, counts 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.paths < 2:
+            raise BadInput(f"need at least 2 paths to train against each other, got {self.paths}")
+        check_weights(coefficient=self.coefficient)
+        if self.coefficient == 0 and self.adversarial is None:
+            raise BadInput("with coefficient 0 and no adversarial attack there is nothing to learn; set one of them")
+
+    def check(self, model: nn.Module) -> None:
+        """See `Objective.check`."""
+        check_members(model, "dverge")
+        if isinstance(model, RandomGatedNetwork) and model.candidates < 2:
+            raise BadInput(f"dverge needs candidates >= 2 per gated layer, got {model.candidates}: there is one path")
+        super().check(model)
+
+    def combined(self, distilled: Tensor, adversarial: Tensor | None, networks: int) -> Tensor:
+        """See `DistilledObjective.combined`."""
+        loss = self.coefficient * distilled
+        return loss if adversarial is None else loss + adversarial
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleInOne(DistilledObjective):
+    """Cross-entropy of each path on what the other paths distilled.
+
+    Algorithm 1 of the paper: the paths of a step differ within the first l gates. The paper and the authors' released
+    code differ: `paper()` and `release()` are the two readings, and each disputed detail is a field.
+    """
+
+    method: ClassVar[str] = "ensemble_in_one"
+    published: ClassVar[str] = "Cai et al., AAAI 2023"
+    needs: ClassVar[Needs] = "gates"
+
+    divide_by_paths: bool = True
+    """Divide each path's loss by p (release); the paper does not."""
+
+    @classmethod
+    def paper(cls, **changes: Any) -> EnsembleInOne:
+        """Return the paper's reading: distillation by DVERGE's rules, losses not divided by p."""
+        return replace(cls(momentum=1.0, batch_norm="train", divide_by_paths=False), **changes)
+
+    @classmethod
+    def release(cls, **changes: Any) -> EnsembleInOne:
+        """Return the released code's reading: random start, no momentum, running statistics, activated features."""
+        return replace(cls(random_start=True, activated=True), **changes)
+
+    def check(self, model: nn.Module) -> None:
+        """See `Objective.check`."""
+        if not isinstance(model, RandomGatedNetwork):
+            raise BadInput(
+                f"ensemble_in_one trains a random gated network, got a plain {type(model).__name__}; "
+                "set candidates=2 in the recipe, or train an ensemble with dverge"
+            )
+        super().check(model)
+
+    def combined(self, distilled: Tensor, adversarial: Tensor | None, networks: int) -> Tensor:
+        """See `DistilledObjective.combined`; the released code divides the adversarial term too."""
+        loss = distilled if adversarial is None else distilled + adversarial
+        return loss / networks if self.divide_by_paths else loss

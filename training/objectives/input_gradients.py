@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.objectives.base import Step
-from training.objectives.checks import check_choice
-from training.objectives.network import Network, Statistics
+from training.objectives.base import Step, check_choice
+from training.objectives.network import Network, Statistics, statistics_of
 from zoo.attacks import LinfBudget
 from zoo.errors import BadInput
 
@@ -134,9 +132,7 @@ class Smoothness:
         budget = LinfBudget(eps=eps, step_size=eps / 3 or None, steps=self.steps)
         generator = step.generator("smoothness", *(network.index for network in networks))
         moved, direction = budget.start(images, generator), torch.zeros_like(images)
-        with ExitStack() as modes:
-            for network in networks:
-                modes.enter_context(network.statistics(self.batch_norm))
+        with statistics_of(networks, self.batch_norm):
             for _ in range(self.steps):
                 uphill = self._uphill(networks, moved, labels)
                 direction = direction + uphill if self.accumulate_gradients else uphill

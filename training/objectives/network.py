@@ -21,7 +21,6 @@ from zoo.paths import Path
 Statistics = Literal["train", "train_frozen", "eval"]
 """How BatchNorm normalises: with the batch's statistics, moving the running ones; with the batch's, leaving the running
 ones alone; with the running ones."""
-STATISTICS = ("train", "train_frozen", "eval")
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,18 @@ def statistics(module: nn.Module, mode: Statistics) -> Iterator[None]:
             norm.track_running_stats = track
 
 
-def networks_of(model: nn.Module, step: Step, *, drawn: int = 1) -> list[Network]:
-    """Return what a step trains.
+@contextlib.contextmanager
+def statistics_of(networks: Sequence[Network], mode: Statistics) -> Iterator[None]:
+    """Run with BatchNorm of several networks as `mode` says."""
+    with contextlib.ExitStack() as modes:
+        for network in networks:
+            modes.enter_context(network.statistics(mode))
+        yield
 
-    Args:
-        model: a plain network, an `Ensemble` (its members) or a random gated network.
-        step: where the run is.
-        drawn: how many distinct random paths are drawn of a random gated network; all ranks draw the same.
+
+def networks_of(model: nn.Module, step: Step, *, drawn: int = 1) -> list[Network]:
+    """Return what a step trains: a plain network, the members of an `Ensemble`, or `drawn` distinct random paths of a
+    random gated network, the same on all ranks.
     """
     if isinstance(model, RandomGatedNetwork):
         rng = step.rng("gates")
@@ -113,6 +117,11 @@ def together(networks: Sequence[Network]) -> Callable[[Tensor], Tensor]:
     if len(networks) == 1:
         return networks[0]
     return lambda images: mean_probability(torch.stack([network(images) for network in networks]))
+
+
+def accuracy(answers: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Return the mean over several answers, logits (batch, class), of the share of images that each says right."""
+    return torch.stack([(logits.detach().argmax(1) == labels).float().mean() for logits in answers]).mean()
 
 
 def check_members(model: nn.Module, method: str) -> None:

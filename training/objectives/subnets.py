@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from training.objectives.checks import check_choice
+from training.objectives.base import check_choice
 from zoo.errors import BadInput
 from zoo.networks.resnet import BasicBlock, Bottleneck
 from zoo.networks.wide_resnet import WideBlock
@@ -69,16 +70,9 @@ def residual_blocks(network: nn.Module) -> tuple[Block, ...]:
     for name, module in network.named_modules():
         for kind, (convolutions, end) in BLOCKS.items():
             if isinstance(module, kind):
-                layers = [module.get_submodule(convolution) for convolution in convolutions]
-                found.append(
-                    Block(
-                        name,
-                        tuple(f"{name}.{convolution}" for convolution in convolutions),
-                        tuple(int(layer.in_channels) for layer in layers),  # type: ignore[arg-type]
-                        f"{name}.{end}",
-                        f"{name}.shortcut",
-                    )
-                )
+                names = tuple(f"{name}.{convolution}" for convolution in convolutions)
+                channels = tuple(int(network.get_submodule(each).in_channels) for each in names)  # type: ignore[arg-type]
+                found.append(Block(name, names, channels, f"{name}.{end}", f"{name}.shortcut"))
     return tuple(found)
 
 
@@ -125,12 +119,8 @@ def space_of(network: nn.Module, keep: float, paths: Rounding = "ceil") -> Space
 
 
 def kept_of(block: Block, paths: Sequence[int], channels: Sequence[Sequence[int]]) -> Kept:
-    """Return what is kept of a block.
-
-    Args:
-        block: which one.
-        paths: of its paths, 0 for the residual branch and 1 for the skip, in any order.
-        channels: per convolution the indices of the kept channels, in any order; ignored without the branch.
+    """Return what is kept of a block: some of its `PATHS`, and per convolution the indices of some channels, all in any
+    order; channels are ignored without the residual branch.
     """
     branch = 0 in paths
     everything = [range(count) for count in block.channels]
@@ -153,11 +143,8 @@ def lowest_norm_choice(space: Space, weights: Mapping[str, Tensor]) -> Choice:
     """Return the subnet of the channels, and paths, whose weights have the lowest L1 norms.
 
     The norm of a channel is that of the weights that read it; of a path, that of its convolutions. A skip without a
-    convolution counts as the 1x1 convolution with ones on its diagonal that it is.
-
-    Args:
-        space: the subnets.
-        weights: the network's parameters by name; those of the chosen path for a random gated network.
+    convolution counts as the 1x1 convolution with ones on its diagonal that it is. `weights` are the network's
+    parameters by name; of a random gated network those of the chosen path.
     """
     found = []
     for block, numbers in zip(space.blocks, space.channels, strict=True):
@@ -191,9 +178,7 @@ def applied(network: nn.Module, choice: Choice) -> Iterator[None]:
 
     What keeps everything is left untouched, so a subnet that keeps all equals the network bit for bit.
 
-    Args:
-        network: a plain network, or the template of a random gated one.
-        choice: what is kept of each of its residual blocks.
+    The network is a plain one, or the template of a random gated one.
 
     Raises:
         BadInput: the choice does not fit the network's blocks.
@@ -203,35 +188,28 @@ def applied(network: nn.Module, choice: Choice) -> Iterator[None]:
     masks = _masks(network, blocks, choice)
     with contextlib.ExitStack() as hooks:
         for block, kept in zip(blocks, choice, strict=True):
-            if not kept.branch:
-                handle = network.get_submodule(block.end).register_forward_hook(_nothing)
-                hooks.callback(handle.remove)
-            if not kept.skip:
-                handle = network.get_submodule(block.skip).register_forward_hook(_nothing)
-                hooks.callback(handle.remove)
+            for layer, stays in ((block.end, kept.branch), (block.skip, kept.skip)):
+                if not stays:
+                    hooks.callback(network.get_submodule(layer).register_forward_hook(_nothing).remove)
         for name, mask in masks.items():
-            handle = network.get_submodule(name).register_forward_pre_hook(_keeping(mask))
-            hooks.callback(handle.remove)
+            hooks.callback(network.get_submodule(name).register_forward_pre_hook(partial(_keep, mask)).remove)
         yield
 
 
 def _check(network: nn.Module, blocks: tuple[Block, ...], choice: Choice) -> None:
     if len(choice) != len(blocks):
-        raise BadInput(
-            f"a choice for {len(choice)} residual blocks does not fit {type(network).__name__}, which has {len(blocks)}"
-        )
+        its = f"{type(network).__name__}, which has {len(blocks)}"
+        raise BadInput(f"a choice for {len(choice)} residual blocks does not fit {its}")
     for block, kept in zip(blocks, choice, strict=True):
         if not (kept.branch or kept.skip):
             raise BadInput(f"{block.name} must keep a path, got neither its residual branch nor its skip")
-        if len(kept.channels) != len(block.channels):
-            raise BadInput(
-                f"{block.name} has {len(block.channels)} convolutions to choose channels of, got {len(kept.channels)}"
-            )
+        expected, got = len(block.channels), len(kept.channels)
+        if got != expected:
+            raise BadInput(f"{block.name} has {expected} convolutions to choose channels of, got {got}")
         for name, count, channels in zip(block.convolutions, block.channels, kept.channels, strict=True):
             if not channels or len(set(channels)) < len(channels) or min(channels) < 0 or max(channels) >= count:
-                raise BadInput(
-                    f"{name} must keep some of its input channels 0 to {count - 1}, once each, got {channels}"
-                )
+                inputs = f"some of its input channels 0 to {count - 1}"
+                raise BadInput(f"{name} must keep {inputs}, once each, got {channels}")
 
 
 def _masks(network: nn.Module, blocks: tuple[Block, ...], choice: Choice) -> dict[str, Tensor]:
@@ -249,12 +227,8 @@ def _masks(network: nn.Module, blocks: tuple[Block, ...], choice: Choice) -> dic
     return {name: part.view(1, -1, 1, 1) for name, part in zip(masks, parts, strict=True)}
 
 
-def _keeping(mask: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]:
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
-        (features,) = inputs
-        return (features * mask.to(features.dtype),)
-
-    return hook
+def _keep(mask: Tensor, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0] * mask.to(inputs[0].dtype),)
 
 
 def _nothing(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from training.objectives import Awp, FastAt, FreeAt, PgdAt, Standard, Trades, TrainingAttack
+from training.objectives import Awp, FastAt, FreeAt, Objective, PgdAt, Standard, Trades, TrainingAttack
 from training.recipes.recipe import Phase, Recipe
 
 # Five steps instead of ten: what two cores can pay for. A step of eps / 3.2 still reaches every corner of the ball.
 SHORT_ATTACK = TrainingAttack(steps=5, step_size=2.5 / 255)
+
+# How recipes for two CPU cores differ from those of PreAct-ResNet-18, besides training for fewer epochs.
+TWO_CORES: dict[str, Any] = {"network": "resnet20", "held_out": 1000, "validation_attacked": 256}
+
+
+def _sgd(objective: Objective, epochs: int, **options: Any) -> Phase:
+    return Phase(objective=objective, epochs=epochs, weight_decay=5e-4, **options)
 
 
 def pgd_at_preact18_cifar10() -> Recipe:
@@ -19,10 +27,9 @@ def pgd_at_preact18_cifar10() -> Recipe:
     overfits. Export it with --checkpoint best.
     """
     return Recipe(
-        name="pgd-at-preact18-cifar10",
         description="PreAct-ResNet-18, PGD adversarial training at 8/255, 200 epochs",
         network="preact_resnet18",
-        phases=(Phase(objective=PgdAt(), epochs=200, weight_decay=5e-4),),
+        phases=(_sgd(PgdAt(), 200),),
         held_out=5000,
         selection="robust",
         validation_eps=8 / 255,
@@ -35,15 +42,24 @@ def pgd_at_resnet20_cifar10_cpu() -> Recipe:
 
     manygates train pgd-at-resnet20-cifar10-cpu --out RUN        not run
     """
-    return replace(
-        pgd_at_preact18_cifar10(),
-        name="pgd-at-resnet20-cifar10-cpu",
+    return pgd_at_preact18_cifar10().variant(
         description="ResNet-20, PGD adversarial training at 8/255, trained on two CPU cores",
-        network="resnet20",
-        phases=(Phase(objective=PgdAt(attack=SHORT_ATTACK), epochs=25, schedule="cosine", weight_decay=5e-4),),
-        held_out=1000,
+        phases=(_sgd(PgdAt(attack=SHORT_ATTACK), 25, schedule="cosine"),),
         validate_every=5,
-        validation_attacked=256,
+        **TWO_CORES,
+    )
+
+
+def pgd_at_eps4_resnet20_cifar10_cpu() -> Recipe:
+    """The same at half the radius, 4/255: more accurate, less robust.
+
+    manygates train pgd-at-eps4-resnet20-cifar10-cpu --out RUN        not run
+    """
+    attack = TrainingAttack(eps=4 / 255, steps=5, step_size=1.25 / 255)
+    return pgd_at_resnet20_cifar10_cpu().variant(
+        description="ResNet-20, PGD adversarial training at 4/255, trained on two CPU cores",
+        phases=(_sgd(PgdAt(attack=attack), 25, schedule="cosine"),),
+        validation_eps=4 / 255,
     )
 
 
@@ -58,7 +74,6 @@ def pgd_at_lenet_mnist_cpu() -> Recipe:
     clean = Phase(objective=Standard(), epochs=1, optimizer="adam", learning_rate=1e-3, weight_decay=0)
     attack = TrainingAttack(eps=0.3, steps=10, step_size=0.05)
     return Recipe(
-        name="pgd-at-lenet-mnist-cpu",
         description="LeNet on MNIST, PGD adversarial training at 0.3, trained on two CPU cores",
         network="lenet",
         dataset="mnist",
@@ -71,21 +86,6 @@ def pgd_at_lenet_mnist_cpu() -> Recipe:
     )
 
 
-def pgd_at_eps4_resnet20_cifar10_cpu() -> Recipe:
-    """The same at half the radius, 4/255: more accurate, less robust.
-
-    manygates train pgd-at-eps4-resnet20-cifar10-cpu --out RUN        not run
-    """
-    attack = TrainingAttack(eps=4 / 255, steps=5, step_size=1.25 / 255)
-    return replace(
-        pgd_at_resnet20_cifar10_cpu(),
-        name="pgd-at-eps4-resnet20-cifar10-cpu",
-        description="ResNet-20, PGD adversarial training at 4/255, trained on two CPU cores",
-        phases=(Phase(objective=PgdAt(attack=attack), epochs=25, schedule="cosine", weight_decay=5e-4),),
-        validation_eps=4 / 255,
-    )
-
-
 def fast_at_preact18_cifar10() -> Recipe:
     """Fast adversarial training (Wong et al. 2020): one FGSM step from a random start, 15 epochs, cyclic rate.
 
@@ -93,11 +93,9 @@ def fast_at_preact18_cifar10() -> Recipe:
     Expect (published, the authors' repository): 86.1 % clean, 46.1 % under PGD-50-10 at 8/255. Training stops when
     robustness collapses; export it with --checkpoint best, which is from before.
     """
-    return replace(
-        pgd_at_preact18_cifar10(),
-        name="fast-at-preact18-cifar10",
+    return pgd_at_preact18_cifar10().variant(
         description="PreAct-ResNet-18, FGSM adversarial training from a random start at 8/255, 15 epochs",
-        phases=(Phase(objective=FastAt(), epochs=15, learning_rate=0.2, schedule="cyclic", weight_decay=5e-4),),
+        phases=(_sgd(FastAt(), 15, learning_rate=0.2, schedule="cyclic"),),
         collapse=0.2,
     )
 
@@ -109,15 +107,11 @@ def fast_at_resnet20_cifar10_cpu() -> Recipe:
     measured, 5,341 s. Came out (best checkpoint, one seed): 74.6 % clean (10,000 images), 40.8 % [36.6, 45.2] under
     PGD-50 from 5 starts at 8/255 (500 images); every check of that protocol held, and it did not collapse.
     """
-    return replace(
-        fast_at_preact18_cifar10(),
-        name="fast-at-resnet20-cifar10-cpu",
+    return fast_at_preact18_cifar10().variant(
         description="ResNet-20, FGSM adversarial training from a random start at 8/255, trained on two CPU cores",
-        network="resnet20",
-        phases=(Phase(objective=FastAt(), epochs=30, learning_rate=0.2, schedule="cyclic", weight_decay=5e-4),),
-        held_out=1000,
+        phases=(_sgd(FastAt(), 30, learning_rate=0.2, schedule="cyclic"),),
         validate_every=2,
-        validation_attacked=256,
+        **TWO_CORES,
     )
 
 
@@ -127,11 +121,9 @@ def free_at_preact18_cifar10() -> Recipe:
     manygates train free-at-preact18-cifar10 --out RUN        one GPU; not run
     Expect (published, the code of Fast AT): 86.0 % clean, 46.3 % under PGD-50-10 at 8/255.
     """
-    return replace(
-        pgd_at_preact18_cifar10(),
-        name="free-at-preact18-cifar10",
+    return pgd_at_preact18_cifar10().variant(
         description="PreAct-ResNet-18, free adversarial training at 8/255 with 8 replays, 10 epochs",
-        phases=(Phase(objective=FreeAt(), epochs=10, learning_rate=0.04, schedule="cyclic", weight_decay=5e-4),),
+        phases=(_sgd(FreeAt(), 10, learning_rate=0.04, schedule="cyclic"),),
     )
 
 
@@ -140,17 +132,11 @@ def free_at_resnet20_cifar10_cpu() -> Recipe:
 
     manygates train free-at-resnet20-cifar10-cpu --out RUN        not run
     """
-    return replace(
-        free_at_preact18_cifar10(),
-        name="free-at-resnet20-cifar10-cpu",
+    return free_at_preact18_cifar10().variant(
         description="ResNet-20, free adversarial training at 8/255 with 4 replays, trained on two CPU cores",
-        network="resnet20",
-        phases=(
-            Phase(objective=FreeAt(replays=4), epochs=24, learning_rate=0.1, schedule="cyclic", weight_decay=5e-4),
-        ),
-        held_out=1000,
+        phases=(_sgd(FreeAt(replays=4), 24, schedule="cyclic"),),
         validate_every=4,
-        validation_attacked=256,
+        **TWO_CORES,
     )
 
 
@@ -162,7 +148,6 @@ def trades_wrn34_cifar10() -> Recipe:
     input; ours does, inside.
     """
     return Recipe(
-        name="trades-wrn34-cifar10",
         description="WRN-34-10, TRADES at 0.031 with beta 6, 76 epochs",
         network="wide_resnet34_10",
         phases=(Phase(objective=Trades(), epochs=76, milestones=(74,), weight_decay=2e-4),),
@@ -181,14 +166,11 @@ def trades_resnet20_cifar10_cpu() -> Recipe:
     4,723 s. What came out is in the card of the model `trades-resnet20-cifar10`.
     """
     attack = replace(Trades().attack, steps=5, step_size=0.01)
-    phase = Phase(objective=Trades(attack=attack), epochs=6, learning_rate=0.05, schedule="cosine", weight_decay=5e-4)
-    return replace(
-        trades_wrn34_cifar10(),
-        name="trades-resnet20-cifar10-cpu",
+    return trades_wrn34_cifar10().variant(
         description="ResNet-20, TRADES at 0.031 with beta 6 behind fast adversarial training, on two CPU cores",
         network="resnet20",
         start_from="fast-at-resnet20-cifar10",
-        phases=(phase,),
+        phases=(_sgd(Trades(attack=attack), 6, learning_rate=0.05, schedule="cosine"),),
         validate_every=2,
     )
 
@@ -199,11 +181,9 @@ def at_awp_preact18_cifar10() -> Recipe:
     manygates train at-awp-preact18-cifar10 --out RUN        one GPU; not run
     Expect (published logs): 81.7 % clean, 54.3 % under PGD-20 at 8/255 at the last epoch.
     """
-    return replace(
-        pgd_at_preact18_cifar10(),
-        name="at-awp-preact18-cifar10",
+    return pgd_at_preact18_cifar10().variant(
         description="PreAct-ResNet-18, PGD adversarial training at 8/255 with weight perturbation, 200 epochs",
-        phases=(Phase(objective=Awp(inner=PgdAt()), epochs=200, weight_decay=5e-4),),
+        phases=(_sgd(Awp(inner=PgdAt()), 200),),
     )
 
 
@@ -213,11 +193,9 @@ def at_awp_resnet20_cifar10_cpu() -> Recipe:
     manygates train at-awp-resnet20-cifar10-cpu --out RUN        not run
     """
     objective = Awp(inner=PgdAt(attack=SHORT_ATTACK), gamma=0.005)
-    return replace(
-        pgd_at_resnet20_cifar10_cpu(),
-        name="at-awp-resnet20-cifar10-cpu",
+    return pgd_at_resnet20_cifar10_cpu().variant(
         description="ResNet-20, PGD adversarial training at 8/255 with weight perturbation, trained on two CPU cores",
-        phases=(Phase(objective=objective, epochs=20, schedule="cosine", weight_decay=5e-4),),
+        phases=(_sgd(objective, 20, schedule="cosine"),),
     )
 
 
@@ -229,9 +207,7 @@ def trades_awp_preact18_cifar10() -> Recipe:
     manygates train trades-awp-preact18-cifar10 --out RUN        one GPU; not run
     """
     inner = Trades(attack=replace(Trades().attack, step_size=2 / 255))
-    return replace(
-        pgd_at_preact18_cifar10(),
-        name="trades-awp-preact18-cifar10",
+    return pgd_at_preact18_cifar10().variant(
         description="PreAct-ResNet-18, TRADES at 0.031 with weight perturbation, 200 epochs",
-        phases=(Phase(objective=Awp(inner=inner, gamma=0.005, warm_up=10), epochs=200, weight_decay=5e-4),),
+        phases=(_sgd(Awp(inner=inner, gamma=0.005, warm_up=10), 200),),
     )

@@ -28,6 +28,8 @@ def from_resolved(document: dict[str, Any]) -> Recipe:
         UnknownName: A method that this version does not know.
     """
     try:
+        if "name" not in document:
+            raise TypeError("it has no name")
         return cast(Recipe, _built(Recipe, document))
     except TypeError as error:
         raise BadInput(f"not a recipe of this version: {error}") from error
@@ -147,9 +149,8 @@ def _objective(kind: type[Objective], document: dict[str, Any]) -> Objective:
     """
     method = document.get("method")
     if not isinstance(method, str):
-        raise TypeError(
-            f"{document} is no objective, expected a method ({', '.join(OBJECTIVES)}) or an object with one"
-        )
+        known = ", ".join(OBJECTIVES)
+        raise TypeError(f"{document} is no objective, expected a method ({known}) or an object with one")
     if method not in OBJECTIVES:
         raise UnknownName(method, OBJECTIVES, kind="method")
     chosen = OBJECTIVES[method]

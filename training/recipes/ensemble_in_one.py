@@ -7,6 +7,8 @@ from dataclasses import replace
 from training.objectives import EnsembleInOne, Standard, TrainingAttack
 from training.recipes.recipe import Phase, Recipe
 
+PRETRAINING = Phase(objective=Standard(), epochs=200)
+
 
 def eio_resnet20_cifar10() -> Recipe:
     """Ensemble-in-One at the scale of the paper: 200 + 200 epochs, independent candidates.
@@ -17,13 +19,9 @@ def eio_resnet20_cifar10() -> Recipe:
     Expect (published): above DVERGE's 53-64 % under transfer at eps 0.03 and 40-58 % white-box at 0.01.
     """
     return Recipe(
-        name="eio-resnet20-cifar10",
         description="Ensemble-in-One random gated ResNet-20, 200 + 200 epochs as published",
         candidates=2,
-        phases=(
-            Phase(objective=Standard(), epochs=200),
-            Phase(objective=EnsembleInOne.release(), epochs=200),
-        ),
+        phases=(PRETRAINING, Phase(objective=EnsembleInOne.release(), epochs=200)),
         selection="robust",
     )
 
@@ -33,14 +31,9 @@ def eio_resnet20_cifar10_paper() -> Recipe:
 
     manygates train eio-resnet20-cifar10-paper --out RUN        one GPU; not run
     """
-    return replace(
-        eio_resnet20_cifar10(),
-        name="eio-resnet20-cifar10-paper",
+    return eio_resnet20_cifar10().variant(
         description="Ensemble-in-One random gated ResNet-20, the paper's reading of every disputed detail",
-        phases=(
-            Phase(objective=Standard(), epochs=200),
-            Phase(objective=EnsembleInOne.paper(), epochs=200),
-        ),
+        phases=(PRETRAINING, Phase(objective=EnsembleInOne.paper(), epochs=200)),
     )
 
 
@@ -51,15 +44,22 @@ def eio_resnet20_cifar10_release() -> Recipe:
     Expect (their checkpoint, measured by others): 85.8 % clean, 63.6 % white-box at eps 0.01 on 500 images. One quirk
     is not copied: the release takes the first layer's feature before its activation, all others behind it.
     """
-    return replace(
-        eio_resnet20_cifar10(),
-        name="eio-resnet20-cifar10-release",
+    return eio_resnet20_cifar10().variant(
         description="Ensemble-in-One random gated ResNet-20, the released code's reading of every disputed detail",
         sharing="shared_conv",
-        phases=(
-            Phase(objective=Standard(), epochs=200, nesterov=True),
-            Phase(objective=EnsembleInOne.release(), epochs=200, nesterov=True),
-        ),
+        phases=tuple(replace(phase, nesterov=True) for phase in eio_resnet20_cifar10().phases),
+    )
+
+
+def eio_adv_resnet20_cifar10() -> Recipe:
+    """Ensemble-in-One with the adversarial option of the released code: each path also learns PGD-10 examples at 8/255.
+
+    manygates train eio-adv-resnet20-cifar10 --out RUN        one GPU; not run
+    """
+    return eio_resnet20_cifar10().variant(
+        description="Ensemble-in-One random gated ResNet-20 with adversarial training, 200 + 200 epochs",
+        phases=(PRETRAINING, Phase(objective=EnsembleInOne.release(adversarial=TrainingAttack()), epochs=200)),
+        validation_eps=8 / 255,
     )
 
 
@@ -72,32 +72,13 @@ def eio_resnet20_cifar10_cpu() -> Recipe:
     and diversity training takes 2 paths and 5 distillation steps. What came out is in the card of the bundled model
     `eio-resnet20-cifar10`; what was tried before in docs/experiments.md.
     """
-    return replace(
-        eio_resnet20_cifar10(),
-        name="eio-resnet20-cifar10-cpu",
+    return eio_resnet20_cifar10().variant(
         description="Ensemble-in-One random gated ResNet-20, trained on two CPU cores from a standard model",
         start_from="standard-resnet20-cifar10",
         phases=(
             Phase(objective=Standard(), epochs=1, learning_rate=0.05, schedule="cosine"),
             Phase(objective=EnsembleInOne.release(paths=2, distillation_steps=5), epochs=18, schedule="cosine"),
         ),
-    )
-
-
-def eio_adv_resnet20_cifar10() -> Recipe:
-    """Ensemble-in-One with the adversarial option of the released code: each path also learns PGD-10 examples at 8/255.
-
-    manygates train eio-adv-resnet20-cifar10 --out RUN        one GPU; not run
-    """
-    return replace(
-        eio_resnet20_cifar10(),
-        name="eio-adv-resnet20-cifar10",
-        description="Ensemble-in-One random gated ResNet-20 with adversarial training, 200 + 200 epochs",
-        phases=(
-            Phase(objective=Standard(), epochs=200),
-            Phase(objective=EnsembleInOne.release(adversarial=TrainingAttack()), epochs=200),
-        ),
-        validation_eps=8 / 255,
     )
 
 
@@ -112,9 +93,7 @@ def eio_adv_resnet20_cifar10_cpu() -> Recipe:
     objective = EnsembleInOne.release(
         paths=2, distillation_steps=3, adversarial=TrainingAttack(steps=2, step_size=5 / 255, batch_norm="train_frozen")
     )
-    return replace(
-        eio_adv_resnet20_cifar10(),
-        name="eio-adv-resnet20-cifar10-cpu",
+    return eio_adv_resnet20_cifar10().variant(
         description="Ensemble-in-One random gated ResNet-20 behind fast adversarial training, on two CPU cores",
         start_from="fast-at-resnet20-cifar10",
         phases=(Phase(objective=objective, epochs=3, learning_rate=0.05, schedule="cosine"),),
@@ -127,7 +106,6 @@ def smoke() -> Recipe:
     manygates train smoke --out RUN        2 cores, 25 to 56 s as measured; not a model to use
     """
     return Recipe(
-        name="smoke",
         description="A trial of the whole chain: random gated ResNet-8 on 4,096 images; not a model to use",
         network="resnet8",
         candidates=2,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from training.objectives import MultiExit, NeoKd, TrainingAttack
+from training.objectives import MultiExit, NeoKd
+from training.objectives.exits import EVAL_ATTACK
 from training.recipes.recipe import Phase, Recipe
 
-DIGITS_ATTACK = TrainingAttack(eps=0.3, steps=40, step_size=0.01, batch_norm="eval")
-SHORT_DIGITS_ATTACK = TrainingAttack(eps=0.3, steps=10, step_size=0.05, batch_norm="eval")
-CIFAR_ATTACK = TrainingAttack(batch_norm="eval")
+DIGITS_ATTACK = replace(EVAL_ATTACK, eps=0.3, steps=40, step_size=0.01)
+SHORT_DIGITS_ATTACK = replace(EVAL_ATTACK, eps=0.3, steps=10, step_size=0.05)
 
 
 def _milestones(objective: MultiExit | NeoKd) -> tuple[Phase, ...]:
@@ -22,7 +22,6 @@ def multi_exit_msdnet3_cifar10() -> Recipe:
     manygates train multi-exit-msdnet3-cifar10 --out RUN        one GPU; not run
     """
     return Recipe(
-        name="multi-exit-msdnet3-cifar10",
         description="MSDNet with three exits, clean training, 300 epochs",
         network="msdnet3",
         phases=_milestones(MultiExit()),
@@ -36,13 +35,24 @@ def multi_exit_adv_msdnet3_cifar10() -> Recipe:
     manygates train multi-exit-adv-msdnet3-cifar10 --out RUN        one GPU; not run
     The baselines with distillation: --set phases.0.objective.distillation=self (or ard).
     """
-    return replace(
-        multi_exit_msdnet3_cifar10(),
-        name="multi-exit-adv-msdnet3-cifar10",
+    return multi_exit_msdnet3_cifar10().variant(
         description="MSDNet with three exits, adversarial training of all exits, 300 epochs",
-        phases=_milestones(MultiExit(attack=CIFAR_ATTACK)),
+        phases=_milestones(MultiExit.adversarial()),
         selection="robust",
         validation_eps=8 / 255,
+    )
+
+
+def multi_exit_msdnet3_cifar10_cpu() -> Recipe:
+    """MSDNet with three exits on clean images in an estimated twenty-five minutes on two CPU cores, 24 epochs.
+
+    manygates train multi-exit-msdnet3-cifar10-cpu --out RUN        not run
+    """
+    return multi_exit_msdnet3_cifar10().variant(
+        description="MSDNet with three exits, clean training on two CPU cores",
+        phases=(Phase(objective=MultiExit(), epochs=24, schedule="cosine"),),
+        batch_size=128,
+        validate_every=4,
     )
 
 
@@ -52,11 +62,22 @@ def neo_kd_msdnet3_cifar10() -> Recipe:
     manygates train neo-kd-msdnet3-cifar10 --out RUN        one GPU; not run
     Expect (published, by a third party's digest): 44.2 % on average over exits under the average attack at 8/255.
     """
-    return replace(
-        multi_exit_adv_msdnet3_cifar10(),
-        name="neo-kd-msdnet3-cifar10",
-        description="NEO-KD, MSDNet with three exits, 300 epochs",
-        phases=_milestones(NeoKd()),
+    return multi_exit_adv_msdnet3_cifar10().variant(
+        description="NEO-KD, MSDNet with three exits, 300 epochs", phases=_milestones(NeoKd())
+    )
+
+
+def neo_kd_msdnet3_cifar10_cpu() -> Recipe:
+    """NEO-KD on CIFAR-10 in an estimated hour on two CPU cores: the average attack with 5 steps, 12 epochs.
+
+    manygates train neo-kd-msdnet3-cifar10-cpu --out RUN        not run
+    """
+    attack = replace(EVAL_ATTACK, steps=5, step_size=2.5 / 255)
+    return neo_kd_msdnet3_cifar10().variant(
+        description="NEO-KD, MSDNet with three exits, trained on two CPU cores",
+        phases=(Phase(objective=NeoKd(attack=attack, attacked="average"), epochs=12, schedule="cosine"),),
+        batch_size=128,
+        validate_every=4,
     )
 
 
@@ -77,7 +98,6 @@ def neo_kd_small_cnn3_mnist() -> Recipe:
     manygates train neo-kd-small-cnn3-mnist --out RUN        one GPU; not run
     """
     return Recipe(
-        name="neo-kd-small-cnn3-mnist",
         description="NEO-KD, SmallCNN with three exits on MNIST, 100 epochs",
         network="small_cnn3",
         dataset="mnist",
@@ -96,40 +116,6 @@ def neo_kd_small_cnn3_mnist_cpu() -> Recipe:
     77.7 % under the max-average attack, the mean over exits; 46, 70 and 82 % where each exit is attacked by itself.
     """
     objective = NeoKd(attack=SHORT_DIGITS_ATTACK, attacked="average")
-    return replace(
-        neo_kd_small_cnn3_mnist(),
-        name="neo-kd-small-cnn3-mnist-cpu",
-        description="NEO-KD, SmallCNN with three exits on MNIST, trained on two CPU cores",
-        phases=_digits(objective, 4),
-    )
-
-
-def multi_exit_msdnet3_cifar10_cpu() -> Recipe:
-    """MSDNet with three exits on clean images in an estimated twenty-five minutes on two CPU cores, 24 epochs.
-
-    manygates train multi-exit-msdnet3-cifar10-cpu --out RUN        not run
-    """
-    return replace(
-        multi_exit_msdnet3_cifar10(),
-        name="multi-exit-msdnet3-cifar10-cpu",
-        description="MSDNet with three exits, clean training on two CPU cores",
-        phases=(Phase(objective=MultiExit(), epochs=24, schedule="cosine"),),
-        batch_size=128,
-        validate_every=4,
-    )
-
-
-def neo_kd_msdnet3_cifar10_cpu() -> Recipe:
-    """NEO-KD on CIFAR-10 in an estimated hour on two CPU cores: the average attack with 5 steps, 12 epochs.
-
-    manygates train neo-kd-msdnet3-cifar10-cpu --out RUN        not run
-    """
-    attack = TrainingAttack(steps=5, step_size=2.5 / 255, batch_norm="eval")
-    return replace(
-        neo_kd_msdnet3_cifar10(),
-        name="neo-kd-msdnet3-cifar10-cpu",
-        description="NEO-KD, MSDNet with three exits, trained on two CPU cores",
-        phases=(Phase(objective=NeoKd(attack=attack, attacked="average"), epochs=12, schedule="cosine"),),
-        batch_size=128,
-        validate_every=4,
+    return neo_kd_small_cnn3_mnist().variant(
+        description="NEO-KD, SmallCNN with three exits on MNIST, trained on two CPU cores", phases=_digits(objective, 4)
     )

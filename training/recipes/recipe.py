@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from training.augmentation import check_augmentation
 from training.objectives import EnsembleInOne, Objective
-from training.objectives.checks import check_choice
+from training.objectives.base import check_choice, check_positive, check_weights
 from zoo.errors import BadInput, check_count
 from zoo.gates.rgn import Sharing
 from zoo.weights.checkpoint import Architecture
@@ -17,6 +17,11 @@ Schedule = Literal["step", "cosine", "cyclic"]
 Optimizer = Literal["sgd", "adam"]
 Precision = Literal["fp32", "bf16"]
 Selection = Literal["clean", "robust"]
+
+# The lowest value of each field of a recipe that counts something; some may also be None.
+LOWEST = {"batch_size": 2, "held_out": 0} | dict.fromkeys(
+    ("candidates", "members", "ensemble_paths", "validate_every", "validation_attacked", "train_images", "patience"), 1
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +46,11 @@ class Phase:
     """Scale the gradient of a step down to this Euclidean norm where it is longer; never if None."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or not 0 < self.learning_rate < math.inf:
-            raise BadInput(
-                f"a phase needs epochs >= 1 and learning_rate > 0, got {self.epochs} and {self.learning_rate}"
-            )
-        if not (0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
-            raise BadInput(f"need 0 <= momentum < 1 and weight_decay >= 0, got {self.momentum} and {self.weight_decay}")
+        check_count("epochs", self.epochs)
+        check_positive(learning_rate=self.learning_rate)
+        check_weights(weight_decay=self.weight_decay)
+        if not 0 <= self.momentum < 1:
+            raise BadInput(f"need 0 <= momentum < 1, got {self.momentum}")
         if self.nesterov and not self.momentum:
             raise BadInput("nesterov needs momentum > 0, got 0; set momentum=0.9 or nesterov=false")
         for milestone in self.milestones:
@@ -61,7 +65,8 @@ class Phase:
 class Recipe:
     """Everything that determines a trained model."""
 
-    name: str
+    name: str = "unnamed"
+    """Recipes of `RECIPES` are called like their functions."""
     description: str
     network: str = "resnet20"
     network_options: dict[str, Any] = field(default_factory=dict)
@@ -112,43 +117,34 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.phases:
             raise BadInput(f"recipe {self.name} has no phase; it needs at least one")
-        if self.batch_size < 2 or self.candidates < 1 or self.ensemble_paths < 1:
-            raise BadInput(
-                f"need batch_size >= 2, candidates >= 1 and ensemble_paths >= 1, got {self.batch_size}, "
-                f"{self.candidates} and {self.ensemble_paths}"
-            )
-        if self.validate_every < 1 or self.held_out < 0 or self.start_noise < 0:
-            raise BadInput(
-                f"need validate_every >= 1, held_out >= 0 and start_noise >= 0, got {self.validate_every}, "
-                f"{self.held_out} and {self.start_noise}"
-            )
-        if self.train_images is not None:
-            check_count("train_images", self.train_images)
+        for name, lowest in LOWEST.items():
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), lowest)
+        check_weights(start_noise=self.start_noise)
         gated = [phase.objective for phase in self.phases if isinstance(phase.objective, EnsembleInOne)]
         if gated and self.candidates < 2:
             raise BadInput(f"ensemble_in_one needs candidates >= 2 per gated layer, got {self.candidates}")
-        if self.members < 1 or (self.members > 1 and self.candidates > 1):
+        if self.members > 1 and self.candidates > 1:
             raise BadInput(
                 f"got members={self.members} and candidates={self.candidates}: an ensemble has several plain members, "
                 "a random gated network several candidates per layer; set one of them to 1"
             )
         for phase in self.phases:
             check_augmentation(self.augmentation, views=phase.objective.views, severity=self.augmix_severity)
-        if not 0 <= self.validation_eps <= 1 or self.validation_attacked < 1:
-            raise BadInput(
-                f"need 0 <= validation_eps <= 1 and validation_attacked >= 1, got {self.validation_eps} and "
-                f"{self.validation_attacked}; pixels are in [0, 1]"
-            )
+        if not 0 <= self.validation_eps <= 1:
+            raise BadInput(f"need 0 <= validation_eps <= 1, got {self.validation_eps}; pixels are in [0, 1]")
         if self.ema is not None and not 0 < self.ema < 1:
             raise BadInput(f"need 0 < ema < 1, got {self.ema}; 0.999 is usual, none keeps the weights themselves")
-        if self.patience is not None and self.patience < 1:
-            raise BadInput(f"need patience >= 1, got {self.patience}; none trains to the end")
         if self.collapse is not None and not 0 < self.collapse < 1:
             raise BadInput(f"need 0 < collapse < 1, got {self.collapse}; 0.2 is 20 points of accuracy")
         if (self.patience is not None or self.collapse is not None) and not self.held_out:
             raise BadInput("stopping early needs held-out images to judge by; set held_out=1000")
         for name, kind in (("precision", Precision), ("sharing", Sharing), ("selection", Selection)):
             check_choice(name, getattr(self, name), kind)
+
+    def variant(self, **changes: Any) -> Recipe:
+        """Return this recipe with other values of some fields."""
+        return replace(self, **changes)
 
     @property
     def method(self) -> str:

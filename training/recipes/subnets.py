@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from training.objectives import Awp, Ews, Objective, PgdAt, Standard, Trades, TrainingAttack
-from training.recipes.adversarial import SHORT_ATTACK
+from training.objectives import Awp, Ews, Objective, PgdAt, Standard, Trades
+from training.recipes.adversarial import SHORT_ATTACK, TWO_CORES, pgd_at_preact18_cifar10
 from training.recipes.recipe import Phase, Recipe
 
 
@@ -21,7 +19,6 @@ def ews_resnet50_cifar10() -> Recipe:
     Its ablations: --set phases.0.objective.search=random (or l1).
     """
     return Recipe(
-        name="ews-resnet50-cifar10",
         description="EWS on standard training, ResNet-50, 400 epochs as published",
         network="resnet50_cifar",
         phases=(_sgd400(Ews()),),
@@ -34,9 +31,7 @@ def ews_autoaugment_resnet50_cifar10() -> Recipe:
     manygates train ews-autoaugment-resnet50-cifar10 --out RUN        one GPU; not run
     Expect (published errors): 3.23 % clean and 14.31 % on CIFAR-10-C, against 4.05 and 16.19 % without EWS.
     """
-    return replace(
-        ews_resnet50_cifar10(),
-        name="ews-autoaugment-resnet50-cifar10",
+    return ews_resnet50_cifar10().variant(
         description="EWS on standard training with AutoAugment, ResNet-50, 400 epochs as published",
         augmentation="autoaugment",
     )
@@ -48,9 +43,7 @@ def ews_augmix_resnet50_cifar10() -> Recipe:
     manygates train ews-augmix-resnet50-cifar10 --out RUN        one GPU; not run
     Expect (published errors): 3.76 % clean and 10.80 % on CIFAR-10-C, against 4.35 and 13.57 % without EWS.
     """
-    return replace(
-        ews_resnet50_cifar10(),
-        name="ews-augmix-resnet50-cifar10",
+    return ews_resnet50_cifar10().variant(
         description="EWS on standard training with AugMix, ResNet-50, 400 epochs as published",
         phases=(_sgd400(Ews(inner=Standard(consistency=12.0))),),
         augmentation="augmix",
@@ -63,21 +56,9 @@ def ews_at_preact18_cifar10() -> Recipe:
     manygates train ews-at-preact18-cifar10 --out RUN        one GPU; not run
     Expect (published errors): 16.85 % clean, 47.99 % under PGD-20 and 51.84 % under AutoAttack at 8/255.
     """
-    return Recipe(
-        name="ews-at-preact18-cifar10",
+    return pgd_at_preact18_cifar10().variant(
         description="EWS on PGD adversarial training at 8/255, PreAct-ResNet-18, 200 epochs as published",
-        network="preact_resnet18",
-        phases=(
-            Phase(
-                objective=Ews(inner=PgdAt(attack=TrainingAttack()), keep=0.9, weight=0.1, entropy_weight=0.01),
-                epochs=200,
-                weight_decay=5e-4,
-            ),
-        ),
-        held_out=5000,
-        selection="robust",
-        validation_eps=8 / 255,
-        validation_attacked=1000,
+        phases=(Phase(objective=Ews.adversarial(PgdAt()), epochs=200, weight_decay=5e-4),),
     )
 
 
@@ -87,10 +68,8 @@ def ews_trades_awp_preact18_cifar10() -> Recipe:
     manygates train ews-trades-awp-preact18-cifar10 --out RUN        one GPU; not run
     Expect (published errors): 17.67 % clean, 48.58 % under AutoAttack at 8/255.
     """
-    inner = Ews(inner=Trades(), keep=0.9, weight=0.1, entropy_weight=0.01)
-    return replace(
-        ews_at_preact18_cifar10(),
-        name="ews-trades-awp-preact18-cifar10",
+    inner = Ews.adversarial(Trades())
+    return ews_at_preact18_cifar10().variant(
         description="EWS on TRADES with weight perturbation, PreAct-ResNet-18, 200 epochs as published",
         phases=(Phase(objective=Awp(inner=inner, gamma=0.005, warm_up=10), epochs=200, weight_decay=5e-4),),
     )
@@ -101,9 +80,7 @@ def ews_resnet20_cifar10_cpu() -> Recipe:
 
     manygates train ews-resnet20-cifar10-cpu --out RUN        not run
     """
-    return replace(
-        ews_resnet50_cifar10(),
-        name="ews-resnet20-cifar10-cpu",
+    return ews_resnet50_cifar10().variant(
         description="EWS on standard training, ResNet-20, trained on two CPU cores",
         network="resnet20",
         phases=(Phase(objective=Ews(), epochs=24, schedule="cosine", nesterov=True, clip=3.0),),
@@ -116,14 +93,10 @@ def ews_at_resnet20_cifar10_cpu() -> Recipe:
 
     manygates train ews-at-resnet20-cifar10-cpu --out RUN        not run
     """
-    objective = Ews(inner=PgdAt(attack=SHORT_ATTACK), keep=0.9, weight=0.1, entropy_weight=0.01)
-    return replace(
-        ews_at_preact18_cifar10(),
-        name="ews-at-resnet20-cifar10-cpu",
+    objective = Ews.adversarial(PgdAt(attack=SHORT_ATTACK))
+    return ews_at_preact18_cifar10().variant(
         description="EWS on PGD adversarial training at 8/255, ResNet-20, trained on two CPU cores",
-        network="resnet20",
         phases=(Phase(objective=objective, epochs=20, schedule="cosine", weight_decay=5e-4),),
-        held_out=1000,
         validate_every=5,
-        validation_attacked=256,
+        **TWO_CORES,
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.objectives import Adp, Batch, Step
-from training.objectives.adp import entropy, log_volume
+from training.objectives.members import entropy, log_volume
 from zoo.errors import BadInput
 from zoo.gates.derive import Ensemble
 from zoo.gates.rgn import randomly_gate

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from training.objectives import Awp, Batch, FastAt, FreeAt, Memory, PgdAt, Standard, Step, Trades
 from training.objectives.network import Network, networks_of
-from training.objectives.single import Loss, NetworkObjective
-from training.objectives.wrapper import Wrapper
+from training.objectives.single import Loss, NetworkObjective, Wrapper
 from zoo.errors import BadInput
 from zoo.gates.derive import Ensemble
 from zoo.gates.rgn import randomly_gate

@@ -46,7 +46,7 @@ from training.objectives import (
 )
 from training.objectives.input_gradients import Smoothness
 from training.objectives.network import statistics
-from training.objectives.standard import jensen_shannon
+from training.objectives.single import jensen_shannon
 from training.objectives.subnets import applied, random_choice, space_of
 from training.recipes import Phase, Recipe
 from zoo.attacks import LinfBudget, average_exits, pgd

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from training.objectives import Memory
-from training.objectives.controller import Controller, LogProb, draw, plackett_luce
+from training.objectives.ews import Controller, LogProb, draw, plackett_luce
 from training.objectives.subnets import Block, Choice, Space, space_of
 from zoo.errors import BadInput, CheckpointError
 from zoo.networks import build

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import weakref
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -295,9 +296,11 @@ def test_every_member_trains_on_what_the_others_distilled_and_all_is_made_before
             events.append(f"distil {network.index} {any(p.grad is not None for p in ensemble.parameters())}")
             return torch.full_like(source, (network.index + 1) / 8)
 
-        def _attacked(self, network: Network, batch: Batch) -> Tensor:
-            events.append(f"attack {network.index} {any(p.grad is not None for p in ensemble.parameters())}")
-            return torch.full_like(batch.images, (network.index + 5) / 8)
+    class MarkedAttack(TrainingAttack):
+        def on(self, networks: Network | Sequence[Network], images: Tensor, labels: Tensor) -> Tensor:
+            assert isinstance(networks, Network)
+            events.append(f"attack {networks.index} {any(p.grad is not None for p in ensemble.parameters())}")
+            return torch.full_like(images, (networks.index + 5) / 8)
 
     ensemble = make_ensemble()
     for index, member in enumerate(ensemble.members):
@@ -305,7 +308,7 @@ def test_every_member_trains_on_what_the_others_distilled_and_all_is_made_before
         member.register_forward_pre_hook(
             lambda _, inputs, index=index: events.append(f"train {index} {float(inputs[0][0, 0, 0, 0]) * 8:g}")
         )
-    Marked(adversarial=TrainingAttack()).accumulate(ensemble, make_batches(), STEP)
+    Marked(adversarial=MarkedAttack()).accumulate(ensemble, make_batches(), STEP)
     assert events == [
         *(f"distil {index} False" for index in range(3)),
         *(f"attack {index} False" for index in range(3)),

@@ -24,8 +24,7 @@ from training.objectives import (
     Trades,
     TrainingAttack,
 )
-from training.objectives.controller import Controller
-from training.objectives.ews import answers
+from training.objectives.ews import Controller, answers
 from training.objectives.network import Network, networks_of
 from training.objectives.single import NetworkObjective, View
 from training.objectives.subnets import Choice, applied, space_of
@@ -458,8 +457,8 @@ def test_ews_in_ews_and_around_awp_are_refused() -> None:
         ({"weight": float("nan")}, "finite weight >= 0, got nan"),
         ({"entropy_weight": -0.1}, "finite entropy_weight >= 0, got -0.1"),
         ({"controller_every": 0}, "need controller_every >= 1, got 0"),
-        ({"controller_learning_rate": 0.0}, "need controller_learning_rate > 0, got 0.0"),
-        ({"controller_clip": -3.0}, "need controller_clip > 0, got -3.0"),
+        ({"controller_learning_rate": 0.0}, "controller_learning_rate > 0, got 0.0"),
+        ({"controller_clip": -3.0}, "controller_clip > 0, got -3.0"),
         ({"controller_betas": (0.5, 1.0)}, r"controller_betas must be two numbers, 0 <= beta < 1, got \(0.5, 1.0\)"),
         ({"controller_betas": (0.5,)}, "controller_betas must be two numbers"),
     ],

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.objectives import Batch, Gal, Step
-from training.objectives.gal import alignment
+from training.objectives.members import alignment
 from zoo.errors import BadInput
 from zoo.gates.derive import Ensemble
 from zoo.gates.rgn import randomly_gate

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from training.objectives import Batch, MultiExit, NeoKd, Step, TrainingAttack
-from training.objectives.exits import EVAL_ATTACK
-from training.objectives.neo_kd import TRUE_CLASS, dealt_classes, neighbour_targets, orthogonal_targets
+from training.objectives.exits import EVAL_ATTACK, TRUE_CLASS, dealt_classes, neighbour_targets, orthogonal_targets
 from zoo.attacks import LinfBudget, apgd, apgd_targeted, average_exits, max_average_exits, pgd, square
 from zoo.errors import BadInput
 from zoo.networks import build
@@ -139,7 +138,7 @@ def test_an_exit_that_is_certain_of_a_class_it_may_not_keep_still_has_a_target()
 def test_the_orthogonal_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     owners = torch.full((7, 7), 3)
     owners[0] = torch.tensor([TRUE_CLASS, 0, 0, 1, 1, 2, 2])
-    monkeypatch.setattr("training.objectives.neo_kd.dealt_classes", lambda *_: owners)
+    monkeypatch.setattr("training.objectives.exits.dealt_classes", lambda *_: owners)
     expected = -sum(share * LOG_TRUE + (1 - share) * LOG_WRONG for share in (2 / 3, 1 / 3, 1 / 3))
     found = NeoKd(alpha=0.0, beta=1.0).adversarial_term(ADVERSARIAL, CLEAN, ONE, STEP)
     assert float(found) == pytest.approx(expected, rel=1e-6)
@@ -316,7 +315,7 @@ def test_classes_are_dealt_anew_at_every_step_and_alike_on_every_rank(monkeypatc
         dealt.append(dealt_classes(*others))
         return dealt[-1]
 
-    monkeypatch.setattr("training.objectives.neo_kd.dealt_classes", record)
+    monkeypatch.setattr("training.objectives.exits.dealt_classes", record)
     steps = [STEP, STEP, dataclasses.replace(STEP, number=4), dataclasses.replace(STEP, rank=1)]
     for step in steps:
         NeoKd().adversarial_term(ADVERSARIAL, CLEAN, ONE, step)

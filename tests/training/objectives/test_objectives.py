@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from training.loop import train
 from training.objectives import OBJECTIVES, Batch, Memory, Objective, Standard, Step
 from training.objectives.network import networks_of
-from training.objectives.standard import jensen_shannon
+from training.objectives.single import jensen_shannon
 from training.recipes import Phase, Recipe
 from zoo.data import datasets
 from zoo.errors import BadInput

@@ -130,8 +130,8 @@ def test_overrides_apply_in_order_and_leave_the_rest_alone() -> None:
         ("seed", r"takes field=value, got 'seed'"),
         ("=1", r"takes field=value, got '=1'"),
         ("phases.1.objective.eps=8", r"need 0 <= eps <= 1, got 8"),
-        ("phases.0.epochs=0", r"epochs >= 1"),
-        ("batch_size=1", r"batch_size >= 2"),
+        ("phases.0.epochs=0", r"epochs is 0"),
+        ("batch_size=1", r"batch_size is 1"),
     ],
 )
 def test_an_override_that_makes_no_sense_is_refused_with_what_was_expected(setting: str, message: str) -> None:
@@ -173,8 +173,8 @@ def test_a_document_with_an_unknown_method_is_refused_with_the_known_ones() -> N
     ("changes", "message"),
     [
         ({"phases": ()}, "recipe base has no phase"),
-        ({"candidates": 0}, "candidates >= 1"),
-        ({"ensemble_paths": 0}, "ensemble_paths >= 1"),
+        ({"candidates": 0}, "candidates is 0"),
+        ({"ensemble_paths": 0}, "ensemble_paths is 0"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, got 'fp8'"),
     ],
 )
@@ -185,15 +185,15 @@ def test_a_recipe_that_makes_no_sense_is_refused(changes: dict[str, Any], messag
 
 @pytest.mark.parametrize("changes", [{"epochs": 0}, {"learning_rate": 0.0}, {"schedule": "linear"}])
 def test_a_phase_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match=r"epochs >= 1|learning_rate > 0|schedule must be one of step, cosine"):
+    with pytest.raises(BadInput, match=r"epochs is 0|learning_rate > 0|schedule must be one of step, cosine"):
         Phase(**{"objective": Standard(), "epochs": 1, **changes})
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["validate_every=0"], "validate_every >= 1"),
-        (["held_out=-1"], "held_out >= 0"),
+        (["validate_every=0"], "validate_every is 0"),
+        (["held_out=-1"], "held_out is -1"),
         (["start_noise=-0.1"], "start_noise >= 0"),
         (["candidates=1"], "ensemble_in_one needs candidates >= 2"),
         (["sharing=none"], "sharing"),
