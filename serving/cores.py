@@ -16,9 +16,7 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 def usable_cores(cgroups: Path = _CGROUPS, own_cgroups: Path = _OWN_CGROUPS) -> int:
     """Return how many cores this process may use, at least 1; part of a core counts as one.
 
-    Args:
-        cgroups: where control groups are mounted.
-        own_cgroups: the file that says which of them this process is in.
+    Control groups are mounted at `cgroups`, and the file `own_cgroups` says which of them this process is in.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = _allowance(cgroups, own_cgroups)

@@ -1,6 +1,5 @@
 """Listening sockets, and how many files a process may have open for the connections that come in."""
 
-import ipaddress
 import logging
 import socket
 
@@ -35,10 +34,7 @@ def allow_open_files(number: int) -> None:
 def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
     """Return a socket that listens on the address: whoever connects waits until the server has loaded its models.
 
-    `flag` is what an error tells to choose another port with.
-
-    Raises:
-        BadInput: if the address cannot be used.
+    BadInput if the address cannot be used; `flag` is what that tells to choose another port with.
     """
     if not 0 <= port <= 65535:
         raise BadInput(f"port {port} is out of range, expected 0 to 65535; 0 takes a free one")
@@ -61,6 +57,9 @@ def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
 
 def url_of(listener: socket.socket, scheme: str = "http") -> str:
     """Return the URL under which a bound socket is reached."""
-    host, port = listener.getsockname()[:2]
-    address = ipaddress.ip_address(host.partition("%")[0])
-    return f"{scheme}://[{host}]:{port}" if address.version == 6 else f"{scheme}://{host}:{port}"
+    return f"{scheme}://{address_of(*listener.getsockname()[:2])}"
+
+
+def address_of(host: str, port: int) -> str:
+    """Return HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -4,10 +4,8 @@
     serve run serving.ray_app:app models=NAME mode=random
     serve deploy deploy/ray.yaml
 
-Settings come from the arguments, then the environment (`MANYGATES_SERVE_…`), then its settings file, as everywhere;
-they are read where the application is built, and every replica gets them. What Ray does itself is not ours to set: on
-which address it listens, TLS, how many replicas there are and where. Inside a replica the server schedules, between
-replicas Ray does.
+Settings come from the arguments, then the environment, then its settings file, as everywhere; they are read where the
+application is built. Ray itself decides on which address it listens, TLS, how many replicas there are and where.
 """
 
 import dataclasses
@@ -83,11 +81,7 @@ def app(arguments: Mapping[str, Any]) -> Any:
 
 
 def replica_settings(settings: Settings) -> Settings:
-    """Return the settings of a replica: those given, with the bundled models if none is named.
-
-    Raises:
-        BadInput: if one of them is not possible behind Ray, or no model fits.
-    """
+    """Return a replica's settings, with the bundled models if none is named; BadInput for what Ray rules out."""
     defaults = Settings()
     for name, reason in _RAYS_OWN.items():
         if getattr(settings, name) != getattr(defaults, name):

@@ -22,14 +22,13 @@ from serving.http.connection import connections_of
 from serving.http.handshakes import limit_handshakes
 from serving.listener import allow_open_files, bind, url_of
 from serving.operations import log
+from serving.operations.log import logger
 from serving.operations.settings import Settings
 from serving.operations.tls import renew, ssl_context
 from serving.operations.tracing import make_tracer
 from serving.scheduling.repository import Repository, described
 from serving.scheduling.service import Model
 from zoo.errors import BadInput
-
-logger = logging.getLogger("manygates.serving")
 
 _SWITCH_SECONDS = 0.0005  # a worker with a finished batch would else wait 5 ms for the event loop to yield
 _OTHER_FILES = 128  # what is open besides connections: libraries, the log, the event loop, a model being loaded
@@ -48,11 +47,7 @@ def serve(settings: Settings) -> None:
 
 
 def build(settings: Settings) -> Application:
-    """Load the models and return the ASGI application; its lifespan starts and ends its work.
-
-    Raises:
-        ManygatesError: as `serve` does.
-    """
+    """Load the models and return the ASGI application, whose lifespan starts and ends its work; errors as `serve`."""
     # what Pillow thinks of files that clients send is answered to them; the log would fill with it
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     repository = Repository(settings)
@@ -63,11 +58,7 @@ def build(settings: Settings) -> Application:
 
 
 def compose(models: Sequence[Model], settings: Settings, repository: Repository | None = None) -> Application:
-    """Return the application of some models, with the tracer and with gRPC beside it if the settings want them.
-
-    Raises:
-        BadInput: if a library that they need is missing, or as `Application` does.
-    """
+    """Return the application of some models, with a tracer and gRPC if wanted; BadInput if a library is missing."""
     grpc = _grpc_beside if settings.grpc_port >= 0 else None
     return Application(models, settings, repository, tracer=make_tracer(settings), grpc=grpc)
 
@@ -77,17 +68,8 @@ def _grpc_beside(application: Application) -> AbstractAsyncContextManager[int]:
         from serving.grpc import server as grpc_server  # few need its libraries
     except ModuleNotFoundError as error:
         raise BadInput(f"gRPC needs {error.name!r}; install it with `pip install 'manygates[serve]'`") from error
-    return grpc_server.running(
-        application.service,
-        application.admission,
-        application.budget,
-        application.administration,
-        application.tracer,
-    )
-
-
-class _Stopped(BaseException):
-    """A signal to stop came before there was anything to drain."""
+    ours = application
+    return grpc_server.running(ours.service, ours.admission, ours.budget, ours.administration, ours.tracer)
 
 
 @contextmanager
@@ -101,13 +83,10 @@ def _stopped_by_signals() -> Iterator[None]:
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Stopped
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    except _Stopped:
+    except KeyboardInterrupt:
         print("manygates was stopped before it served anything", file=sys.stderr, flush=True)
     finally:
         for number, handler in before.items():
@@ -163,17 +142,11 @@ class Server(uvicorn.Server):
     """Uvicorn, which on the first signal first tells the world that we are not ready any more."""
 
     def __init__(self, application: Application) -> None:
-        """Prepare to serve `application` with its own settings."""
         settings = application.settings
         config = uvicorn.Config(
             application,
             loop="uvloop" if sys.platform != "win32" else "asyncio",
-            http=connections_of(
-                application,
-                header_timeout=settings.header_timeout,
-                body_timeout=settings.body_timeout,
-                max_body_bytes=settings.max_body_bytes,
-            ),
+            http=connections_of(application, settings),
             lifespan="on",
             log_config=None,  # `serving.operations.log` has configured its loggers as well
             access_log=False,
@@ -203,7 +176,7 @@ class Server(uvicorn.Server):
         server, so both end in a normal return.
         """
         if self._exit_at is None:
-            self._application.begin_drain()
+            self._application.service.begin_drain()
             self._exit_at = time.monotonic() + self._application.settings.drain_delay
         else:
             self.should_exit = self.force_exit = True

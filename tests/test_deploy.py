@@ -65,7 +65,7 @@ def commands() -> dict[str, list[str]]:
 def test_every_setting_in_a_description_is_one_of_the_servers(place: str) -> None:
     environment = {**environments()["Dockerfile"], **environments()[place]}
     environment.pop("MANYGATES_SERVE_DEVICE", None)  # of the CUDA variant alone; this machine may have no GPU
-    assert Settings.from_environment(environment).grpc_port == GRPC_PORT
+    assert Settings.resolve({}, environment).grpc_port == GRPC_PORT
 
 
 @pytest.mark.parametrize("place", commands())
@@ -123,9 +123,7 @@ def test_every_probe_asks_a_path_that_the_server_answers(place: str, paths: set[
 
 @pytest.mark.parametrize("place", ["compose", "kubernetes", "kserve"])
 def test_there_is_time_to_drain_before_the_orchestrator_kills(place: str) -> None:
-    settings = Settings.from_environment(
-        {name: value for name, value in environments()[place].items() if "DRAIN" in name}
-    )
+    settings = Settings.resolve({}, {name: value for name, value in environments()[place].items() if "DRAIN" in name})
     if place == "compose":
         grace = float(COMPOSE["stop_grace_period"].removesuffix("s"))
     else:
@@ -153,7 +151,7 @@ def test_what_requests_may_hold_fits_into_the_limit_of_memory(place: str) -> Non
             if volume.get("emptyDir", {}).get("medium") == "Memory"
         ]
     # as docs/deploy.md says; what is in /tmp is memory too
-    assert Settings.from_environment(environments()[place]).max_total_body_bytes <= limit - 300_000_000 - scratch
+    assert Settings.resolve({}, environments()[place]).max_total_body_bytes <= limit - 300_000_000 - scratch
 
 
 @pytest.mark.parametrize("place", ["kubernetes", "kserve"])

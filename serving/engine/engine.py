@@ -1,21 +1,21 @@
 """The engine: ONNX Runtime sessions over one bundle, in one of three modes.
 
 `single` runs one derived path, `ensemble` the mean over several, and `random` a fresh path for every image, drawn from
-the operating system's entropy. The drawn gates stay inside this module: they are not returned, logged or counted apart,
-because an attacker who learns them faces a fixed network.
+the operating system's entropy. The drawn gates never leave this room (`serving.engine.gates`).
 
 A multi-exit network in mode `single` answers with its last exit, in batches like any other, or with an earlier one: see
 `serving.engine.exits`. Then each image runs alone, because images that leave at different exits share no later stage.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.answers import Plan, Prediction, Predictor
 from serving.engine.exits import LAST_EXIT, ExitChoice, always_last, choose_exit, num_exits
+from serving.engine.gate_compiler import Scope
 from serving.engine.gates import GateSource, SystemGates, open_gated
 from serving.engine.graphs import (
     AGREEMENT,
@@ -34,8 +34,6 @@ from zoo.bundle.bundle import EARLY_EXIT_FILE, Bundle
 from zoo.errors import BadInput, BundleError
 from zoo.vocabulary import Device, Mode, Precision
 
-GateScope = Literal["image", "batch"]
-
 
 class Engine(Predictor):
     """A bundle loaded into ONNX Runtime; a `Predictor`.
@@ -52,7 +50,7 @@ class Engine(Predictor):
         *,
         more_modes: Sequence[Mode] = (),
         draws: int = 1,
-        gate_scope: GateScope = "image",
+        gate_scope: Scope = "image",
         precision: Precision = "fp32",
         intra_op: int = 1,
         wide: int = 1,
@@ -74,10 +72,7 @@ class Engine(Predictor):
             precision: `int8` takes the quantised graphs.
             intra_op: how many cores one batch uses.
             wide: how many cores an image that comes alone uses; 1 needs no further session.
-            device: `cuda` needs ONNX Runtime's CUDA provider and its libraries.
-            allow_cpu_fallback: with `cuda`, run on the processor where the GPU cannot be used; otherwise that is an
-                error.
-            allow_spinning: let idle threads spin: a little less latency for cores that are never idle.
+            device, allow_cpu_fallback, allow_spinning: as `Opener`.
             gate_source: where `random` draws its gates from; None is the operating system's entropy.
             exit_choice: which exit of a multi-exit model answers.
             any_exit: let `predict` be told for each image, on a multi-exit model; other models have nothing to tell.
@@ -95,13 +90,12 @@ class Engine(Predictor):
             )
         self.card = bundle.card
         self.mode: Mode = choose_mode(bundle.card, mode)
-        self.modes: tuple[Mode, ...] = tuple(
-            dict.fromkeys((self.mode, *(choose_mode(self.card, m) for m in more_modes)))
-        )
+        chosen = (self.mode, *(choose_mode(self.card, each) for each in more_modes))
+        self.modes: tuple[Mode, ...] = tuple(dict.fromkeys(chosen))
         self.plan = Plan(self.mode, draws if self.mode == "random" else 1)
         self.draws = draws
         self.precision: Precision = precision
-        self.gate_scope: GateScope = gate_scope
+        self.gate_scope: Scope = gate_scope
         self.wide = wide > 1 and device == "cpu"
         """Whether `predict` may be told to use every core for one image."""
         self.provider = PROVIDERS[device]
@@ -141,15 +135,10 @@ class Engine(Predictor):
         plan: Plan | None = None,
         wide: bool = False,
     ) -> Prediction:
-        """Answer float32 (image, channel, height, width) in [0, 1]; in mode `random` each image gets its own path.
+        """Answer images as `Predictor` says; in mode `random` each gets its own path.
 
-        Args:
-            images: the images.
-            limits: float32 (image, exit - 1): an image is answered by the first exit whose largest probability is at
-                least its limit, else by the last. None takes `self.limits` for all of them. Others than +inf need an
-                engine that was loaded with `any_exit`.
-            plan: how to answer; None is `self.plan`. Its mode is one of `self.modes`.
-            wide: use every core, which is for an image that comes alone.
+        An image is answered by the first exit whose largest probability is at least its limit, else by the last. If no
+        limits are given, `self.limits` hold for all; others than +inf need an engine that was loaded with `any_exit`.
         """
         plan = plan or self.plan
         if self._early is None:
@@ -176,8 +165,7 @@ class Engine(Predictor):
         """Run every graph at every batch size up to `max_batch` once, and check what comes back.
 
         Raises:
-            BundleError: if an answer has the wrong shape, its probabilities are none, or another exit answers than was
-                asked.
+            BundleError: if an answer has the wrong shape, its probabilities are none, or the wrong exit answers.
         """
         shape = (self.card.input.channels, self.card.input.height, self.card.input.width)
         sizes = [size for size in range(1, max_batch + 1) if size <= 8 or size == max_batch or size & (size - 1) == 0]
@@ -193,10 +181,8 @@ class Engine(Predictor):
             answer = self._run_early(np.zeros((1, *shape), dtype=np.float32), limits)
             self._check_answer(answer, 1)
             if answer.exits is None or answer.exits.tolist() != [chosen]:
-                raise BundleError(
-                    f"{self.card.name}/{EARLY_EXIT_FILE}: exit {answer.exits} answers where {chosen} was asked; "
-                    "export it again"
-                )
+                file = f"{self.card.name}/{EARLY_EXIT_FILE}"
+                raise BundleError(f"{file}: exit {answer.exits} answers where {chosen} was asked; export it again")
 
     def _checked(self, graph: bytes, name: str, *, silent: bool = False) -> Any:
         """Open a graph on the cores of one batch, and compare its signature with the card."""
@@ -212,7 +198,7 @@ class Engine(Predictor):
         if self.wide:
             broad = self._open(graph, f"{self.card.name}/{name}", threads=self._wide_threads)
         votes = any(entry.name == AGREEMENT for entry in narrow.get_outputs())
-        outputs = [*OUTPUTS, AGREEMENT] if votes else OUTPUTS
+        outputs = [*OUTPUTS, AGREEMENT] if votes else [*OUTPUTS]
         return _Graph(_runner(narrow, outputs), _runner(broad, outputs), votes)
 
     def _gated(self, graph: bytes, name: str) -> "_Graph":

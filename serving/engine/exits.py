@@ -6,7 +6,6 @@ but the last, which answers whatever is left; the graph `early_exit.onnx` takes 
 answers count exits from 1, that graph from 0.
 """
 
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,6 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.errors import shown
 from zoo.bundle.card import Card
 from zoo.errors import BadInput
 
@@ -35,13 +35,13 @@ class ExitChoice:
     def __post_init__(self) -> None:
         if self.exit is not None and self.confidence is not None:
             raise BadInput(
-                f"exit {_short(self.exit)} and confidence {_short(self.confidence)} were both given; leave one out"
+                f"exit {shown(self.exit)} and confidence {shown(self.confidence)} were both given; leave one out"
             )
         if self.exit is not None and (not isinstance(self.exit, int) or isinstance(self.exit, bool)):
-            raise BadInput(f"exit is {_short(self.exit)}, expected a whole number; the first exit is 1")
+            raise BadInput(f"exit is {shown(self.exit)}, expected a whole number; the first exit is 1")
         for number in _each(self.confidence):
             if not _is_confidence(number) and not (isinstance(self.confidence, Sequence) and number == np.inf):
-                raise BadInput(f"confidence is {_short(number)}, expected a number above 0 and up to 1, like 0.9")
+                raise BadInput(f"confidence is {shown(number)}, expected a number above 0 and up to 1, like 0.9")
 
     def __bool__(self) -> bool:
         """Whether anything but the last exit was asked for by name."""
@@ -50,10 +50,8 @@ class ExitChoice:
     def limits(self, name: str, num_exits: int) -> NDArray[np.float32]:
         """Return the limits, float32 (exit - 1), that make the model `name` of `num_exits` exits answer so.
 
-        They are +inf before a chosen exit and -inf from it on; where nothing was chosen all are +inf.
-
-        Raises:
-            BadInput: if the model has no such exit or needs another number of confidences.
+        They are +inf before a chosen exit and -inf from it on; where nothing was chosen all are +inf. BadInput if the
+        model has no such exit or needs another number of confidences.
         """
         if self.confidence is not None:
             each = _each(self.confidence)
@@ -67,7 +65,7 @@ class ExitChoice:
             return np.array(each, dtype=np.float32)
         chosen = num_exits if self.exit is None else self.exit
         if not 1 <= chosen <= num_exits:
-            raise BadInput(f"exit is {_short(chosen)}, expected 1 to {num_exits}, the exits of {name}")
+            raise BadInput(f"exit is {shown(chosen)}, expected 1 to {num_exits}, the exits of {name}")
         return np.where(np.arange(1, num_exits) < chosen, np.inf, -np.inf).astype(np.float32)
 
 
@@ -77,16 +75,11 @@ def num_exits(card: Card) -> int:
 
 
 def choose_exit(card: Card, choice: ExitChoice) -> NDArray[np.float32] | None:
-    """Return the limits by which a model answers, float32 (exit - 1), or None for a model with one exit.
-
-    Raises:
-        BadInput: if the model has one exit and something was chosen, no such exit, or needs another number of
-            confidences.
-    """
+    """Return the limits by which a model answers, float32 (exit - 1); None with one exit. BadInput if none fit."""
     if card.exits:
         return choice.limits(card.name, num_exits(card))
     if choice:
-        given = f"exit {_short(choice.exit)}" if choice.exit is not None else f"confidence {_short(choice.confidence)}"
+        given = f"exit {shown(choice.exit)}" if choice.exit is not None else f"confidence {shown(choice.confidence)}"
         raise BadInput(f"{given} was given, but {card.name} has only one exit; leave it out")
     return None
 
@@ -97,28 +90,20 @@ def always_last(limits: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def read_exit(text: str) -> int:
-    """Read the number of an exit.
-
-    Raises:
-        BadInput: if it is no whole number.
-    """
+    """Read the number of an exit; BadInput if it is no whole number."""
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise BadInput(f"exit is {_short(text)}, expected a whole number; the first exit is 1")
+        raise BadInput(f"exit is {shown(text)}, expected a whole number; the first exit is 1")
     return int(text)
 
 
 def read_confidence(text: str) -> float | tuple[float, ...]:
-    """Read one confidence, or several with commas between them: "0.9" or "0.9,0.8".
-
-    Raises:
-        BadInput: if there is anything else in it.
-    """
+    """Read one confidence, or several like "0.9,0.8"; BadInput if there is anything else in it."""
     try:
         if len(text) > _MAX_TEXT:
             raise ValueError(f"more than {_MAX_TEXT} characters")
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise BadInput(f'confidence is {_short(text)}, expected numbers like "0.9" or "0.9,0.8"') from error
+        raise BadInput(f'confidence is {shown(text)}, expected numbers like "0.9" or "0.9,0.8"') from error
     return numbers if len(numbers) > 1 else numbers[0]
 
 
@@ -131,11 +116,6 @@ def _each(confidence: float | Sequence[float] | None) -> tuple[float, ...]:
     if confidence is None:
         return ()
     return tuple(confidence) if isinstance(confidence, Sequence) else (confidence,)
-
-
-def _short(value: object) -> str:
-    """Show a value from a request, however large it is."""
-    return reprlib.repr(value)
 
 
 LAST_EXIT: Final = ExitChoice()

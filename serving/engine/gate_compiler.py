@@ -2,40 +2,39 @@
 
 In the bundle the graph is portable: an `If` per gated layer. ONNX Runtime rearranges the channels of convolutions into
 blocks of the processor's vector width (its "NCHWc" layout), but leaves that layout at every `If`, so a random path
-would cost a third more than a fixed one. The compiled form never leaves it:
+would cost a third more than a fixed one. The compiled form never leaves it (docs/adr/0011):
 
-1. With its gates made a constant, ONNX Runtime prunes and blocks the graph by itself; it is asked to write down what
-   became of it. One dump per candidate holds the blocked weights. A few more dumps, whose paths spell the number of
-   every gate in base n, show which gate each tensor belongs to.
-2. From those a new graph is assembled of the nodes that ONNX Runtime chose: what depends on a gate stands in the branch
-   of an `If`, inside the blocked layout, or takes its weights from a `Gather` over the candidates.
+1. With its gates made a constant, ONNX Runtime prunes and blocks the graph, and writes down what became of it: one dump
+   per candidate, and a few whose paths spell the number of every gate in base n, which show each tensor's gate.
+2. A new graph is assembled of those nodes. What depends on a gate stands in the branch of an `If`, inside the blocked
+   layout, or takes its weights from a `Gather` over the candidates.
 3. With a path per image, that is the body of a `Scan` over the images. What comes before the first gate, and after the
    last one behind the global pooling, is computed for the whole batch.
 
 The result depends on the processor and on the release of ONNX Runtime, so it lives in memory only, and whoever uses it
-compares it with the portable graph first (`serving.engine.gates`). This module needs `onnx`; it imports it when called.
+compares it with the portable graph first. This module needs `onnx`; it imports it when called.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import os
+import itertools
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zoo.runtime import runtime as _runtime
+from serving.engine.graphs import GATES, INPUT, OUTPUTS
+from zoo.runtime import run, runtime, session
 
 Scope = Literal["image", "batch"]
 Array = NDArray[Any]
 
-_IMAGES, _GATES, _OUTPUTS = "images", "gates", ("logits", "probabilities")
 _BLOCKED = "com.microsoft.nchwc"
 _OURS = "manygates/"  # no name of a graph that ONNX Runtime wrote begins like this
 _MAX_LEAVES = 1024
@@ -79,7 +78,7 @@ def loop_over_images(graph: bytes) -> bytes:
     """
     portable = _Portable(graph)
     onnx, inner = portable.onnx, portable.model.graph
-    nodes = _scan(onnx, inner.node, [_IMAGES], [_GATES], _OUTPUTS)
+    nodes = _scan(onnx, inner.node, [INPUT], [GATES], OUTPUTS)
     inputs = [portable.images, _gates_input(onnx, portable.num_gates, "image")]
     outer = onnx.helper.make_graph(nodes, "manygates", inputs, portable.outputs, inner.initializer[:-1])
     portable.model.graph.CopyFrom(outer)
@@ -121,38 +120,37 @@ class _Portable:
     """The graph of the bundle."""
 
     def __init__(self, graph: bytes) -> None:
-        self.onnx = importlib.import_module("onnx")
-        self.model = self.onnx.load_from_string(graph)
-        (dimension,) = _input(self.model, _GATES).type.tensor_type.shape.dim
-        self.num_gates = int(dimension.dim_value)
-        self.images = _input(self.model, _IMAGES)
-        self.outputs = [output for output in self.model.graph.output if output.name in _OUTPUTS]
-        names = {entry.name for entry in self.model.graph.input}
-        if names != {_IMAGES, _GATES} or len(self.outputs) != len(_OUTPUTS) or self.num_gates < 1:
-            raise CannotCompileError("it is not a graph of images and gates that answers with logits and probabilities")
-        kept = [entry for entry in self.model.graph.input if entry.name != _GATES]
-        del self.model.graph.input[:]
-        self.model.graph.input.extend(kept)
-        self._path = self.model.graph.initializer.add()
+        import onnx
 
-    def _fixed(self, path: Sequence[int]) -> bytes:
-        self._path.CopyFrom(self.onnx.numpy_helper.from_array(np.array(path, np.int64), _GATES))
-        return bytes(self.model.SerializeToString())
+        self.onnx = onnx
+        self.model = onnx.load_from_string(graph)
+        inputs = {entry.name: entry for entry in self.model.graph.input}
+        self.outputs = [output for output in self.model.graph.output if output.name in OUTPUTS]
+        sizes = inputs[GATES].type.tensor_type.shape.dim if GATES in inputs else []
+        self.num_gates = int(sizes[0].dim_value) if len(sizes) == 1 else 0
+        if inputs.keys() != {INPUT, GATES} or len(self.outputs) != len(OUTPUTS) or self.num_gates < 1:
+            raise CannotCompileError("it is not a graph of images and gates that answers with logits and probabilities")
+        self.images = inputs[INPUT]
+        self.model.graph.input.remove(inputs[GATES])
+        self._path = self.model.graph.initializer.add()
 
     def pruned(self, path: Sequence[int], images: NDArray[np.float32], folder: Path) -> tuple[Any, Answer]:
         """Return what ONNX Runtime makes of the graph with these gates, and how that answers some images."""
         file = folder / "pruned.onnx"
-        options = _runtime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        options.graph_optimization_level = _runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-        options.optimized_model_filepath = str(file)
-        session = _runtime.InferenceSession(self._fixed(path), options, providers=["CPUExecutionProvider"])
-        outputs = session.run(["probabilities", "logits"], {_IMAGES: images})
+        gates = np.array(path, np.int64)
+        self._path.CopyFrom(self.onnx.numpy_helper.from_array(gates, GATES))
+
+        def write_down(options: Any) -> None:
+            options.inter_op_num_threads = 1
+            options.log_severity_level = 4
+            options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
+            options.optimized_model_filepath = str(file)
+
+        opened = session(bytes(self.model.SerializeToString()), threads=1, configure=write_down)
+        outputs = run(opened, {INPUT: images}, *OUTPUTS)
         pruned = self.onnx.load_from_string(file.read_bytes())
         file.unlink()
-        return pruned, Answer(np.array(path, np.int64), images, outputs)
+        return pruned, Answer(gates, images, [*outputs])
 
 
 # --- from dumps to a network whose tensors are known by their gates ---
@@ -178,8 +176,11 @@ class _Network:
 
     def gates(self, number: int) -> tuple[int, ...]:
         """Return the gates of a node's own constants."""
-        slots = [(number, position) for position in range(len(self.nodes[number].input))]
-        return tuple(sorted({self.gate_of[slot] for slot in slots if slot in self.gate_of}))
+        return tuple(sorted({gate for slot, gate in self.gate_of.items() if slot[0] == number}))
+
+    def candidates_of(self, number: int) -> list[tuple[Slot, list[Array]]]:
+        """Return a node's gated constants."""
+        return [(slot, arrays) for slot, arrays in self.candidates.items() if slot[0] == number]
 
 
 def _network(portable: _Portable, candidates: int, image_shape: Sequence[int]) -> _Network:
@@ -237,10 +238,7 @@ def _network(portable: _Portable, candidates: int, image_shape: Sequence[int]) -
 
 def _digits(number: int, base: int) -> int:
     """Return how many digits it takes to count to `number`."""
-    digits = 1
-    while base**digits < number:
-        digits += 1
-    return digits
+    return next(digits for digits in itertools.count(1) if base**digits >= number)
 
 
 def _digit(number: int, position: int, base: int) -> int:
@@ -258,7 +256,7 @@ class _Dump:
         self.digests: dict[Slot, str] = {}
         tensors = {tensor.name: portable.onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         digests = {name: _digest(array) for name, array in tensors.items()}
-        named = {name: name for name in (_IMAGES, "", *_OUTPUTS)}
+        named = {name: name for name in (INPUT, "", *OUTPUTS)}
         for number, node in enumerate(model.graph.node):
             if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
                 raise CannotCompileError(
@@ -324,13 +322,13 @@ class _Assembly:
         made = {name for number in body for name in nodes[number].output}
         read_by_body = {name for number in body for name in nodes[number].input}
         made_by_head = {name for number in head for name in nodes[number].output}
-        entering = sorted(read_by_body & (made_by_head | {_IMAGES}))
-        leaving = sorted(made & ({name for number in tail for name in nodes[number].input} | {*_OUTPUTS}))
+        entering = sorted(read_by_body & (made_by_head | {INPUT}))
+        leaving = sorted(made & ({name for number in tail for name in nodes[number].input} | {*OUTPUTS}))
         inside = self._body(body)
-        gates = [_GATES] if self._indexed else []
+        gates = [GATES] if self._indexed else []
         gates += [_bit_name(bit) for bit in self._bits] if self._branched else []
         loop = _scan(self._onnx, [*self._splits(), *inside], entering, gates, leaving)
-        plain_head, plain_tail = ([self._plain(number) for number in part] for part in (head, tail))
+        plain_head, plain_tail = ([self._copy(number) for number in part] for part in (head, tail))
         return self._model([*plain_head, *self._bit_nodes(), *loop, *plain_tail])
 
     def _parts(self) -> tuple[list[int], list[int], list[int]]:
@@ -372,10 +370,8 @@ class _Assembly:
         first = self._network.same[slot]
         return self._constant(self._network.shared[first], _slot_name(first))
 
-    def _plain(self, number: int) -> Any:
-        return self._copy(number, {})
-
-    def _copy(self, number: int, inputs: Mapping[Slot, str]) -> Any:
+    def _copy(self, number: int, inputs: Mapping[Slot, str] = MappingProxyType({})) -> Any:
+        """Return a node, with the names of some of its inputs replaced."""
         copy = self._onnx.NodeProto()
         copy.CopyFrom(self._network.nodes[number])
         for position, name in enumerate(copy.input):
@@ -390,14 +386,14 @@ class _Assembly:
         if not self._branched:
             return []
         if len(self._bits) == 1:
-            return [self._node("Cast", [_GATES], [_bit_name(0)], to=self._onnx.TensorProto.BOOL)]
+            return [self._node("Cast", [GATES], [_bit_name(0)], to=self._onnx.TensorProto.BOOL)]
         two = self._constant(np.array(2, np.int64), f"{_OURS}two")
         nodes = []
         for bit in self._bits:
             weight = self._constant(np.array(2**bit, np.int64), f"{_OURS}weight_{bit}")
             shifted, digit = f"{_bit_name(bit)}/shifted", f"{_bit_name(bit)}/digit"
             nodes += [
-                self._node("Div", [_GATES, weight], [shifted]),
+                self._node("Div", [GATES, weight], [shifted]),
                 self._node("Mod", [shifted, two], [digit]),
                 self._node("Cast", [digit], [_bit_name(bit)], to=self._onnx.TensorProto.BOOL),
             ]
@@ -406,7 +402,7 @@ class _Assembly:
     def _splits(self) -> list[Any]:
         """Return nodes that take the gates of one path, and their binary digits, apart."""
         wanted = {_bit_name(bit): bit for bit in self._bits} if self._branched else {}
-        sources: dict[str, int | None] = {**wanted, **({_GATES: None} if self._indexed else {})}
+        sources: dict[str, int | None] = {**wanted, **({GATES: None} if self._indexed else {})}
         ones = self._constant(np.ones(self._num_gates, np.int64), f"{_OURS}ones")
         return [
             self._node("Split", [source, ones], [_gate_name(gate, bit) for gate in range(self._num_gates)], axis=0)
@@ -423,7 +419,7 @@ class _Assembly:
                 body.append(self._branches(run))
                 run = []
             if not gates:
-                body.append(self._plain(number))
+                body.append(self._copy(number))
             elif self._is_gathered(number):
                 body += self._gathered(number, gates[0])
             else:
@@ -432,20 +428,18 @@ class _Assembly:
 
     def _is_gathered(self, number: int) -> bool:
         node = self._network.nodes[number]
-        slots = [slot for slot in self._network.candidates if slot[0] == number]
-        size = sum(self._network.candidates[slot][0].nbytes for slot in slots)
+        size = sum(arrays[0].nbytes for _, arrays in self._network.candidates_of(number))
         return node.domain == _BLOCKED and size <= self._gathered_bytes and len(self._network.gates(number)) == 1
 
     def _gathered(self, number: int, gate: int) -> list[Any]:
         """Return nodes that do one node's work with the weights that its gate picks."""
         self._indexed = True
         nodes, inputs = [], {}
-        for slot, arrays in self._network.candidates.items():
-            if slot[0] == number:
-                stacked = self._constant(np.stack(arrays), f"{_slot_name(slot)}/all")
-                inputs[slot] = f"{_slot_name(slot)}/chosen"
-                # unlike Gather, it drops the axis of the candidates for an index of shape (1)
-                nodes.append(self._node("GatherND", [stacked, _gate_name(gate)], [inputs[slot]]))
+        for slot, arrays in self._network.candidates_of(number):
+            stacked = self._constant(np.stack(arrays), f"{_slot_name(slot)}/all")
+            inputs[slot] = f"{_slot_name(slot)}/chosen"
+            # unlike Gather, it drops the axis of the candidates for an index of shape (1)
+            nodes.append(self._node("GatherND", [stacked, _gate_name(gate)], [inputs[slot]]))
         return [*nodes, self._copy(number, inputs)]
 
     def _branches(self, run: Sequence[int]) -> Any:
@@ -460,7 +454,7 @@ class _Assembly:
         if 2 ** len(digits) > _MAX_LEAVES:
             raise CannotCompileError(f"a node has {2 ** len(digits)} cases")
         made = [name for number in run for name in self._network.nodes[number].output if name]
-        outputs = [name for name in made if name in _OUTPUTS or self._readers.get(name, set()) - {*run}]
+        outputs = [name for name in made if name in OUTPUTS or self._readers.get(name, set()) - {*run}]
 
         def choice(chosen: tuple[int, ...]) -> Any:
             taken, other = (branch((*chosen, digit)) for digit in (1, 0))
@@ -491,12 +485,11 @@ class _Assembly:
         tensors: list[Any] = []
         for number in run:
             inputs = {}
-            for slot, arrays in self._network.candidates.items():
-                if slot[0] == number:
-                    # beyond the last candidate there are cases where their number is no power of two; none is reached
-                    candidate = min(path[self._network.gate_of[slot]], self._num_candidates - 1)
-                    inputs[slot] = f"{_slot_name(slot)}/own"
-                    tensors.append(self._onnx.numpy_helper.from_array(arrays[candidate], inputs[slot]))
+            for slot, arrays in self._network.candidates_of(number):
+                # beyond the last candidate there are cases where their number is no power of two; none is reached
+                candidate = min(path[self._network.gate_of[slot]], self._num_candidates - 1)
+                inputs[slot] = f"{_slot_name(slot)}/own"
+                tensors.append(self._onnx.numpy_helper.from_array(arrays[candidate], inputs[slot]))
             nodes.append(self._copy(number, inputs))
         _rename(nodes, names)
         return nodes, tensors
@@ -558,13 +551,6 @@ def _rename(nodes: Iterable[Any], names: Mapping[str, str]) -> None:
                     output.name = names.get(output.name, output.name)
 
 
-def _input(model: Any, name: str) -> Any:
-    for entry in model.graph.input:
-        if entry.name == name:
-            return entry
-    raise CannotCompileError(f"it has no input {name!r}")
-
-
 def _gates_input(onnx: Any, num_gates: int, scope: Scope) -> Any:
     shape: list[int | str] = [num_gates] if scope == "batch" else ["batch", num_gates]
-    return onnx.helper.make_tensor_value_info(_GATES, onnx.TensorProto.INT64, shape)
+    return onnx.helper.make_tensor_value_info(GATES, onnx.TensorProto.INT64, shape)

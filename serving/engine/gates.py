@@ -1,8 +1,7 @@
 """Random gates: where they are drawn, and the graph that takes them.
 
 The gates of an image stay inside this module and its caller: they are not returned, logged or counted apart, because an
-attacker who learns them faces a fixed network. Errors of ONNX Runtime name the node that failed, and so the path;
-`GatedGraph.run` hides the numbers.
+attacker who learns them faces a fixed network.
 
 A gated graph is compiled when it is opened (`serving.engine.gate_compiler`), and the compiled form is compared with the
 portable one before it is used. Where anything is unexpected the portable form runs instead, and `reason` says why.
@@ -22,8 +21,10 @@ from numpy.typing import NDArray
 
 from serving.engine import gate_compiler
 from serving.engine.gate_compiler import Answer, CannotCompileError, Scope
+from serving.engine.graphs import GATES, INPUT, OUTPUTS
 from zoo.bundle.card import Card
 from zoo.errors import BadInput
+from zoo.runtime import CPU
 
 GateSource = Callable[[int], NDArray[np.int64]]
 """Number of images -> their gates, int64 (image, gate)."""
@@ -32,11 +33,11 @@ OpenSession = Callable[[bytes, bool], Any]
 Form = Literal["blocked", "portable"]
 
 _MAX_CANDIDATES = 1024
-_IMAGES, _GATES, _OUTPUTS = "images", "gates", ["probabilities", "logits"]
 _TOLERANCE = 1e-4
 """How far compiled logits may be from the portable ones, relative to the largest; rounding alone makes 1e-6."""
+_VERIFIED_PATHS = 8
+"""On how many random paths the compiled form is compared, besides the constant ones."""
 _PROCESSORS = ("x86_64", "amd64")
-_PROVIDERS = ["CPUExecutionProvider"]
 
 FloatArray = NDArray[np.float32]
 
@@ -92,10 +93,10 @@ class GatedGraph:
         failure = None
         try:
             if not self._one_by_one:
-                probabilities, logits = self._session.run(_OUTPUTS, {_IMAGES: images, _GATES: gates})
+                probabilities, logits = self._session.run(OUTPUTS, {INPUT: images, GATES: gates})
                 return probabilities, logits
             rows = [
-                self._session.run(_OUTPUTS, {_IMAGES: images[row : row + 1], _GATES: path})
+                self._session.run(OUTPUTS, {INPUT: images[row : row + 1], GATES: path})
                 for row, path in enumerate(gates)
             ]
             probabilities, logits = (np.concatenate(column) for column in zip(*rows, strict=True))
@@ -108,13 +109,7 @@ class GatedGraph:
 
 
 def open_gated(
-    graph: bytes,
-    card: Card,
-    *,
-    open_session: OpenSession,
-    scope: Scope,
-    compiled: bool = True,
-    verify_paths: int = 8,
+    graph: bytes, card: Card, *, open_session: OpenSession, scope: Scope, compiled: bool = True
 ) -> GatedGraph:
     """Open a gated graph in the fastest form that answers like the portable one.
 
@@ -124,7 +119,6 @@ def open_gated(
         open_session: opens a session. The first call is for `graph` itself, to be optimised.
         scope: `image` if every image brings gates of its own, `batch` if all of a call share theirs.
         compiled: False keeps the portable form.
-        verify_paths: on how many random paths the compiled form is compared, besides the constant ones.
 
     Raises:
         Exception: only what `open_session` raises for `graph` itself; whatever goes wrong later ends in the portable
@@ -133,7 +127,7 @@ def open_gated(
     portable = open_session(graph, True)
     blocked, reason = None, _obstacle(portable) if compiled else "compiling is switched off"
     if not reason:
-        blocked, reason = _compile(graph, card, portable, open_session, scope, verify_paths)
+        blocked, reason = _compile(graph, card, portable, open_session, scope)
     if blocked is None:
         return _open_portable(graph, card, portable, open_session, scope, reason)
     del portable
@@ -145,14 +139,12 @@ def _obstacle(session: Any) -> str:
     """Say why there is no sense in compiling here; empty if there is."""
     if platform.machine().lower() not in _PROCESSORS:
         return f"the compiled form is for x86-64 processors, this is {platform.machine() or 'unknown'}"
-    if session.get_providers() != _PROVIDERS:
+    if session.get_providers() != [CPU]:
         return f"the compiled form is for the processor, the graph runs on {session.get_providers()[0]}"
     return ""
 
 
-def _compile(
-    graph: bytes, card: Card, portable: Any, open_session: OpenSession, scope: Scope, verify_paths: int
-) -> tuple[Any, str]:
+def _compile(graph: bytes, card: Card, portable: Any, open_session: OpenSession, scope: Scope) -> tuple[Any, str]:
     """Return a session of the compiled form and "", or None and why there is none."""
     candidates = card.architecture.candidates
     try:
@@ -160,7 +152,7 @@ def _compile(
         compiled = gate_compiler.compile_gates(graph, candidates=candidates, scope=scope, image_shape=shape)
         session = open_session(compiled.graph, False)
         # integers are rounded as on a fixed path, but not as in the portable graph
-        examples = compiled.answers if compiled.quantised else _examples(card, portable, verify_paths)
+        examples = compiled.answers if compiled.quantised else _examples(card, portable, _VERIFIED_PATHS)
         differs = _differs(session, scope, examples)
     except ImportError:
         return None, "compiling needs the package onnx, which is not installed"
@@ -181,12 +173,11 @@ def _open_portable(
         return GatedGraph(portable, scope=scope, form="portable", reason=reason)
     try:
         session = open_session(gate_compiler.loop_over_images(graph), True)
-        differs = _differs(session, scope, _examples(card, portable, random_paths=1))
+        if not _differs(session, scope, _examples(card, portable, random_paths=1)):
+            return GatedGraph(session, scope=scope, form="portable", reason=reason)
     except Exception as error:  # noqa: BLE001 -- whatever it is, image by image it still works
-        return GatedGraph(portable, scope=scope, form="portable", reason=reason or _first_line(error), one_by_one=True)
-    if differs:
-        return GatedGraph(portable, scope=scope, form="portable", reason=reason, one_by_one=True)
-    return GatedGraph(session, scope=scope, form="portable", reason=reason)
+        reason = reason or _first_line(error)
+    return GatedGraph(portable, scope=scope, form="portable", reason=reason, one_by_one=True)
 
 
 def give_memory_back() -> None:
@@ -214,7 +205,7 @@ def _examples(card: Card, portable: Any, random_paths: int) -> list[Answer]:
     examples = []
     for path in paths:
         images = rng.random(shape, dtype=np.float32)
-        examples.append(Answer(path, images, portable.run(_OUTPUTS, {_IMAGES: images, _GATES: path})))
+        examples.append(Answer(path, images, portable.run(OUTPUTS, {INPUT: images, GATES: path})))
     return examples
 
 
@@ -230,15 +221,10 @@ def _differs(session: Any, scope: Scope, examples: list[Answer]) -> bool:
     for batch in batches:
         paths = np.stack([examples[number].path for number in owners[batch]])
         gates = paths if scope == "image" else paths[0]
-        if _apart(session.run(_OUTPUTS, {_IMAGES: images[batch], _GATES: gates}), [c[batch] for c in expected]):
-            return True
-    return False
-
-
-def _apart(answer: Any, expected: Any) -> bool:
-    for found, wanted in zip(answer, expected, strict=True):
-        bound = _TOLERANCE * float(np.abs(wanted).max()) + 1e-6
-        # written so that NaN differs
-        if found.shape != wanted.shape or not bool((np.abs(found - wanted) <= bound).all()):
-            return True
+        answer = session.run(OUTPUTS, {INPUT: images[batch], GATES: gates})
+        for found, wanted in zip(answer, (column[batch] for column in expected), strict=True):
+            bound = _TOLERANCE * float(np.abs(wanted).max()) + 1e-6
+            # NaN differs
+            if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=0, atol=bound):
+                return True
     return False

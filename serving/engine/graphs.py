@@ -12,8 +12,12 @@ from zoo.runtime import CPU, GraphError, runtime, session
 from zoo.vocabulary import VARIANT_OF_MODE, Device, Mode, Precision
 
 PROVIDERS: Final = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
-INPUT, GATES, LIMITS, OUTPUTS = "images", "gates", "limits", ["probabilities", "logits"]
-EXIT, AGREEMENT = "exit", "agreement"
+INPUT: Final = "images"
+GATES: Final = "gates"
+LIMITS: Final = "limits"
+OUTPUTS: Final = ("probabilities", "logits")
+EXIT: Final = "exit"
+AGREEMENT: Final = "agreement"
 _FALLBACK_HINT: Final = "install the CUDA libraries it names, or allow the fall-back to the processor"
 
 
@@ -84,11 +88,9 @@ class Opener:
     """Let idle threads spin: a little less latency for cores that are never idle."""
 
     def __call__(self, graph: bytes, name: str, *, threads: int, silent: bool = False, optimise: bool = True) -> Any:
-        """Open a session.
+        """Open a session on the content of a file, which errors call `name`.
 
         Args:
-            graph: the content of the file.
-            name: what errors call it.
             threads: how many cores one call uses.
             silent: log nothing; for gated graphs, whose errors name the gates. They are raised all the same.
             optimise: False runs the graph as it is.
@@ -136,16 +138,9 @@ class Opener:
 
 
 def check_signature(opened: Any, card: Card, file: str, name: str) -> None:
-    """Check that a graph has the inputs and outputs of its kind, with the card's sizes.
+    """Refuse, with BundleError, a graph whose inputs or outputs are not those of its kind with the card's sizes.
 
-    Args:
-        opened: its session.
-        card: of the bundle.
-        file: its name in the bundle, which says what it is.
-        name: what errors call it.
-
-    Raises:
-        BundleError: it has others.
+    `file` is its name in the bundle, which says what kind it is; `name` is what errors call it.
     """
     gated, early = file.startswith(VARIANT_OF_MODE["random"]), file == EARLY_EXIT_FILE
     _check_inputs(opened, card, name, gated=gated, early=early)

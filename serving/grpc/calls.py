@@ -7,7 +7,6 @@ its message is read.
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,18 +16,15 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
-from serving.errors import RequestError, bad_request, busy
-from serving.grpc.call import Answer, Call, headers_of
+from serving.errors import RequestError, bad_request, busy, defect, not_ready
 from serving.grpc.health import HEALTH_SERVICE, Health
-from serving.grpc.methods import Methods
+from serving.grpc.methods import Answer, Call, Methods, headers_of
 from serving.operations.log import log_request, new_request_id
 from serving.protocol.admission import Admission, ByteBudget
 from serving.protocol.messages import SERVICE, Malformed, check_infer_request, message
 from serving.protocol.open_inference import MAX_ID
 from serving.scheduling.administration import Administration
 from serving.scheduling.service import Service
-
-logger = logging.getLogger("manygates.serving")
 
 _MAX_SMALL_BYTES: Final = 65_536  # of a message without tensors
 _MAX_PARTS: Final = 10_000  # of an inference request; one has about twenty, or one per number if they are not packed
@@ -60,14 +56,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     """Finds out what a call asks for and answers it."""
 
     def __init__(
-        self,
-        service: Service,
-        admission: Admission,
-        budget: ByteBudget,
-        administration: Administration,
-        tracer: Any,
+        self, service: Service, admission: Admission, budget: ByteBudget, administration: Administration, tracer: Any
     ) -> None:
-        """Prepare to answer; the arguments are those of `serving.grpc.server.running`."""
         self.stopping = asyncio.Event()
         """Set when calls without an end are to end."""
         self.health = Health(service, administration)
@@ -106,8 +96,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         method = path.rpartition("/")[2]
         if (self._refusing or self._service.closing) and method in ("ModelInfer", "ModelStreamInfer"):
             self._refused += 1
-            stopping = busy(503, "not_ready", "the server is stopping; try again, it may be another")
-            return grpc.stream_unary_rpc_method_handler(self._refusal(method, stopping))
+            return grpc.stream_unary_rpc_method_handler(self._refusal(method, not_ready("the server is stopping")))
         try:
             # which model it asks is in its message, which is not read without a key that is good for something
             self._admit(method, headers_of(handler_call_details.invocation_metadata))
@@ -130,13 +119,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                 return
 
     def _admit(self, method: str, headers: dict[bytes, bytes], model: str | None = None) -> str | None:
-        """Ask for keys as HTTP does on the path of the same call; returns the name of the key.
-
-        Raises:
-            RequestError: 401 without a key that holds, 403 if it does not hold for this model.
-        """
+        """Ask for keys as HTTP does on the path of the same call (401, 403); returns the name of the key."""
         path = _HTTP_PATHS.get(method, _HTTP_PATHS["ServerReady"])
-        return self._admission.check_headers(path.format(model="-"), list(headers.items()), model)
+        return self._admission.check(path.format(model="-"), list(headers.items()), model)
 
     def _refusal(self, method: str, error: RequestError) -> Any:
         async def refuse(_: Any, context: Any) -> None:
@@ -157,7 +142,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                 self._count_deadline(known)
                 raise
             except Exception as error:  # noqa: BLE001 -- whatever it was, the client waits for an answer
-                failure = self._failure(known, error)
+                failure = _failure(known, error)
             else:
                 self._finish(known, 200)
                 return content
@@ -218,12 +203,6 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                 f"the message of {len(body)} bytes is no good {request_class.DESCRIPTOR.name}: {error}"
             ) from error
 
-    def _failure(self, call: Call, error: Exception) -> RequestError:
-        if isinstance(error, RequestError):
-            return error
-        logger.error("the call %s failed for a reason of ours", call.method, exc_info=error)
-        return RequestError(500, "defect", "internal error; the server's log says more")
-
     async def _fail(self, call: Call, error: RequestError) -> None:
         """Count an error and end the call with it."""
         self._count(call, error)
@@ -240,37 +219,28 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
             self._count(call, RequestError(504, "deadline", ""))
 
     def _count(self, call: Call, error: RequestError) -> None:
-        self._service.metrics.failed(call.model, error.reason)
-        self._finish(call, error.status, error.reason)
+        self._service.metrics.failed(call.notes.model or "", error.reason)
+        call.notes.reason = error.reason
+        self._finish(call, error.status)
 
-    def _finish(self, call: Call, status: int, reason: str | None = None) -> None:
+    def _finish(self, call: Call, status: int) -> None:
         """Write a call into the log and the traces, if they are wanted."""
-        ended = time.perf_counter()
+        ended, notes = time.perf_counter(), call.notes
+        notes.status = status
         if self._settings.log_requests:
             log_request(
                 method="GRPC",
                 path=call.method,
                 status=status,
                 seconds=ended - call.started,
-                request_id=call.request_id or new_request_id(),
-                model=call.model or None,
-                rows=call.rows,
+                request_id=notes.request_id or new_request_id(),
+                model=notes.model,
+                rows=notes.rows,
                 key=call.key,
             )
         if self._tracer is not None:
             self._tracer.record(
-                call.method,
-                started=call.started,
-                ended=ended,
-                status=status,
-                model=call.model or None,
-                mode=call.mode,
-                rows=call.rows,
-                protocol="grpc",
-                request_id=call.request_id,
-                reason=reason,
-                traceparent=call.headers.get(b"traceparent"),
-                tracestate=call.headers.get(b"tracestate"),
+                call.method, notes, started=call.started, ended=ended, protocol="grpc", headers=call.headers
             )
 
     async def _stream_infer(self, _: Any, context: Any) -> None:
@@ -284,11 +254,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
 
     @contextlib.contextmanager
     def _one_more(self, method: str, most: int) -> Iterator[None]:
-        """Count a call without an end.
-
-        Raises:
-            RequestError: 429 if there are `most` already.
-        """
+        """Count a call without an end; 429 if there are `most` already."""
         if self._open[method] >= most:
             raise busy(429, "too_many_streams", f"{most} calls of {method} are open; try again later")
         self._open[method] += 1
@@ -333,7 +299,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
             self._count_deadline(call)
             raise
         except Exception as error:  # noqa: BLE001 -- whatever it was, the client waits for an answer
-            failure = self._failure(call, error)
+            failure = _failure(call, error)
             self._count(call, failure)
             response.error_message = str(failure)
             response.infer_response.id = request_id
@@ -367,6 +333,10 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
             await self._fail(call, error)
         finally:
             self._budget.give_back(call.held)
+
+
+def _failure(call: Call, error: Exception) -> RequestError:
+    return error if isinstance(error, RequestError) else defect(error, f"the call {call.method}")
 
 
 def _model_named_by(request: Any) -> str | None:

@@ -4,9 +4,8 @@ from typing import Any, Final
 
 from grpc_health.v1 import health, health_pb2
 
-from serving.errors import RequestError
+from serving.errors import RequestError, shown
 from serving.protocol.messages import SERVICE
-from serving.protocol.shown import shown
 from serving.scheduling.administration import Administration
 from serving.scheduling.service import Service
 
@@ -19,18 +18,13 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # grpc_health ha
     """Knows the server (an empty name), the protocol's service and every model of the index."""
 
     def __init__(self, service: Service, administration: Administration) -> None:
-        """Prepare to tell of `service`."""
         super().__init__()
         self._service = service
         self._administration = administration
         self._told: dict[str, int] = {}
 
     async def check(self, request: Any, context: Any) -> Any:
-        """Answer a `HealthCheckRequest` with what is so now.
-
-        Raises:
-            RequestError: 404 for a name that there is not.
-        """
+        """Answer a `HealthCheckRequest` with what is so now; 404 for a name that there is not."""
         await self.refresh()
         name = request.service
         if self._told.get(name, _STATUSES.SERVICE_UNKNOWN) == _STATUSES.SERVICE_UNKNOWN:

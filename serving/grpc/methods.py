@@ -2,26 +2,53 @@
 
 import dataclasses
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 from google.protobuf.json_format import ParseDict
 
-from serving.errors import bad_request
-from serving.grpc.call import Answer, Call
+from serving.errors import bad_request, shown
 from serving.grpc.tensors import images_of, outputs_of, parameters_of, response_of
 from serving.operations.log import clean_request_id
+from serving.operations.tracing import RequestNotes
 from serving.protocol.messages import message
 from serving.protocol.open_inference import MAX_ID
-from serving.protocol.shown import shown
 from serving.scheduling.administration import Administration
 from serving.scheduling.service import Served, Service
+
+_HEADERS: Final = frozenset(("authorization", "x-api-key", "x-request-id", "traceparent", "tracestate"))
+
+
+class Call:
+    """A call that is being answered: what it came with, and what is known of it for the log and the metrics."""
+
+    __slots__ = ("context", "headers", "held", "key", "method", "notes", "started")
+
+    def __init__(self, method: str, context: Any) -> None:
+        self.method = method
+        self.context = context
+        self.headers = headers_of(context.invocation_metadata())
+        self.started = time.perf_counter()
+        self.held = 0
+        """Bytes of its message that count towards the server's total until it is answered."""
+        self.key: str | None = None
+        """The name of the key that allowed it."""
+        self.notes = RequestNotes(request_id=clean_request_id(self.headers.get(b"x-request-id")))
+
+
+Answer = Callable[[Any, Call], Awaitable[Any]]
+"""Answers a message, for a call, with a message."""
+
+
+def headers_of(metadata: Any) -> dict[bytes, bytes]:
+    """Return what we look at of a call's metadata."""
+    return {name.encode(): value.encode() for name, value in metadata or () if name in _HEADERS}
 
 
 class Methods:
     """Answers read messages with messages; raises `RequestError` where it cannot."""
 
     def __init__(self, service: Service, administration: Administration) -> None:
-        """Prepare to answer with the models of `service`."""
         self._service = service
         self._administration = administration
 
@@ -44,7 +71,7 @@ class Methods:
     async def model_infer(self, request: Any, call: Call) -> Any:
         """Answer an inference request."""
         started = time.perf_counter()
-        call.request_id = clean_request_id(request.id) or call.request_id
+        call.notes.request_id = clean_request_id(request.id) or call.notes.request_id
         served = self._find(request.model_name, request.model_version, call)
         if len(request.id) > MAX_ID:
             raise bad_request(f"'id' must be a string of at most {MAX_ID} characters, got {shown(request.id)}")
@@ -54,7 +81,7 @@ class Methods:
             asked = dataclasses.replace(asked, timeout=remaining)
         outputs = outputs_of(served, request, asked)
         images = images_of(served, request)
-        call.rows, call.mode = len(images), (asked.plan or served.model.plan).mode
+        call.notes.rows, call.notes.mode = len(images), (asked.plan or served.model.plan).mode
         answer = await self._service.predict(served, images, asked)
         response = response_of(served, request, outputs, answer)
         served.metrics.answered("grpc", asked.plan, time.perf_counter() - started)
@@ -102,5 +129,5 @@ class Methods:
 
     def _find(self, name: str, version: str, call: Call) -> Served:
         served = self._service.find(name, version)
-        call.model = served.name  # an error from here on is counted as this model's
+        call.notes.model = served.name  # an error from here on is counted as this model's
         return served

@@ -1,8 +1,6 @@
 """The Open Inference Protocol over gRPC, and gRPC's own health protocol, on the event loop of everything else."""
 
 import asyncio
-import ipaddress
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -10,14 +8,14 @@ from typing import Any, Final
 import grpc
 
 from serving.grpc.calls import Calls
+from serving.listener import address_of
+from serving.operations.log import logger
 from serving.operations.settings import Settings
 from serving.operations.tls import pems
 from serving.protocol.admission import Admission, ByteBudget
 from serving.scheduling.administration import Administration
 from serving.scheduling.service import Service
 from zoo.errors import BadInput
-
-logger = logging.getLogger("manygates.serving")
 
 _MOST: Final = 2**31 - 1  # a gRPC option is a 32-bit integer
 
@@ -28,14 +26,8 @@ async def running(
 ) -> AsyncIterator[int]:
     """Serve gRPC inside the block, on the address of HTTP and the settings' port for gRPC; yields the port.
 
-    On leaving it no new calls are taken, and those in flight have what is left of the time to drain.
-
-    Args:
-        service: answers.
-        admission: says whose keys are good for what.
-        budget: counts the bytes of the messages that are being answered.
-        administration: shows and changes what is served.
-        tracer: of OpenTelemetry; None traces nothing.
+    On leaving it no new calls are taken, and those in flight have what is left of the time to drain. Without a `tracer`
+    of OpenTelemetry nothing is traced.
 
     Raises:
         BadInput: if the address cannot be used, or a file of the settings for TLS.
@@ -46,7 +38,7 @@ async def running(
     server.add_generic_rpc_handlers((calls,))
     port = _bind(server, settings)
     await server.start()
-    logger.info("gRPC at %s", _address(settings.host, port))
+    logger.info("gRPC at %s", address_of(settings.host, port))
     try:
         yield port
     finally:
@@ -82,25 +74,15 @@ def _milliseconds(seconds: float) -> int:
     return max(1, min(int(1000 * seconds), _MOST))
 
 
-def _address(host: str, port: int) -> str:
-    try:
-        return f"[{host}]:{port}" if ipaddress.ip_address(host.partition("%")[0]).version == 6 else f"{host}:{port}"
-    except ValueError:  # a name
-        return f"{host}:{port}"
-
-
 def _bind(server: grpc.aio.Server, settings: Settings) -> int:
     """Listen, and return the port."""
-    address = _address(settings.host, settings.grpc_port)
+    address = address_of(settings.host, settings.grpc_port)
     files = pems(settings)
     try:
         if files is None:
             return int(server.add_insecure_port(address))
-        credentials = grpc.ssl_server_credentials(
-            [(files.key, files.certificate)],
-            root_certificates=files.client_ca,
-            require_client_auth=files.client_ca is not None,
-        )
+        key, certificate, client_ca = files
+        credentials = grpc.ssl_server_credentials([(key, certificate)], client_ca, client_ca is not None)
         return int(server.add_secure_port(address, credentials))
     except RuntimeError as error:
         raise BadInput(

@@ -7,22 +7,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.answers import Prediction
-from serving.errors import bad_request
+from serving.engine.graphs import INPUT, OUTPUTS
+from serving.errors import bad_request, shown
 from serving.protocol.choices import Asked, Parameters, checked_parameters
 from serving.protocol.messages import message
-from serving.protocol.shown import shown
-from serving.protocol.tensors import INPUT, OUTPUTS, bytes_of, datatype_of, output_of
+from serving.protocol.tensors import bytes_of, datatype_of, output_of
 from serving.scheduling.service import Served
 
 _CONTENTS: Final = {"FP32": "fp32_contents", "UINT8": "uint_contents"}
 
 
 def parameters_of(parameters: Any, where: str) -> Parameters:
-    """Return parameters in Python's types.
-
-    Raises:
-        RequestError: 400 if they ask for an extension that we do not have.
-    """
+    """Return parameters in Python's types; 400 if they ask for an extension that we do not have."""
     values = {}
     for name, value in checked_parameters(parameters, where).items():
         field = value.WhichOneof("parameter_choice")
@@ -32,11 +28,7 @@ def parameters_of(parameters: Any, where: str) -> Parameters:
 
 
 def outputs_of(served: Served, request: Any, asked: Asked) -> list[str]:
-    """Return the names of the outputs that a request wants.
-
-    Raises:
-        RequestError: 400 if the model has not all of them, or one is named twice.
-    """
+    """Return the names of the outputs that a request wants; 400 if the model has not all, or one is there twice."""
     outputs: list[str] = []
     for output in request.outputs:
         name = served.codec.choices.check_output(output.name, asked)
@@ -48,11 +40,7 @@ def outputs_of(served: Served, request: Any, asked: Asked) -> list[str]:
 
 
 def images_of(served: Served, request: Any) -> NDArray[Any]:
-    """Return the checked images of a request, from raw bytes or typed contents.
-
-    Raises:
-        RequestError: 400 for anything but one good tensor, 413 for too many images.
-    """
+    """Return a request's checked images; 400 for anything but one good tensor, 413 for too many images."""
     for tensor in request.inputs:
         if tensor.name != INPUT:
             raise bad_request(f"unknown input {shown(tensor.name)}; {served.name} takes only {INPUT!r}")

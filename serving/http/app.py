@@ -6,10 +6,9 @@ be a tenth of the cost. Everything else is Starlette's.
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,12 +18,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.engine.graphs import modes_of
-from serving.errors import Headers, RequestError
+from serving.errors import Headers, RequestError, not_ready
 from serving.http.bodies import Bodies
-from serving.http.connection import Connection
 from serving.http.documented import Documented
 from serving.http.edge import Edge
-from serving.http.inference import Inference, error_response, stopped
+from serving.http.inference import STOPPED, Inference
 from serving.http.models import Models, readiness
 from serving.http.pictures import Pictures
 from serving.operations.metrics import CONTENT_TYPE
@@ -34,8 +32,20 @@ from serving.scheduling.administration import Administration
 from serving.scheduling.repository import Repository
 from serving.scheduling.service import Model, Served, Service
 from zoo.errors import BadInput
+from zoo.vocabulary import VERSION
 
-logger = logging.getLogger("manygates.serving")
+_ENDPOINTS = (
+    "POST /classify",
+    *(f"GET {path}" for path in ("/v2", "/v2/health/live", "/v2/health/ready", "/metrics", "/openapi.json")),
+)
+
+
+class Collecting(Protocol):
+    """A connection that is receiving a body outside of this application's way."""
+
+    def stop_collecting(self, error: RequestError) -> None:
+        """Answer with an error, and hang up."""
+
 
 ServeBeside = Callable[["Application"], AbstractAsyncContextManager[int]]
 """Serves another protocol while its block runs; the block is given the port."""
@@ -56,14 +66,10 @@ class Application:
         tracer: Any = None,
         grpc: ServeBeside | None = None,
     ) -> None:
-        """Prepare to serve.
+        """Prepare to serve; of the models the first is the one that `/classify` uses by default.
 
-        Args:
-            models: the first is the one that `/classify` uses by default.
-            settings: None takes the defaults.
-            repository: where the models come from, which may load, reload and unload them while the server runs.
-            tracer: of OpenTelemetry; None traces nothing.
-            grpc: serves gRPC beside HTTP; None serves none.
+        Models may be loaded, reloaded and unloaded while the server runs if there is a `repository`. Without a `tracer`
+        of OpenTelemetry nothing is traced; without `grpc` there is only HTTP.
 
         Raises:
             BadInput: if there is no model, two have the same name and version, or the settings name a file that cannot
@@ -85,13 +91,13 @@ class Application:
         self._grpc = grpc
         self.grpc_port: int | None = None
         """Where gRPC listens, once it does."""
-        self.connections: set[Connection] = set()
-        """Those that are receiving the body of a plain inference request."""
+        self.collecting: set[Collecting] = set()
+        """The connections that are receiving the body of a plain inference request."""
         bodies = Bodies(self.settings, self.budget)
         self._inference = Inference(self.service, bodies)
         self._pictures = Pictures(self.service, self.admission, bodies)
         self._models = Models(self.service, self.administration, bodies)
-        self._edge = Edge(self._route, self.settings, self.admission, self._refuse, tracer)
+        self._edge = Edge(self._route, self.settings, self.admission, self.metrics, tracer)
         self._short_way = not self.settings.log_requests and tracer is None
         self._hot_paths: dict[bytes, Served] = {}
         self._hot_paths_of = -1
@@ -117,35 +123,16 @@ class Application:
         await self.rest(scope, receive, send)
 
     @property
-    def draining(self) -> bool:
-        """Whether we are about to stop."""
-        return self.service.draining
-
-    @property
-    def ready(self) -> bool:
-        """Whether all is served that should be, and every model takes requests, and will for a while."""
-        return self.service.ready
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of all bodies that are being received or answered, on every protocol."""
-        return self.budget.held
-
-    @property
     def stuck(self) -> bool:
         """Whether a thread is still at work after the stop, which the interpreter would wait for at its end."""
         return self.service.scheduler.stuck or self._pictures.busy
-
-    def begin_drain(self) -> None:
-        """Say that we are not ready any more, so that no new clients are sent here; requests are still answered."""
-        self.service.begin_drain()
 
     def hot(self, path: bytes, headers: Headers) -> Served | None:
         """Return the model whose inference has this path, if a request with these headers may take the short way."""
         served = self._paths.get(path) if self._short_way else None
         if served is not None:
             try:
-                self.admission.check_headers(path.decode("latin-1"), headers)
+                self.admission.check(path.decode("latin-1"), headers)
             except RequestError:
                 return None  # the long way says why
         return served
@@ -174,8 +161,8 @@ class Application:
             await self.service.stop()
             if self.tracer is not None:
                 await asyncio.to_thread(self.tracer.close)
-            for connection in list(self.connections):
-                connection.stop_collecting(stopped())
+            for connection in list(self.collecting):
+                connection.stop_collecting(not_ready(STOPPED))
             self._pictures.stop()
 
     @property
@@ -231,10 +218,8 @@ class Application:
             for name in self.service.names
             for served in [self.service.find(name)]
         ]
-        endpoints = ["POST /classify", "GET /v2", "GET /v2/health/live", "GET /v2/health/ready", "GET /metrics"]
-        endpoints.append("GET /openapi.json")
-        version = self.service.description()["version"]
-        return JSONResponse({"name": "manygates", "version": version, "models": models, "endpoints": endpoints})
+        known = {"name": "manygates", "version": VERSION, "models": models, "endpoints": _ENDPOINTS}
+        return JSONResponse(known)
 
     @Documented("server", answer="OpenApi")
     async def openapi(self, request: Request) -> Response:
@@ -265,12 +250,7 @@ class Application:
     @Documented("server", answer="Ready", says_no=True)
     async def server_ready(self, request: Request) -> Response:
         """Whether all models that should be served take requests."""
-        return readiness({}, self.ready)
-
-    def _refuse(self, error: RequestError, path: str) -> tuple[int, Headers, bytes]:
-        """Count a request that was refused before anything was looked up."""
-        self.metrics.failed("", error.reason)
-        return error_response(error)
+        return readiness({}, self.service.ready)
 
     async def _answer_error(self, request: Request, error: RequestError) -> Response:
         self.metrics.failed(getattr(request.state, "model", ""), error.reason)
@@ -279,13 +259,12 @@ class Application:
 
     async def _answer_http_exception(self, request: Request, error: HTTPException) -> Response:
         path = request.url.path[:128]
-        reasons = {404: "not_found", 405: "method_not_allowed"}
-        messages = {
-            404: f"no such path {path!r}; see /",
-            405: f"{request.method} is not offered on {path!r}; the header Allow names what is",
+        told = {
+            404: ("not_found", f"no such path {path!r}; see /"),
+            405: ("method_not_allowed", f"{request.method} is not offered on {path!r}; the header Allow names what is"),
         }
-        self.metrics.failed(getattr(request.state, "model", ""), reasons.get(error.status_code, "http"))
-        message = messages.get(error.status_code, error.detail)
+        reason, message = told.get(error.status_code, ("http", error.detail))
+        self.metrics.failed(getattr(request.state, "model", ""), reason)
         return JSONResponse({"error": message}, status_code=error.status_code, headers=error.headers)
 
     async def _answer_defect(self, request: Request, error: Exception) -> Response:

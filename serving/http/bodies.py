@@ -22,46 +22,26 @@ class ClientGone(Exception):  # noqa: N818 -- says what happened
 
 
 class Bodies:
-    """Reads bodies."""
+    """Reads bodies within the limits of the settings; what it holds counts towards the budget."""
 
     def __init__(self, settings: Settings, budget: ByteBudget) -> None:
-        """Prepare to read within the limits of `settings`; what is held counts towards `budget`."""
         self._settings = settings
         self._budget = budget
 
     @asynccontextmanager
-    async def reading(self, scope: Scope, receive: Receive) -> AsyncIterator[bytes]:
+    async def reading(
+        self, scope: Scope, receive: Receive, most: int | None = None, fix: str = "send fewer images at a time"
+    ) -> AsyncIterator[bytes]:
         """Read the whole body of a request, and count its bytes until the block ends.
+
+        It may have `most` bytes, and never more than the settings allow; `fix` is what a client is told to do else.
 
         Raises:
             RequestError: 408 if it comes too slowly, 413 if it is too large, 415 if it is compressed, 503 if there is
                 no room for it among those of the others.
             ClientGone: if the client hangs up.
         """
-        async with self._held(scope, receive, self._settings.max_body_bytes, "send fewer images at a time") as body:
-            yield body
-
-    async def read_json(self, scope: Scope, receive: Receive) -> dict[str, Any]:
-        """Read a small JSON object; no body is an empty one.
-
-        Raises:
-            RequestError: as `reading`, and 400 for anything but a JSON object.
-            ClientGone: if the client hangs up.
-        """
-        limit = min(_MAX_SMALL_BODY, self._settings.max_body_bytes)
-        async with self._held(scope, receive, limit, "send a few words of JSON, or nothing") as body:
-            if not body:
-                return {}
-        try:
-            document = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise bad_request(f"the body is not JSON ({error}); send an object, or nothing") from error
-        if not isinstance(document, dict):
-            raise bad_request("the body is JSON but no object; send an object, or nothing")
-        return document
-
-    @asynccontextmanager
-    async def _held(self, scope: Scope, receive: Receive, limit: int, fix: str) -> AsyncIterator[bytes]:
+        limit = min(self._settings.max_body_bytes, most or self._settings.max_body_bytes)
         length, encoding = _announced(scope)
         if encoding is not None:
             raise RequestError(
@@ -74,7 +54,10 @@ class Bodies:
             try:
                 async with asyncio.timeout(self._settings.body_timeout):
                     while more:
-                        piece, more = await _next_piece(receive)
+                        message = await receive()
+                        if message["type"] == "http.disconnect":
+                            raise ClientGone
+                        piece, more = message.get("body", b""), message.get("more_body", False)
                         body += piece
                         if len(body) > limit:
                             raise _too_large(len(body), limit, fix)
@@ -85,13 +68,18 @@ class Bodies:
         finally:
             self._budget.give_back(held)
 
-
-async def _next_piece(receive: Receive) -> tuple[bytes, bool]:
-    """Return the next piece of a body, and whether there is more."""
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise ClientGone
-    return message.get("body", b""), bool(message.get("more_body", False))
+    async def read_json(self, scope: Scope, receive: Receive) -> dict[str, Any]:
+        """Read a small JSON object; no body is an empty one. Errors as `reading`, and 400 for anything else."""
+        async with self.reading(scope, receive, _MAX_SMALL_BODY, "send a few words of JSON, or nothing") as body:
+            if not body:
+                return {}
+        try:
+            document = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise bad_request(f"the body is not JSON ({error}); send an object, or nothing") from error
+        if not isinstance(document, dict):
+            raise bad_request("the body is JSON but no object; send an object, or nothing")
+        return document
 
 
 def _announced(scope: Scope) -> tuple[int, str | None]:
@@ -113,18 +101,10 @@ def header_length(scope: Scope) -> bytes | None:
 
 def body_is_late(received: int, seconds: float) -> RequestError:
     """Return what a request is answered with of whose body only so many bytes came in time."""
-    return RequestError(
-        408,
-        "body_timeout",
-        f"only {received} bytes came within {seconds:g} seconds; send faster",
-        [(b"connection", b"close")],
-    )
+    told = f"only {received} bytes came within {seconds:g} seconds; send faster"
+    return RequestError(408, "body_timeout", told, [(b"connection", b"close")])
 
 
 def _too_large(length: int, limit: int, fix: str) -> RequestError:
-    return RequestError(
-        413,
-        "body_too_large",
-        f"the body has at least {length} bytes, expected at most {limit}; {fix}",
-        [(b"connection", b"close")],
-    )
+    told = f"the body has at least {length} bytes, expected at most {limit}; {fix}"
+    return RequestError(413, "body_too_large", told, [(b"connection", b"close")])

@@ -9,41 +9,23 @@ model, a refused key) takes the ASGI application's way and is answered there.
 
 import json
 import time
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from serving.errors import Headers, RequestError
+from serving.http.app import Application
 from serving.http.bodies import body_is_late
 from serving.http.bounded import BoundedConnection
 from serving.operations.log import clean_request_id
-from serving.protocol.admission import ByteBudget
+from serving.operations.settings import Settings
 from serving.protocol.open_inference import HEADER_LENGTH, InferRequest, http_response, json_headers
 from serving.scheduling.queue import Outcome, Ticket
-from serving.scheduling.service import Served, Service
+from serving.scheduling.service import Served
 
 _MAX_REMEMBERED_HEAD: Final = 4096
 # what a plain request does not have, or not with any other value
 _COLD: Final = frozenset((b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"traceparent", b"origin"))
-
-
-class Hot(Protocol):
-    """What the short way needs of an application."""
-
-    service: Service
-    budget: ByteBudget
-    """For all bodies that are being received or answered."""
-    connections: "set[Connection]"
-    """Those that are receiving the body of a plain inference request."""
-
-    def hot(self, path: bytes, headers: Headers) -> Served | None:
-        """Return the model whose inference has this path, if a request with these headers may take the short way."""
-        ...
-
-    @property
-    def hot_generation(self) -> object:
-        """Changes whenever `hot` may answer otherwise than before."""
-        ...
 
 
 class Call(NamedTuple):
@@ -111,7 +93,7 @@ class _HotCycle:
 class Connection(BoundedConnection):
     """A bounded connection that knows the short way."""
 
-    application: Hot
+    application: Application
     """Set by `connections_of`; so is the next."""
     max_body_bytes: int = 2**24
 
@@ -158,7 +140,7 @@ class Connection(BoundedConnection):
             return
         self.cycle = self._collecting = self._hot = _HotCycle(self, call)  # type: ignore[assignment]
         self._body_timer = self.loop.call_later(self.body_timeout, self._body_is_late, self._collecting)
-        self.application.connections.add(self)
+        self.application.collecting.add(self)
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
@@ -284,11 +266,10 @@ class Connection(BoundedConnection):
             more += b"connection: close\r\n"
         end = response.index(b"\r\n") + 2
         response = b"".join((response[:end], more, response[end:]))
+        self.transport.write(response)
         if not cycle.keep_alive:
-            self.transport.write(response)
             self.transport.close()
             return
-        self.transport.write(response)
         if self.pipeline:
             self.on_response_complete()
             return
@@ -309,17 +290,10 @@ class Connection(BoundedConnection):
     def _stop_collecting(self) -> None:
         self._collecting = None
         self._cancel_body_timer()
-        self.application.connections.discard(self)
+        self.application.collecting.discard(self)
 
 
-def connections_of(
-    application: Hot, *, header_timeout: float, body_timeout: float, max_body_bytes: int
-) -> type[Connection]:
+def connections_of(application: Application, settings: Settings) -> type[Connection]:
     """Return the connection's class with those limits, for uvicorn to create connections from."""
-    fields = {
-        "application": application,
-        "header_timeout": header_timeout,
-        "body_timeout": body_timeout,
-        "max_body_bytes": max_body_bytes,
-    }
-    return type("Connection", (Connection,), fields)
+    limits = {name: getattr(settings, name) for name in ("header_timeout", "body_timeout", "max_body_bytes")}
+    return type("Connection", (Connection,), {"application": application, **limits})

@@ -12,7 +12,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import RequestError, bad_request
+from serving.http.inference import error_response
 from serving.operations import log
+from serving.operations.metrics import Metrics
 from serving.operations.settings import Settings
 from serving.protocol.admission import Admission, model_named_in
 from serving.protocol.open_inference import HEADER_LENGTH
@@ -25,19 +27,11 @@ _ALLOWED_HEADERS: Final = ("authorization", "content-type", HEADER_LENGTH.decode
 class Edge:
     """The ASGI application around ours."""
 
-    def __init__(self, inner: ASGIApp, settings: Settings, admission: Admission, refuse: Any, tracer: Any) -> None:
-        """Wrap `inner`.
-
-        Args:
-            inner: answers what passes.
-            settings: whose CORS origins and log are used.
-            admission: says who passes.
-            refuse: returns (status, headers, body) for a RequestError and the path it was for, and counts it.
-            tracer: of OpenTelemetry; None traces nothing.
-        """
+    def __init__(self, inner: ASGIApp, settings: Settings, admission: Admission, metrics: Metrics, tracer: Any) -> None:
+        """Wrap `inner`, which answers what passes; without a `tracer` of OpenTelemetry nothing is traced."""
         self._inner = inner
         self._admission = admission
-        self._refuse = refuse
+        self._metrics = metrics
         self._tracer = tracer
         self._log_requests = settings.log_requests
         self._outer: ASGIApp = self._pass
@@ -74,10 +68,13 @@ class Edge:
         key: str | None = None
         try:
             try:
-                _check_path(scope["path"])
-                key = self._admission.check_headers(scope["path"], scope["headers"])
+                if _CONTROL.search(scope["path"]):
+                    shown = repr(scope["path"][:128])
+                    raise bad_request(f"the path {shown} holds a control character; no path here has one, see /")
+                key = self._admission.check(scope["path"], scope["headers"])
             except RequestError as error:
-                code, headers, content = self._refuse(error, scope["path"])
+                self._metrics.failed("", error.reason)
+                code, headers, content = error_response(error)
                 await answer({"type": "http.response.start", "status": code, "headers": headers})
                 await answer({"type": "http.response.body", "body": content})
                 return
@@ -103,13 +100,3 @@ class Edge:
                     rows=notes.get("rows"),
                     key=key,
                 )
-
-
-def _check_path(path: str) -> None:
-    """Refuse control characters: two readers of a path may see different ones in it.
-
-    Raises:
-        RequestError: 400 if there are any.
-    """
-    if _CONTROL.search(path):
-        raise bad_request(f"the path {path[:128]!r} holds a control character; no path here has one, see /")

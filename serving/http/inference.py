@@ -3,24 +3,25 @@
 import asyncio
 import json
 import time
-from typing import Any
+from typing import Any, Final
 
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from serving.answers import Prediction
-from serving.errors import Headers, RequestError, busy
+from serving.errors import Headers, RequestError, not_ready
 from serving.http.bodies import Bodies, ClientGone, header_length
 from serving.protocol.choices import Asked
 from serving.protocol.open_inference import json_headers
 from serving.scheduling.service import Served, Service
+
+STOPPED: Final = "the server stopped before this was answered"
 
 
 class Inference:
     """Answers `POST /v2/models/NAME/infer`."""
 
     def __init__(self, service: Service, bodies: Bodies) -> None:
-        """Prepare to answer with the models of `service`."""
         self._service = service
         self._bodies = bodies
 
@@ -40,7 +41,7 @@ class Inference:
         except asyncio.CancelledError:
             if not self._service.draining:
                 raise
-            status, headers, content = self._failure(served, stopped())
+            status, headers, content = self._failure(served, not_ready(STOPPED))
         except ClientGone:
             return
         except Exception as error:  # noqa: BLE001 -- whatever it was, the client waits for an answer
@@ -56,12 +57,7 @@ class Inference:
 async def predict(
     service: Service, served: Served, images: NDArray[Any], asked: Asked, scope: Scope, receive: Receive
 ) -> Prediction:
-    """Answer images; if the client hangs up before their turn has come, give up their place in the queue.
-
-    Raises:
-        ClientGone: if it does.
-        RequestError: as `Service.predict`.
-    """
+    """Answer images as `Service.predict`; if the client hangs up first, leave the queue and raise `ClientGone`."""
     answer = asyncio.ensure_future(service.predict(served, images, asked, scope.get("manygates.notes")))
     told = asyncio.ensure_future(receive())
     try:
@@ -87,8 +83,3 @@ def error_response(error: RequestError) -> tuple[int, Headers, bytes]:
     """Return the status, headers and body that tell of an error."""
     content = json.dumps({"error": str(error)}).encode()
     return error.status, json_headers(len(content)) + error.headers, content
-
-
-def stopped() -> RequestError:
-    """Return what a request is answered with that was not finished when the server stopped."""
-    return busy(503, "not_ready", "the server stopped before this was answered; try again, it may be another")

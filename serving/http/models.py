@@ -15,7 +15,6 @@ class Models:
     """Answers what is below `/v2/models` and `/v2/repository`, but for inference."""
 
     def __init__(self, service: Service, administration: Administration, bodies: Bodies) -> None:
-        """Prepare to tell of the models of `service`."""
         self._service = service
         self._administration = administration
         self._bodies = bodies

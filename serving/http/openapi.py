@@ -14,10 +14,11 @@ from typing import Any, Final
 import msgspec
 from starlette.routing import BaseRoute, Route
 
+from serving.engine.graphs import INPUT
 from serving.http.documented import Documented
 from serving.protocol import rest_messages
 from serving.protocol.open_inference import HEADER_LENGTH
-from serving.protocol.tensors import INPUT, ITEM_BYTES
+from serving.protocol.tensors import ITEM_BYTES
 from serving.scheduling.service import MAX_DRAWS, Served, Service
 
 Json = dict[str, Any]

@@ -18,10 +18,10 @@ from starlette.responses import JSONResponse, Response
 
 from serving.answers import Prediction
 from serving.engine.exits import read_confidence, read_exit
-from serving.errors import RequestError, bad_request, busy
+from serving.errors import RequestError, bad_request, busy, not_ready
 from serving.http.bodies import Bodies, ClientGone
 from serving.http.documented import Documented
-from serving.http.inference import note, predict, stopped
+from serving.http.inference import STOPPED, note, predict
 from serving.protocol.admission import Admission
 from serving.protocol.choices import Asked
 from serving.scheduling.scheduler import DeadlineExceeded
@@ -47,14 +47,9 @@ class Decoders:
         """Start to take work; files may have `max_pixels` pixels."""
         self._decode = functools.partial(decode_image, max_pixels=max_pixels)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._work: dict[Future[NDArray[np.float32]], asyncio.Future[NDArray[np.float32]]] = {}
+        self.work: dict[Future[NDArray[np.float32]], asyncio.Future[NDArray[np.float32]]] = {}
         """What is decoded or waits for a thread, and who waits for it."""
         self._stopped = False
-
-    @property
-    def busy(self) -> bool:
-        """Whether a thread is at work, or has work to do."""
-        return bool(self._work)
 
     async def decode(self, content: bytes, wanted: InputFormat) -> NDArray[np.float32]:
         """Return the pixels of an image file, (1, channel, height, width). A cancelled caller gives up its place.
@@ -64,14 +59,14 @@ class Decoders:
             BadImage: as `decode_image`.
         """
         if self._stopped:
-            raise busy(503, "not_ready", "the server is starting or stopping; try again, it may be another")
-        if len(self._work) >= _MAX_DECODING:
+            raise not_ready()
+        if len(self.work) >= _MAX_DECODING:
             raise busy(429, "queue_full", f"{_MAX_DECODING} images are being decoded; try again in a second")
         held = [content]  # what nobody waits for any more is not kept until a thread is free
         del content
         work = self._threads.submit(lambda: self._decode(held.pop(), wanted))
-        waiting = self._work[work] = asyncio.wrap_future(work)
-        work.add_done_callback(self._forget)
+        waiting = self.work[work] = asyncio.wrap_future(work)
+        work.add_done_callback(lambda done: self.work.pop(done, None))
         try:
             return await waiting
         finally:
@@ -80,19 +75,15 @@ class Decoders:
     def stop(self) -> None:
         """Cancel whoever still waits, and let the threads end after what they are doing; waits for nothing."""
         self._stopped = True
-        for waiting in list(self._work.values()):
+        for waiting in list(self.work.values()):
             waiting.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _forget(self, work: Future[NDArray[np.float32]]) -> None:
-        self._work.pop(work, None)
 
 
 class Pictures:
     """Classifies image files."""
 
     def __init__(self, service: Service, admission: Admission, bodies: Bodies) -> None:
-        """Prepare to answer with the models of `service`."""
         self._service = service
         self._admission = admission
         self._bodies = bodies
@@ -110,7 +101,7 @@ class Pictures:
     @property
     def busy(self) -> bool:
         """Whether a file is being decoded, also after the stop."""
-        return self._decoders is not None and self._decoders.busy
+        return self._decoders is not None and bool(self._decoders.work)
 
     @Documented("inference", takes="Picture", answer="Classification", refuses=(404, 408, 413, 415, 429, 500, 504))
     async def classify(self, request: Request) -> Response:
@@ -122,7 +113,7 @@ class Pictures:
         query = request.query_params
         served = self._service.find(query.get("model"), query.get("version"))
         # a key for some models only: here the path does not say which one is asked
-        self._admission.check_headers(request.url.path, request.headers.raw, served.name)
+        self._admission.check(request.url.path, request.headers.raw, served.name)
         request.state.model = served.name  # an error from here on is counted as this model's
         top = _top(query.get("top"), len(served.model.card.classes))
         asked = served.codec.choices.asked(_parameters(query))
@@ -144,7 +135,7 @@ class Pictures:
         except asyncio.CancelledError as error:
             if not self._service.draining:
                 raise
-            raise stopped() from error
+            raise not_ready(STOPPED) from error
         served.metrics.answered("classify", asked.plan, time.perf_counter() - started)
         note(request.scope, served, asked, 1)
         return JSONResponse(_classification(served, asked, answer, top))
@@ -152,7 +143,7 @@ class Pictures:
     async def _decode(self, served: Served, content: bytes, timeout: float | None) -> NDArray[np.float32]:
         """Decode within `timeout` seconds."""
         if self._decoders is None:
-            raise busy(503, "not_ready", "the server is starting or stopping; try again, it may be another")
+            raise not_ready()
         try:
             async with asyncio.timeout(timeout):
                 return await self._decoders.decode(content, served.model.card.input)

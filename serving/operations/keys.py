@@ -13,7 +13,6 @@ makes no sense leaves the keys as they were, so that a slip of the editor locks 
 
 import hashlib
 import hmac
-import logging
 import os
 import re
 import stat
@@ -23,10 +22,9 @@ from pathlib import Path
 from typing import Final, Self
 
 from serving.errors import RequestError
+from serving.operations.log import logger
 from zoo import vocabulary
 from zoo.errors import BadInput
-
-logger = logging.getLogger("manygates.serving")
 
 _LOOK_SECONDS: Final = 1.0
 _MAX_FILE_BYTES: Final = 2**20
@@ -48,7 +46,6 @@ class Keys:
     """The keys of one file, as it is now."""
 
     def __init__(self, file: Path, keys: tuple[_Key, ...], version: tuple[int, int, int]) -> None:
-        """Take what `from_file` has read."""
         self._file = file
         self._keys = keys
         self._version = version
@@ -57,11 +54,7 @@ class Keys:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Read a file of keys, and warn if others than its owner may read it.
-
-        Raises:
-            BadInput: if it cannot be read, holds no key, or has a line that is none; a message never shows a key.
-        """
+        """Read a file of keys, and warn if others may read it; BadInput, which shows no key, if it makes no sense."""
         file = Path(path)
         version = _version(file)
         return cls(file, _read(file), version)
@@ -73,20 +66,10 @@ class Keys:
             self._look()
         return self._generation
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the keys."""
-        return tuple(key.name for key in self._keys)
-
     def check(self, authorization: bytes | None, x_api_key: bytes | None, model: str | None = None) -> str:
-        """Return the name of the key that a request brings, if it may do what it wants.
+        """Return the name of the key that a request brings in a header, if it may ask the `model`, if any.
 
-        All keys are compared, each in constant time, whichever fits.
-
-        Args:
-            authorization: the header of that name; only `Bearer KEY` counts.
-            x_api_key: the header `X-API-Key`.
-            model: the name of the model it asks; None where it asks none.
+        All keys are compared, each in constant time, whichever fits. Of `authorization` only `Bearer KEY` counts.
 
         Raises:
             RequestError: 401 if it brings no key or an unknown one, 403 if its key is not for this model.

@@ -20,18 +20,10 @@ request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request
 """The request that is being answered; records say it unless they have one of their own (`extra={"request_id": …}`)."""
 
 _CLEAN: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_CLEAN_BYTES: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _UNCLEAN: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _OURS: Final = "manygates"
-_THEIRS: Final = (
-    "uvicorn",
-    "uvicorn.error",
-    "uvicorn.access",
-    "uvicorn.asgi",
-    "asyncio",
-    "py.warnings",
-    "opentelemetry",
-)
+_UVICORN: Final = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
+_THEIRS: Final = (*_UVICORN, "asyncio", "py.warnings", "opentelemetry")
 
 
 def configure(format: Literal["text", "json"] = "text", level: str = "info", stream: TextIO | None = None) -> None:
@@ -64,40 +56,14 @@ def configure(format: Literal["text", "json"] = "text", level: str = "info", str
 
 def clean_request_id(value: bytes | str | None) -> str | None:
     """Return a client's request id if it is 1 to 128 of A-Z a-z 0-9 . _ -, else None: it goes to logs and headers."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return value if _CLEAN.fullmatch(value) else None
-    return value.decode("ascii") if _CLEAN_BYTES.fullmatch(value) else None
+    if isinstance(value, bytes):
+        value = value.decode("latin-1")
+    return value if value is not None and _CLEAN.fullmatch(value) else None
 
 
-class _Ids:
-    """Ids that no other process has and nobody can guess from one of them: random bits, drawn some hundreds at a time.
-
-    What was drawn is thrown away in a child process, which would else give the same ids as its parent.
-    """
-
-    def __init__(self) -> None:
-        self._ready: list[str] = []
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)
-
-    def _forget(self) -> None:
-        self._ready = []
-
-    def __call__(self) -> str:
-        try:
-            return self._ready.pop()  # one step, so that no two threads get the same
-        except IndexError:
-            drawn = os.urandom(16 * 256).hex()
-            fresh = [drawn[start : start + 32] for start in range(0, len(drawn), 32)]
-            taken = fresh.pop()
-            self._ready = fresh
-            return taken
-
-
-new_request_id = _Ids()
-"""Return a new request id: 32 hexadecimal digits, 128 random bits."""
+def new_request_id() -> str:
+    """Return a new request id: 32 hexadecimal digits, 128 random bits."""
+    return os.urandom(16).hex()
 
 
 def log_request(
@@ -113,15 +79,8 @@ def log_request(
 ) -> None:
     """Write a line for a request; call it only where the setting log_requests is on.
 
-    Args:
-        method: such as POST.
-        path: without the query, which may hold anything; control characters are replaced and it is cut at 256.
-        status: of the answer.
-        seconds: from the whole head to the answer.
-        request_id: the client's, if clean, or ours.
-        model: that answered, or the one that was asked for, cut at 256 as well.
-        rows: how many images.
-        key: the name of the key, never the key.
+    `path` comes without the query, which may hold anything; it and the model's name are cut at 256 characters. The
+    `seconds` count from the whole head to the answer, `rows` are images, and `key` is a key's name, never the key.
     """
     message = f"{method[:16]} {path[:256]} {status} {1000 * seconds:.2f} ms"
     if rows is not None:
@@ -154,14 +113,11 @@ class _Text(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a line, and the traceback if there is one."""
-        known = _request_id_of(record)
         line = f"{_time(record)} {record.levelname} {record.name}: {_one_line(record.getMessage())}"
-        if known is not None:
+        if (known := _request_id_of(record)) is not None:
             line += f" [{known}]"
         error = _traceback(record)
-        if error is None:
-            return line
-        return "\n".join([line, *("  " + _one_line(part) for part in error.split("\n"))])
+        return "\n".join([line, *("  " + _one_line(part) for part in error.split("\n") if error)])
 
 
 class _Json(logging.Formatter):
@@ -175,17 +131,14 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        known = _request_id_of(record)
-        if known is not None:
+        if (known := _request_id_of(record)) is not None:
             document["request_id"] = known
-        model = getattr(record, "model", None)
-        if model is not None:
+        if (model := getattr(record, "model", None)) is not None:
             document["model"] = str(model)
         access = getattr(record, "access", None)
         if isinstance(access, dict):
             document.update({name: value for name, value in access.items() if name not in document})
-        error = _traceback(record)
-        if error is not None:
+        if error := _traceback(record):
             document["exc"] = error
         return json.dumps(document, ensure_ascii=True, default=str)
 
@@ -201,7 +154,8 @@ def _time(record: logging.LogRecord) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
-def _traceback(record: logging.LogRecord) -> str | None:
+def _traceback(record: logging.LogRecord) -> str:
+    """Return a record's traceback and stack; empty if it has none."""
     parts = []
     if record.exc_info and record.exc_info[0] is not None:
         parts.append(logging.Formatter().formatException(record.exc_info))
@@ -209,7 +163,7 @@ def _traceback(record: logging.LogRecord) -> str | None:
         parts.append(record.exc_text)
     if record.stack_info:
         parts.append(record.stack_info)
-    return "\n".join(parts) or None
+    return "\n".join(parts)
 
 
 def _one_line(text: str) -> str:

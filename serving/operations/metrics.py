@@ -105,7 +105,7 @@ class Metrics:
 
 
 class ModelMetrics:
-    """What one version of a model has done; a `BatchObserver`. `Metrics.add` comes before anything is counted."""
+    """What one version of a model has done. `Metrics.add` comes before anything is counted."""
 
     def __init__(
         self,
@@ -121,15 +121,9 @@ class ModelMetrics:
     ) -> None:
         """Describe what is counted.
 
-        Args:
-            model: its name, a label.
-            version: of the model, a label.
-            plan: how requests are answered that choose nothing.
-            shared_gates: whether all images of a batch take the same path.
-            num_exits: how many exits it has; 1 is not counted by exit.
-            waiting: tells how many images wait.
-            ready: tells whether it takes requests.
-            info: what else is told of it, such as the provider that computes.
+        `plan` is how requests are answered that choose nothing, `shared_gates` says whether all images of a batch take
+        the same path, and `num_exits` is 1 where nothing is counted by exit. `waiting` tells how many images wait now,
+        `ready` whether requests are taken now, and `info` what else there is to say, such as the provider.
         """
         self.labels = (model, version)
         self.plan = plan
@@ -194,14 +188,11 @@ class ModelMetrics:
             "inference_count": int(self._sum(metrics.images, "_total")),
             "execution_count": computed["count"],
             "inference_stats": {
+                **dict.fromkeys(("compute_input", "compute_output", "cache_hit", "cache_miss"), nothing),
                 "success": self._count_and_time(metrics.request_seconds),
                 "fail": {"count": self.failures, "ns": 0},
                 "queue": self._count_and_time(metrics.queue_seconds),
-                "compute_input": nothing,
                 "compute_infer": computed,
-                "compute_output": nothing,
-                "cache_hit": nothing,
-                "cache_miss": nothing,
             },
             "batch_stats": [],
         }

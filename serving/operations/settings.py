@@ -321,11 +321,6 @@ class Settings(_Answering):
             values["model_tables"] = [t for t in tables if not isinstance(t, dict) or t.get("source") in named]
         return cls(**values, origins=origins)
 
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """Return the defaults with what the environment sets, and the file that it names; see `resolve`."""
-        return cls.resolve({}, environment)
-
     def _from(self, name: str) -> str:
         return f" (from {self.origins[name]})" if name in self.origins else ""
 

@@ -85,11 +85,7 @@ def markdown_table() -> str:
 
 
 def with_table(page: str) -> str:
-    """Return a page with the table of settings between its markers.
-
-    Raises:
-        BadInput: if the page lacks the markers.
-    """
+    """Return a page with the table of settings between its markers; BadInput if it lacks them."""
     before, start, rest = page.partition(TABLE_START)
     _, end, after = rest.partition(TABLE_END)
     if not end:

@@ -31,11 +31,7 @@ def flag_of(name: str) -> str:
 
 
 def of_flags(flags: Mapping[str, Any], fields: Fields) -> Layer:
-    """Return the values of flags, by field; texts are read.
-
-    Raises:
-        BadInput: if one is no setting.
-    """
+    """Return the values of flags, by field; texts are read. BadInput if one is no setting."""
     layer = {}
     for name, value in flags.items():
         if name not in fields:

@@ -2,15 +2,14 @@
 
 import os
 import ssl
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from serving.operations.settings import Settings
 from zoo.errors import BadInput
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pems:
+class Pems(NamedTuple):
     """The contents of the files, as gRPC takes them."""
 
     key: bytes
@@ -19,12 +18,10 @@ class Pems:
 
 
 def ssl_context(settings: Settings) -> ssl.SSLContext | None:
-    """Return what a listening socket is wrapped in: TLS 1.2 or later, clients' certificates asked for if so set.
+    """Return what a listening socket is wrapped in; None where the settings name no certificate.
 
-    The certificate is tried on a handshake in memory before it is used.
-
-    Returns:
-        None where the settings name no certificate.
+    It takes TLS 1.2 or later, and asks for clients' certificates if so set. The server's is tried on a handshake in
+    memory before it is used.
 
     Raises:
         BadInput: if a file cannot be read or is no PEM, if the key is another's or is encrypted, or if the certificate
@@ -32,9 +29,7 @@ def ssl_context(settings: Settings) -> ssl.SSLContext | None:
     """
     if not settings.tls_certificate:
         return None
-    for name in ("tls_certificate", "tls_key", "tls_client_ca"):
-        if getattr(settings, name):
-            _read(name, getattr(settings, name))
+    _pems(settings)  # its errors name the setting
     _rehearse(settings)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -47,28 +42,20 @@ def ssl_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def renew(context: ssl.SSLContext, settings: Settings) -> None:
-    """Read the certificate and its key again, for connections from now on; who signs clients stays as it was.
-
-    Raises:
-        BadInput: as `ssl_context`; the context is then as it was.
-    """
+    """Read the certificate and its key again, not who signs clients. Errors, as of `ssl_context`, change nothing."""
     _rehearse(settings)
     _load_chain(context, settings)
 
 
 def pems(settings: Settings) -> Pems | None:
-    """Return the contents of the files, checked like `ssl_context` does; None where the settings name no certificate.
+    """Return the contents of the files, checked as `ssl_context` does; None where the settings name no certificate."""
+    return None if ssl_context(settings) is None else _pems(settings)
 
-    Raises:
-        BadInput: as `ssl_context`.
-    """
-    if ssl_context(settings) is None:
-        return None
-    return Pems(
-        key=_read("tls_key", settings.tls_key),
-        certificate=_read("tls_certificate", settings.tls_certificate),
-        client_ca=_read("tls_client_ca", settings.tls_client_ca) if settings.tls_client_ca else None,
-    )
+
+def _pems(settings: Settings) -> Pems:
+    certificate = _read("tls_certificate", settings.tls_certificate)
+    client_ca = _read("tls_client_ca", settings.tls_client_ca) if settings.tls_client_ca else None
+    return Pems(_read("tls_key", settings.tls_key), certificate, client_ca)
 
 
 def _read(name: str, file: str) -> bytes:

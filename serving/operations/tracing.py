@@ -6,25 +6,23 @@ nothing for them and a path through the server needs no span in hand. Where they
 path through the gates an image took, what it showed, or which key was used.
 """
 
-import importlib.metadata
-import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
 
 from serving.errors import Headers
+from serving.operations.log import logger
 from serving.operations.settings import Settings
 from zoo.errors import BadInput
+from zoo.vocabulary import VERSION
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import SpanProcessor
-
-logger = logging.getLogger("manygates.serving")
 
 _CLOSE_SECONDS: Final = 5.0
 _MAX_HEADER: Final = 512
@@ -34,11 +32,7 @@ _CALLS: Final = frozenset(("infer", "classify", "live", "ready", "load", "unload
 
 
 def make_tracer(settings: Settings) -> "Tracer | None":
-    """Return what writes spans and sends them by OTLP over HTTP; None where the settings ask for none.
-
-    Raises:
-        BadInput: if the packages for it are not installed.
-    """
+    """Return what sends spans by OTLP over HTTP, if that is wanted; BadInput if its packages are not installed."""
     if settings.tracing == "off":
         return None
     try:
@@ -54,17 +48,22 @@ def make_tracer(settings: Settings) -> "Tracer | None":
 
 @dataclass(slots=True)
 class RequestNotes:
-    """What is learnt of a request while it is answered; see `Tracer.record` for what each is."""
+    """What is learnt of a request while it is answered."""
 
     status: int = 500
-    """Unless it is answered."""
+    """The HTTP status of the answer, or the one that the gRPC code stands for."""
     model: str | None = None
     mode: str | None = None
     rows: int | None = None
+    """How many images."""
     queue_seconds: float | None = None
+    """Its wait for its first batch: a span `queue`, which ends where `compute` begins."""
     compute_seconds: float | None = None
+    """From there to its answer: a span `compute`, which ends with the request."""
     request_id: str | None = None
+    """If clean."""
     reason: str | None = None
+    """Of a failure, as in the metrics."""
 
     def answered(self, status: int) -> None:
         """Take the status of the answer; 0 is none, because the client has gone."""
@@ -82,51 +81,35 @@ class Tracer:
         from opentelemetry.trace.propagation import tracecontext
 
         named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-        version = {"service.version": _version()}
-        resource = Resource.create(version if named else {"service.name": "manygates", **version})
+        name = {} if named else {"service.name": "manygates"}
+        resource = Resource.create({**name, "service.version": VERSION})
         self._trace = trace
         self._propagator = tracecontext.TraceContextTextMapPropagator()
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
-        self._tracer = self._provider.get_tracer("manygates", _version())
+        self._tracer = self._provider.get_tracer("manygates", VERSION)
 
     def record(
         self,
         name: str,
+        notes: RequestNotes,
         *,
         started: float,
         ended: float,
-        status: int,
-        model: str | None = None,
-        mode: str | None = None,
-        rows: int | None = None,
-        queue_seconds: float | None = None,
-        compute_seconds: float | None = None,
-        protocol: str = "http",
+        protocol: Literal["http", "grpc"],
+        headers: Mapping[bytes, bytes],
         method: str | None = None,
-        request_id: str | None = None,
-        reason: str | None = None,
-        traceparent: bytes | None = None,
-        tracestate: bytes | None = None,
     ) -> None:
         """Write the span of a request that is answered.
 
         Args:
             name: what was asked, of few values: `infer`, `classify`; never a path that a client chose.
+            notes: what is known of it.
             started: when its head was there, by `time.perf_counter`.
             ended: when its answer was handed over, by the same clock.
-            status: the HTTP status of the answer, or the one that the gRPC code stands for.
-            model: that answered.
-            mode: `single`, `ensemble` or `random`.
-            rows: how many images.
-            queue_seconds: its wait for its first batch: a span `queue`, which ends where `compute` begins.
-            compute_seconds: from there to its answer: a span `compute`, which ends with the request.
-            protocol: `http` or `grpc`.
+            protocol: by which it came.
+            headers: `traceparent` and `tracestate` are read; what makes no sense begins a new trace.
             method: of HTTP.
-            request_id: if clean.
-            reason: of a failure, as in the metrics.
-            traceparent: the header; one that makes no sense begins a new trace.
-            tracestate: the header.
         """
         trace = self._trace
         # the clock of requests counts from anywhere, that of spans from 1970
@@ -134,57 +117,50 @@ class Tracer:
         begin, end = int(started * 1e9) + offset, int(ended * 1e9) + offset
         attributes: dict[str, str | int | None] = {
             "network.protocol.name": protocol,
-            "http.response.status_code": status if protocol == "http" else None,
+            "http.response.status_code": notes.status if protocol == "http" else None,
             "http.request.method": method if method is None or method in _METHODS else "_OTHER",
-            "manygates.model": model,
-            "manygates.mode": mode,
-            "manygates.rows": rows,
-            "manygates.request_id": request_id,
-            "error.type": reason,
+            "manygates.model": notes.model,
+            "manygates.mode": notes.mode,
+            "manygates.rows": notes.rows,
+            "manygates.request_id": notes.request_id,
+            "error.type": notes.reason,
         }
         span = self._tracer.start_span(
             name,
-            self._parent(traceparent, tracestate),
+            self._parent(headers),
             kind=trace.SpanKind.SERVER,
             attributes={key: value for key, value in attributes.items() if value is not None},
             start_time=begin,
         )
-        if status >= 500:
-            span.set_status(trace.StatusCode.ERROR, reason)
+        if notes.status >= 500:
+            span.set_status(trace.StatusCode.ERROR, notes.reason)
         if span.is_recording():
-            compute_from = end if compute_seconds is None else max(begin, end - int(compute_seconds * 1e9))
             inside = trace.set_span_in_context(span)
-            if queue_seconds is not None:
-                first = max(begin, compute_from - int(queue_seconds * 1e9))
-                self._tracer.start_span("queue", inside, start_time=first).end(compute_from)
-            if compute_seconds is not None:
+            compute_from = end
+            if notes.compute_seconds is not None:
+                compute_from = max(begin, end - int(notes.compute_seconds * 1e9))
                 self._tracer.start_span("compute", inside, start_time=compute_from).end(end)
+            if notes.queue_seconds is not None:
+                first = max(begin, compute_from - int(notes.queue_seconds * 1e9))
+                self._tracer.start_span("queue", inside, start_time=first).end(compute_from)
         span.end(end)
 
     @contextmanager
     def request(self, method: str, path: str, headers: Headers) -> Iterator["RequestNotes"]:
-        """Write the span of an HTTP request that is answered inside the block.
+        """Write the span of an HTTP request that is answered inside the block; the names of headers are in lower case.
 
-        Args:
-            method: of HTTP.
-            path: which call it is; only the calls we have are told apart, so that a client can invent no names.
-            headers: `traceparent` and `tracestate` are read, in lower case.
+        Of the path only the calls we have are told apart, so that a client can invent no names.
         """
         notes = RequestNotes()
         started = time.perf_counter()
         try:
             yield notes
         finally:
-            given = dict(headers)
             called = path.rstrip("/").rpartition("/")[2]
+            name = called if called in _CALLS else "other"
+            ended = time.perf_counter()
             self.record(
-                called if called in _CALLS else "other",
-                started=started,
-                ended=time.perf_counter(),
-                method=method,
-                traceparent=given.get(b"traceparent"),
-                tracestate=given.get(b"tracestate"),
-                **asdict(notes),
+                name, notes, started=started, ended=ended, protocol="http", headers=dict(headers), method=method
             )
 
     def close(self, seconds: float = _CLOSE_SECONDS) -> None:
@@ -199,20 +175,10 @@ class Tracer:
         if closing.is_alive():
             logger.warning("some traces were not sent within %g seconds", seconds)
 
-    def _parent(self, traceparent: bytes | None, tracestate: bytes | None) -> "Context":
+    def _parent(self, headers: Mapping[bytes, bytes]) -> "Context":
         """Return the context in which a client asks; an empty one where it says nothing that can be understood."""
         from opentelemetry.context import Context
 
-        if traceparent is None or len(traceparent) > _MAX_HEADER:
-            return Context()
-        carrier = {"traceparent": traceparent.decode("latin-1")}
-        if tracestate is not None and len(tracestate) <= _MAX_HEADER:
-            carrier["tracestate"] = tracestate.decode("latin-1")
+        given = {name.decode(): headers.get(name, b"") for name in (b"traceparent", b"tracestate")}
+        carrier = {name: value.decode("latin-1") for name, value in given.items() if 0 < len(value) <= _MAX_HEADER}
         return self._propagator.extract(carrier, Context())
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("manygates")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "0"

@@ -23,21 +23,15 @@ class Admission:
     """Who may ask for what: everybody, or who has a key."""
 
     def __init__(self, settings: Settings) -> None:
-        """Read the files of keys.
-
-        Raises:
-            BadInput: if a file cannot be read or is malformed.
-        """
+        """Read the files of keys; BadInput if one cannot be read or is malformed."""
         self._keys = Keys.from_file(settings.api_keys_file) if settings.api_keys_file else None
         self._administrators = Keys.from_file(settings.admin_keys_file) if settings.admin_keys_file else None
 
     @property
     def generation(self) -> tuple[int, int]:
         """Changes whenever other keys hold than before."""
-        return (
-            0 if self._keys is None else self._keys.generation,
-            0 if self._administrators is None else self._administrators.generation,
-        )
+        keys, administrators = self._keys, self._administrators
+        return (0 if keys is None else keys.generation, 0 if administrators is None else administrators.generation)
 
     def reload(self) -> None:
         """Read the files of keys again; what makes no sense leaves the keys as they were."""
@@ -45,39 +39,24 @@ class Admission:
             if keys is not None:
                 keys.reload()
 
-    def check(
-        self, path: str, authorization: bytes | None, api_key: bytes | None, model: str | None = None
-    ) -> str | None:
+    def check(self, path: str, headers: Headers, model: str | None = None) -> str | None:
         """Return the name of the key that allows a request; None where none is needed.
 
         Args:
             path: the request's, or what it would be over HTTP.
-            authorization: the header or metadata of that name.
-            api_key: the header or metadata `x-api-key`.
+            headers: its headers or metadata, whose names are in lower case.
             model: which model is asked for; None reads it from the path.
 
         Raises:
             RequestError: 401 without a key that holds, 403 if it does not hold for this model.
         """
-        if path in _OPEN:
-            return None
         administration = path.startswith(_ADMINISTRATION)
         keys = self._administrators if administration and self._administrators is not None else self._keys
-        if keys is None:
+        if keys is None or path in _OPEN:
             return None
-        return keys.check(authorization, api_key, model_named_in(path) if model is None else model)
-
-    def check_headers(self, path: str, headers: Headers, model: str | None = None) -> str | None:
-        """Do the same with the headers of an HTTP request, whose names are in lower case."""
-        if self._keys is None and self._administrators is None:
-            return None
-        authorization = api_key = None
-        for name, value in headers:
-            if name == b"authorization":
-                authorization = value
-            elif name == b"x-api-key":
-                api_key = value
-        return self.check(path, authorization, api_key, model)
+        brought = dict(headers)
+        named = model_named_in(path) if model is None else model
+        return keys.check(brought.get(b"authorization"), brought.get(b"x-api-key"), named)
 
 
 class ByteBudget:
@@ -96,11 +75,7 @@ class ByteBudget:
         return self.held + length <= self.limit
 
     def take(self, length: int) -> int:
-        """Account for bytes that have come; returns their number.
-
-        Raises:
-            RequestError: 503 if there is no room for them among those of the others.
-        """
+        """Account for bytes that have come, and return their number; 503 if there is no room for them."""
         if self.held + length > self.limit:
             raise self.exhausted()
         self.held += length

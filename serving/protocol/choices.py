@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -9,9 +10,8 @@ from numpy.typing import NDArray
 
 from serving.answers import Plan
 from serving.engine.exits import ExitChoice, num_exits, read_confidence
-from serving.errors import bad_request
-from serving.protocol.shown import shown
-from serving.protocol.tensors import AGREEMENT, EXIT, OUTPUTS
+from serving.engine.graphs import AGREEMENT, EXIT, OUTPUTS
+from serving.errors import bad_request, shown
 from zoo.bundle.card import Card
 from zoo.errors import BadInput
 from zoo.vocabulary import Mode
@@ -20,6 +20,8 @@ MAX_TIMEOUT: Final = 86_400_000_000
 """Microseconds: a day."""
 MAX_PRIORITY: Final = 2
 _UNSUPPORTED: Final = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size", "classification")
+
+_ONE_PATH: Final = Plan("single")
 
 Parameters = dict[str, Any]
 
@@ -41,37 +43,29 @@ class Asked:
 NOTHING_ASKED: Final = Asked()
 
 
+@dataclass(frozen=True)
 class Choices:
     """What requests may choose of one model."""
 
-    def __init__(
-        self,
-        card: Card,
-        *,
-        plan: Plan | None = None,
-        modes: Sequence[Mode] = (),
-        voting: Sequence[Mode] = (),
-        max_draws: int = 1,
-        may_choose_exit: bool = False,
-    ) -> None:
-        """Prepare for a model; the arguments are those of `Codec`."""
-        self._name = card.name
-        self._num_exits = num_exits(card)
-        self._may_choose_exit = may_choose_exit
-        self._plan = plan or Plan("single")
-        self._modes = tuple(modes)
-        self._voting = tuple(voting)
-        self._max_draws = max_draws
-        votes = self._votes(self._plan) or any(mode in self._modes for mode in self._voting)
-        self.outputs = (*OUTPUTS, *([EXIT] if self._num_exits > 1 else []), *([AGREEMENT] if votes else []))
+    card: Card
+    plan: Plan = _ONE_PATH
+    """How a request is answered that chooses nothing."""
+    modes: Sequence[Mode] = ()
+    """What a request may choose instead; empty where it may not choose."""
+    voting: Sequence[Mode] = ()
+    """The modes that can tell their agreement; `random` does with more than one draw only."""
+    max_draws: int = 1
+    may_choose_exit: bool = False
+    """Whether a request may say which exit of a multi-exit model is to answer."""
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
         """The names of all outputs that a request may ask for."""
+        votes = self._votes(self.plan) or any(mode in self.modes for mode in self.voting)
+        return (*OUTPUTS, *([EXIT] if num_exits(self.card) > 1 else []), *([AGREEMENT] if votes else []))
 
     def asked(self, parameters: Parameters) -> Asked:
-        """Return what a request's parameters ask for.
-
-        Raises:
-            RequestError: 400 if they make no sense, or ask for what requests may not choose.
-        """
+        """Return what a request's parameters ask for; 400 if it makes no sense, or requests may not choose it."""
         if not parameters:
             return NOTHING_ASKED
         return Asked(
@@ -82,14 +76,10 @@ class Choices:
         )
 
     def check_output(self, name: object, asked: Asked) -> str:
-        """Return the name of an output that a request may have.
-
-        Raises:
-            RequestError: 400 if the model has none of this name, or not for this request.
-        """
+        """Return the name of an output that a request may have; 400 for any other."""
         if not isinstance(name, str) or name not in self.outputs:
-            raise bad_request(f"unknown output {shown(name)}; {self._name} has {', '.join(self.outputs)}")
-        plan = asked.plan or self._plan
+            raise bad_request(f"unknown output {shown(name)}; {self.card.name} has {', '.join(self.outputs)}")
+        plan = asked.plan or self.plan
         if name == AGREEMENT and not self._votes(plan):
             raise bad_request(
                 f"the output {name!r} needs several votes, but the request is answered in mode {plan.mode!r} by one; "
@@ -98,43 +88,42 @@ class Choices:
         return name
 
     def _votes(self, plan: Plan) -> bool:
-        return plan.mode in self._voting and (plan.mode != "random" or plan.draws > 1)
+        return plan.mode in self.voting and (plan.mode != "random" or plan.draws > 1)
 
     def _chosen_plan(self, mode: Any, draws: Any) -> Plan | None:
         if mode is None and draws is None:
             return None
-        if not self._modes:
+        if not self.modes:
             raise bad_request(
                 f"the request chooses by {'draws' if mode is None else 'mode'!r}, but here the server chooses how it "
                 "answers; leave it out (the operator may allow it with MANYGATES_SERVE_ALLOW_MODE_CHOICE=true)"
             )
-        chosen = self._plan.mode if mode is None else mode
-        if chosen not in self._modes:
-            raise bad_request(f"mode is {shown(mode)}, expected one of {', '.join(self._modes)}")
+        chosen = self.plan.mode if mode is None else mode
+        if chosen not in self.modes:
+            raise bad_request(f"mode is {shown(mode)}, expected one of {', '.join(self.modes)}")
         if draws is None:
-            return self._unless_default(Plan(chosen, self._plan.draws if chosen == self._plan.mode == "random" else 1))
+            return self._unless_default(Plan(chosen, self.plan.draws if chosen == self.plan.mode == "random" else 1))
         if chosen != "random":
             raise bad_request(f"draws is {shown(draws)}, but mode {chosen!r} draws no paths; leave it out")
-        if type(draws) is not int or not 1 <= draws <= self._max_draws:
-            raise bad_request(f"draws is {shown(draws)}, expected a whole number from 1 to {self._max_draws}")
+        if type(draws) is not int or not 1 <= draws <= self.max_draws:
+            raise bad_request(f"draws is {shown(draws)}, expected a whole number from 1 to {self.max_draws}")
         return self._unless_default(Plan(chosen, draws))
 
     def _unless_default(self, plan: Plan) -> Plan | None:
         """Return a plan; None for the default, so that such requests share batches with those that choose nothing."""
-        return None if plan == self._plan else plan
+        return None if plan == self.plan else plan
 
     def _exit_limits(self, parameters: Parameters) -> NDArray[np.float32] | None:
-        """Return the limits, float32 (exit - 1), that the parameters `exit` or `confidence` stand for; None without.
-
-        Raises:
-            RequestError: 400 if they make no sense, the model has only one exit, or requests may not choose.
-        """
+        """Return the limits, float32 (exit - 1), that `exit` or `confidence` stand for; None without either."""
         given = [name for name in (EXIT, "confidence") if parameters.get(name) is not None]
         if not given:
             return None
-        if self._num_exits == 1:
-            raise bad_request(f"the request chooses by {given[0]!r}, but {self._name} has only one exit; leave it out")
-        if not self._may_choose_exit:
+        exits = num_exits(self.card)
+        if exits == 1:
+            raise bad_request(
+                f"the request chooses by {given[0]!r}, but {self.card.name} has only one exit; leave it out"
+            )
+        if not self.may_choose_exit:
             raise bad_request(
                 f"the request chooses by {given[0]!r}, but here the server chooses which exit answers; leave it out "
                 "(the operator may allow it with MANYGATES_SERVE_ALLOW_EXIT_CHOICE=true)"
@@ -143,17 +132,13 @@ class Choices:
         try:
             if isinstance(confidence, str):
                 confidence = read_confidence(confidence)
-            return ExitChoice(exit=parameters.get(EXIT), confidence=confidence).limits(self._name, self._num_exits)
+            return ExitChoice(exit=parameters.get(EXIT), confidence=confidence).limits(self.card.name, exits)
         except BadInput as error:
             raise bad_request(str(error)) from error
 
 
 def checked_parameters(parameters: Parameters, where: str) -> Parameters:
-    """Return the parameters of a request, or of a part of it.
-
-    Raises:
-        RequestError: 400 if they ask for an extension that we do not have.
-    """
+    """Return the parameters of a request, or of a part of it; 400 for an extension that we do not have."""
     for name in _UNSUPPORTED:
         if name in parameters:
             raise bad_request(f"{where} has the parameter {name!r}, which this server does not offer; remove it")

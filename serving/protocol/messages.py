@@ -27,11 +27,7 @@ def pool() -> DescriptorPool:
 
 @functools.cache
 def message(name: str) -> Any:
-    """Return the class of a message, such as `ModelInferRequest`.
-
-    Raises:
-        KeyError: if the protocol has none of this name.
-    """
+    """Return the class of a message, such as `ModelInferRequest`; KeyError for one that the protocol has not."""
     return GetMessageClass(pool().FindMessageTypeByName(f"inference.{name}"))
 
 
@@ -44,10 +40,9 @@ _LISTS: Final[dict[int, Any]] = {5: {5: {}}, 6: {}}
 
 
 def check_infer_request(body: bytes, max_parts: int) -> None:
-    """Refuse a request of very many small parts: 16 MB of empty ones take 400 MB and a second to parse.
+    """Refuse, with Malformed, a request that does not hold its fields, or more than `max_parts` of them.
 
-    Raises:
-        Malformed: if it has more than `max_parts` fields, or its fields do not fit into it.
+    16 MB of empty ones take 400 MB and a second to parse.
     """
     _count(body, 0, len(body), _LISTS, max_parts)
 

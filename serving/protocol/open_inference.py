@@ -5,29 +5,26 @@ tensor (`Inference-Header-Content-Length: 0`). Everything is checked here, befor
 that gets through cannot fail in the model.
 
 Further outputs come only to requests that name them: `exit` of a multi-exit model; and `agreement`, the share of draws
-or members that vote for the winner. The parameters of a request may set `timeout` (microseconds) and `priority` (2
-yields to others) and, where the operator allows it, choose by `exit` or `confidence` which exit answers, and by `mode`
-and `draws` how.
+or members that vote for the winner. What the parameters of a request may choose is in `serving.protocol.choices`.
 
 https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.answers import Plan, Prediction
-from serving.errors import Headers, bad_request
+from serving.answers import Prediction
+from serving.engine.graphs import INPUT, OUTPUTS
+from serving.errors import Headers, bad_request, shown
 from serving.protocol.choices import NOTHING_ASKED, Asked, Choices, Parameters, checked_parameters
-from serving.protocol.shown import shown
-from serving.protocol.tensors import INPUT, OUTPUTS, Tensors, bytes_of, datatype_of, output_of, pixels_of_json
+from serving.protocol.tensors import Tensors, bytes_of, datatype_of, output_of, pixels_of_json
 from zoo.bundle.card import Card
-from zoo.vocabulary import Mode
 
 HEADER_LENGTH: Final = b"inference-header-content-length"
 VERSION: Final = "1"
@@ -80,32 +77,18 @@ class Codec:
     def __init__(
         self,
         card: Card,
+        choices: Choices | None = None,
         *,
         max_rows: int,
         version: str = VERSION,
-        plan: Plan | None = None,
-        modes: Sequence[Mode] = (),
-        voting: Sequence[Mode] = (),
-        max_draws: int = 1,
-        may_choose_exit: bool = False,
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Prepare for a model.
+        """Prepare for a model whose requests may hold `max_rows` images.
 
-        Args:
-            card: of the model.
-            max_rows: how many images one request may hold.
-            version: the model's.
-            plan: how a request is answered that chooses nothing; None is by one path.
-            modes: what a request may choose instead; empty where it may not choose.
-            voting: the modes that can tell their agreement; `random` does with more than one draw only.
-            max_draws: how many draws a request may choose.
-            may_choose_exit: whether a request may say which exit of a multi-exit model is to answer.
-            details: what the metadata tells beside the protocol's own fields.
+        `choices` is what a request may choose, None is nothing. `details` is what the metadata tells beside the
+        protocol's own fields.
         """
-        self.choices = Choices(
-            card, plan=plan, modes=modes, voting=voting, max_draws=max_draws, may_choose_exit=may_choose_exit
-        )
+        self.choices = choices or Choices(card)
         self.tensors = Tensors(card, max_rows)
         self._name = card.name
         self._version = version
@@ -129,11 +112,7 @@ class Codec:
         }
 
     def decode(self, body: bytes, header_length: bytes | None) -> InferRequest:
-        """Read and check a request.
-
-        Args:
-            body: the whole body.
-            header_length: the value of `Inference-Header-Content-Length`, if it was sent.
+        """Read and check a request: its whole body and the value of `Inference-Header-Content-Length`, if it was sent.
 
         Raises:
             RequestError: 400 with what is wrong, 413 for too many images.

@@ -11,14 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.answers import Prediction
-from serving.errors import RequestError, bad_request
-from serving.protocol.shown import shown
+from serving.engine.graphs import AGREEMENT, EXIT, INPUT
+from serving.errors import RequestError, bad_request, shown
 from zoo.bundle.card import Card
 
-INPUT: Final = "images"
-OUTPUTS: Final = ("probabilities", "logits")
-EXIT: Final = "exit"
-AGREEMENT: Final = "agreement"
 ITEM_BYTES: Final = {"FP32": 4, "UINT8": 1}
 """Datatype of the input -> bytes of a number."""
 _WIRE: Final = {"probabilities": "<f4", "logits": "<f4", EXIT: "<i8", AGREEMENT: "<f4"}
@@ -36,11 +32,7 @@ class Tensors:
         self._classes = len(card.classes)
 
     def rows(self, shape: Any) -> int:
-        """Return how many images a declared shape means.
-
-        Raises:
-            RequestError: 400 for any other shape than this model's, 413 for too many images.
-        """
+        """Return how many images a declared shape means; 400 for another model's shape, 413 for too many images."""
         whole = isinstance(shape, list) and all(type(size) is int for size in shape)
         if not whole or tuple(shape[1:]) != self.image_shape or shape[0] < 1:
             expected = f"[images, {', '.join(map(str, self.image_shape))}]"
@@ -71,11 +63,7 @@ class Tensors:
             )
 
     def check_datatype(self, datatype: object) -> str:
-        """Return the name of a datatype that pixels may have.
-
-        Raises:
-            RequestError: 400 for any other.
-        """
+        """Return the name of a datatype that pixels may have; 400 for any other."""
         if not isinstance(datatype, str) or datatype not in ITEM_BYTES:
             raise bad_request(
                 f"the input {INPUT!r} has datatype {shown(datatype)}, expected FP32 (pixels in [0, 1]) or UINT8 (0 to "
@@ -84,11 +72,7 @@ class Tensors:
         return datatype
 
     def pixels(self, content: bytes, datatype: str, rows: int) -> NDArray[Any]:
-        """Return the checked pixels of a raw little-endian tensor, FP32 or UINT8, of the right size.
-
-        Raises:
-            RequestError: 400 for another type or size, or pixels outside [0, 1].
-        """
+        """Return the pixels of a raw little-endian tensor, FP32 or UINT8; 400 for another size, or outside [0, 1]."""
         expected = rows * self.image_items * ITEM_BYTES[self.check_datatype(datatype)]
         if len(content) != expected:
             raise bad_request(
@@ -98,11 +82,7 @@ class Tensors:
         return self.view(content, 0, datatype, rows)
 
     def view(self, body: bytes, offset: int, datatype: str, rows: int) -> NDArray[Any]:
-        """Return the checked pixels of a raw tensor of the right size, which begins at `offset` of a body.
-
-        Raises:
-            RequestError: 400 for pixels outside [0, 1].
-        """
+        """Return the pixels of a raw tensor of the right size, from `offset` of a body on; 400 if outside [0, 1]."""
         shape = (rows, *self.image_shape)
         if datatype == "UINT8":
             return np.frombuffer(body, dtype=np.uint8, offset=offset).reshape(shape)
@@ -120,11 +100,7 @@ class Tensors:
 
 
 def pixels_of_json(data: Any, shape: tuple[int, ...], datatype: str) -> NDArray[np.float32]:
-    """Return the checked pixels of flat or nested numbers: float32 in [0, 1], of `shape`.
-
-    Raises:
-        RequestError: 400 for anything but as many numbers as `shape` says, all in the datatype's range.
-    """
+    """Return the pixels of flat or nested numbers, float32 in [0, 1] of `shape`; 400 if they do not fit it."""
     numbers = _numbers(data, shape)
     if datatype == "UINT8":
         # compared as Python's integers, which have no width to overflow

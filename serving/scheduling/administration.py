@@ -25,11 +25,7 @@ class Administration:
         return [entry for entry in entries if entry["state"] == "READY" or not only_ready]
 
     def check_changes(self) -> Repository:
-        """Return the repository, if clients may load and unload models.
-
-        Raises:
-            RequestError: 403 if they may not.
-        """
+        """Return the repository, if clients may load and unload models; 403 if they may not."""
         if self._repository is None or not self._service.settings.allow_repository_changes:
             raise RequestError(
                 403,
@@ -51,9 +47,5 @@ class Administration:
         return await repository.load(self._service, name)
 
     async def unload(self, name: str) -> None:
-        """Serve a model no longer, until it is loaded again.
-
-        Raises:
-            RequestError: 403 if clients may not, 404 for a model that is not served.
-        """
+        """Serve a model no longer, until it is loaded again; 403 if clients may not, 404 if it is not served."""
         await self.check_changes().unload(self._service, name)

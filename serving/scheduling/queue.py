@@ -1,26 +1,25 @@
 """The requests that wait for one model, and whose turn it is.
 
 This is state and rules alone: it starts no thread and calls no model. `serving.scheduling.scheduler` owns it on the
-event loop, takes batches from it, has them computed and tells the callers. Rows are accounted per request: a request
-of many rows is cut into several batches, and a batch may hold parts of several.
+event loop. A request of many rows is cut into several batches, and a batch may hold parts of several requests.
 
 Small requests come before bulk ones, but every fourth batch is bulk if any waits; among requests of one kind the oldest
 is next.
 """
 
 import asyncio
-import logging
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Final, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.answers import Plan, Prediction, Predictor
-
-logger = logging.getLogger("manygates.serving")
+from serving.operations.log import logger
+from serving.operations.metrics import ModelMetrics
 
 _BULK_EVERY: Final = 4
 _GUESS_SECONDS: Final = 0.001
@@ -39,55 +38,21 @@ Outcome = Prediction | Exception
 Done = Callable[[Outcome], None]
 
 
-class BatchObserver(Protocol):
-    """Is told what happened to batches; on the event loop's thread."""
-
-    def request_started(self, queue_seconds: float) -> None:
-        """A request's first row left the queue."""
-        ...
-
-    def batch_finished(self, answer: Prediction, compute_seconds: float, plan: Plan | None) -> None:
-        """A batch of images was answered."""
-        ...
-
-
+@dataclass(slots=True, eq=False)
 class Ticket:
     """One caller's images in a queue, and how far they have got."""
 
-    __slots__ = (
-        "answer",
-        "arrived",
-        "done",
-        "images",
-        "lane",
-        "limits",
-        "next_row",
-        "open_rows",
-        "queue",
-        "started",
-        "timer",
-    )
-
-    def __init__(
-        self,
-        queue: "Queue",
-        images: NDArray[Any],
-        limits: NDArray[np.float32] | None,
-        done: Done,
-        lane: "deque[Ticket]",
-        arrived: float,
-    ) -> None:
-        self.queue = queue
-        self.images = images
-        self.limits = limits
-        self.done: Done | None = done
-        self.lane = lane
-        self.arrived = arrived
-        self.started = arrived
-        self.next_row = 0
-        self.open_rows = len(images)
-        self.answer: Prediction | None = None
-        self.timer: asyncio.TimerHandle | None = None
+    queue: "Queue"
+    images: NDArray[Any]
+    limits: NDArray[np.float32] | None
+    done: Done | None
+    lane: "deque[Ticket]"
+    arrived: float
+    started: float
+    open_rows: int
+    next_row: int = 0
+    answer: Prediction | None = None
+    timer: asyncio.TimerHandle | None = None
 
     def settle(self, outcome: Outcome) -> None:
         """Tell the caller, once."""
@@ -141,18 +106,18 @@ class Queue:
         bulk_images: int = 0,
         queue_timeout: float = 30.0,
         weight: float = 1.0,
-        observer: BatchObserver | None = None,
+        observer: ModelMetrics | None = None,
     ) -> None:
         """Prepare; the scheduler opens it.
 
         Args:
             predictor: answers; it is called from several threads.
             max_batch: images in a batch, at most.
-            max_queue: images waiting, at most; a request beyond that is refused.
+            max_queue: images waiting, at most.
             bulk_images: requests of more images than this yield to the others; 0 is `max_batch`.
             queue_timeout: seconds after which a request that is still waiting is refused.
             weight: the model's share of the workers, relative to the other models'.
-            observer: is told about requests and batches.
+            observer: is told about requests and batches; on the event loop's thread.
         """
         self.predictor = predictor
         self.max_batch = max_batch
@@ -192,12 +157,7 @@ class Queue:
         bulk: bool,
         now: float,
     ) -> Ticket:
-        """Append a request; see `Scheduler.enter`.
-
-        Raises:
-            QueueFull: if `max_queue` images would be exceeded.
-            Draining: if the queue is not open.
-        """
+        """Append a request; see `Scheduler.enter`, also for the errors."""
         if not self.accepting:
             raise Draining
         rows = len(images)
@@ -207,7 +167,7 @@ class Queue:
         if lanes is None:
             lanes = self._lanes[plan] = _Lanes(deque(), deque())
         lane = lanes.bulk if bulk or rows * (1 if plan is None else plan.draws) > self._bulk_images else lanes.small
-        ticket = Ticket(self, images, limits, done, lane, now)
+        ticket = Ticket(self, images, limits, done, lane, now, now, rows)
         lane.append(ticket)
         self.waiting += rows
         self._open_tickets += 1
@@ -255,10 +215,8 @@ class Queue:
         """Yield the requests that a batch's answer completes, with their rows of it."""
         row = 0
         for ticket, start, stop in parts:
-            rows = stop - start
-            if len(parts) == 1:
-                own = answer
-            else:
+            rows, own = stop - start, answer
+            if len(parts) > 1:
                 end = row + rows
                 own = Prediction(*(None if values is None else values[row:end] for values in answer))  # type: ignore[arg-type]
             row += rows

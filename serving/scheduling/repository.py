@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import logging
 import re
 import stat
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from serving.engine.engine import Engine
 from serving.engine.exits import ExitChoice
 from serving.engine.graphs import choose_mode, graph_files, modes_of
 from serving.errors import RequestError
+from serving.operations.log import logger
 from serving.operations.settings import ModelSettings, Settings
 from serving.protocol.open_inference import VERSION
 from serving.scheduling.service import Model, Service
@@ -29,8 +29,6 @@ from zoo.bundle.bundle import CARD_FILE
 from zoo.errors import BadInput, BundleError, ManygatesError
 from zoo.hub.source import LOCAL_PREFIX, find, resolve
 from zoo.vocabulary import NAME
-
-logger = logging.getLogger("manygates.serving")
 
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
 _MOMENT: Final = 0.1  # seconds; a bundle is replaced by two renames
@@ -56,16 +54,22 @@ class Entry:
     late: bool = False
     """Whether it was found when all else was served; it costs no readiness if it cannot be loaded."""
 
+    @property
+    def shown(self) -> str:
+        """Its name, or its source while no card has said its name."""
+        return self.name or self.settings.source
+
+    @property
+    def folder(self) -> Path:
+        """Where its bundle lies, if that is on this machine."""
+        return Path(self.settings.source.removeprefix(LOCAL_PREFIX))
+
 
 class Repository:
     """The models that are served or could be."""
 
     def __init__(self, settings: Settings) -> None:
-        """Look for the models of `settings`; `load_all` loads them.
-
-        Raises:
-            BadInput: if the repository is no folder.
-        """
+        """Look for the models of `settings`; `load_all` loads them. BadInput if the repository is no folder."""
         self._settings = settings
         self._entries: list[Entry] = [Entry(settings=model) for model in settings.model_settings]
         # not resolved: a link is followed at every look, because a release may be made by changing it
@@ -116,7 +120,7 @@ class Repository:
         """Say what should be served and is not, and what can be done; empty if nothing is missing."""
         if self.complete:
             return ""
-        lacking = [entry.name or entry.settings.source for entry in self._entries if entry.state != "READY"]
+        lacking = [entry.shown for entry in self._entries if entry.state != "READY"]
         what = f"{', '.join(lacking)} cannot be loaded" if lacking else "the model repository is empty"
         if self._settings.reload_seconds or self._settings.allow_repository_changes:
             return f"{what}; the server is ready when that is mended, or at once with --allow-empty"
@@ -125,18 +129,15 @@ class Repository:
     def index(self) -> list[dict[str, str]]:
         """Return what the protocol calls the repository's index."""
         return [
-            {"name": entry.name or entry.settings.source, "version": entry.version, "state": entry.state}
-            | {"reason": entry.reason}
+            {"name": entry.shown, "version": entry.version, "state": entry.state, "reason": entry.reason}
             for entry in self._entries
         ]
 
     async def load(self, service: Service, name: str) -> list[str]:
         """Load a model of the index, all of its versions, again if they are served already.
 
-        A version that has gone from the repository is served no longer. What can be loaded is, whatever else fails.
-
-        Returns:
-            The versions that have gone.
+        A version that has gone from the repository is served no longer; returns those. What can be loaded is, whatever
+        else fails.
 
         Raises:
             RequestError: 404 if there is none of this name, 400 if a version cannot be loaded; it says which.
@@ -177,11 +178,7 @@ class Repository:
             return gone
 
     async def unload(self, service: Service, name: str) -> None:
-        """Serve a model no longer; it can be loaded again.
-
-        Raises:
-            RequestError: 404 if it is not served.
-        """
+        """Serve a model no longer; it can be loaded again. 404 if it is not served."""
         async with self._lock:
             service.drop(name)
             service.metrics.loaded(name, "unloaded")
@@ -208,7 +205,7 @@ class Repository:
             for entry in list(self._entries):
                 if entry.of_folder and not readable:
                     continue
-                if entry.of_folder and await asyncio.to_thread(_is_file, _folder_of(entry) / CARD_FILE) is False:
+                if entry.of_folder and await asyncio.to_thread(_is_file, entry.folder / CARD_FILE) is False:
                     if entry.missing:
                         self._forget(service, entry)
                     entry.missing = True
@@ -248,7 +245,7 @@ class Repository:
             cause = error
             if entry.of_folder and self._away:  # then nothing can be said of the bundle
                 cause = BundleError(f"{self._told_away}; what was loaded goes on answering")
-            service.metrics.loaded(entry.name or entry.settings.source, "failed")
+            service.metrics.loaded(entry.shown, "failed")
             self._failed(entry, cause)
             raise cause from error.__cause__
         service.put(model)
@@ -263,7 +260,7 @@ class Repository:
             self._check_inside(entry)
             return load(entry.settings, self._settings, version=entry.version)
         except OSError as error:  # it is being written, or may not be read
-            raise _unreadable(_folder_of(entry), error) from error
+            raise _unreadable(entry.folder, error) from error
 
     def _loaded(self, entry: Entry, model: Model, fingerprint: str) -> None:
         """Note that a model is about to be served."""
@@ -279,7 +276,7 @@ class Repository:
         reason = self._without_paths(error)
         if entry.reason != reason:  # once, not at every look
             kept = "; the version before is still served" if entry.state == "READY" else ""
-            logger.error("%s cannot be loaded%s: %s", entry.name or entry.settings.source, kept, error)
+            logger.error("%s cannot be loaded%s: %s", entry.shown, kept, error)
         entry.reason = reason
 
     def _entries_of(self, name: str) -> list[Entry]:
@@ -293,28 +290,24 @@ class Repository:
     def _without_paths(self, error: ManygatesError) -> str:
         """Return what an error says, without where the files lie: clients need not know."""
         text = str(error)
-        folders = {str(folder) for folder in map(_folder_of, self._entries) if folder.is_absolute()}
+        folders = {str(entry.folder) for entry in self._entries if entry.folder.is_absolute()}
         for folder in sorted(folders, key=len, reverse=True):
             text = text.replace(folder, "…")
         return re.sub(r"(?:/[^\s/:;,()'\"]+){2,}", "…", text)
 
     def _fingerprint(self, entry: Entry) -> str:
-        """Return what changes when the bundle of an entry does; empty where that cannot be seen.
-
-        Raises:
-            ManygatesError: if it is not there, or cannot be read.
-        """
+        """Return what changes when the bundle of an entry does; empty where that cannot be seen."""
         try:
             self._check_inside(entry)
             source, _ = _versioned(entry.settings.source) if not entry.of_folder else (entry.settings.source, "")
             return _fingerprint(source)
         except OSError as error:
-            raise _unreadable(_folder_of(entry), error) from error
+            raise _unreadable(entry.folder, error) from error
 
     def _check_inside(self, entry: Entry) -> None:
         """Refuse a bundle of the repository that is a link to somewhere else by now."""
-        if entry.of_folder and not self._is_inside(_folder_of(entry)):
-            raise BundleError(f"{_folder_of(entry)} is a link that leads out of the model repository; copy the bundle")
+        if entry.of_folder and not self._is_inside(entry.folder):
+            raise BundleError(f"{entry.folder} is a link that leads out of the model repository; copy the bundle")
 
     def _is_inside(self, folder: Path) -> bool:
         assert self._folder is not None
@@ -355,7 +348,7 @@ class Repository:
         try:
             return _bundles_in(place)
         except OSError:  # loading it says why
-            loaded = any(place in (folder := _folder_of(entry), folder.parent) for entry in self._entries)
+            loaded = any(place in (entry.folder, entry.folder.parent) for entry in self._entries)
             return [] if loaded else [(place, VERSION)]
 
     def _note_away(self, reason: str) -> bool:
@@ -372,14 +365,9 @@ class Repository:
 def _told(
     name: str, failures: list[tuple[str, str]], loaded: list[str], gone: list[str], answering: Sequence[str]
 ) -> str:
-    """Say what failed of a load and why, and what the load has changed all the same.
+    """Say what failed of a load (version and reason), and what it has changed all the same.
 
-    Args:
-        name: of the model.
-        failures: version and reason; a reason that several versions share is said once.
-        loaded: versions.
-        gone: versions that have gone from the repository.
-        answering: versions that answer now.
+    A reason that several versions share is said once.
     """
     versions_by_reason: dict[str, list[str]] = {}
     for version, reason in failures:
@@ -408,10 +396,7 @@ def described(model: Model) -> str:
 
 
 def load(model: ModelSettings, settings: Settings, *, version: str = VERSION) -> tuple[Model, str]:
-    """Find a model, load the graphs of its modes and exits, and run them once at every batch size.
-
-    Returns:
-        The model, and the fingerprint of its card; empty where its source cannot change.
+    """Load a model's graphs, run them once at every batch size, and return it with the fingerprint of its card.
 
     Raises:
         ManygatesError: of many kinds; see `serving.server.serve`.
@@ -452,22 +437,20 @@ def load(model: ModelSettings, settings: Settings, *, version: str = VERSION) ->
     if "random" in engine.modes:
         details["gated"] = next(iter(engine.forms.values()), "")
         details["gate_scope"] = model.gate_scope
-    return (
-        Model(
-            card=card,
-            mode=engine.mode,
-            predictor=engine,
-            draws=model.draws,
-            limits=engine.limits if any_exit else None,
-            modes=engine.modes if model.allow_mode_choice else (),
-            voting=engine.agreement_modes,
-            gate_scope=model.gate_scope,
-            version=version,
-            weight=model.weight,
-            details=tuple(details.items()),
-        ),
-        fingerprint,
+    loaded = Model(
+        card=card,
+        mode=engine.mode,
+        predictor=engine,
+        draws=model.draws,
+        limits=engine.limits if any_exit else None,
+        modes=engine.modes if model.allow_mode_choice else (),
+        voting=engine.agreement_modes,
+        gate_scope=model.gate_scope,
+        version=version,
+        weight=model.weight,
+        details=tuple(details.items()),
     )
+    return loaded, fingerprint
 
 
 def _versioned(source: str) -> tuple[str, str]:
@@ -520,10 +503,6 @@ async def _has_gone(entry: Entry) -> bool:
     """Whether the bundle of an entry is not there, at two looks: while it is replaced it is away for a moment."""
     for wait in (0.0, _MOMENT):
         await asyncio.sleep(wait)
-        if await asyncio.to_thread(_is_file, _folder_of(entry) / CARD_FILE) is not False:
+        if await asyncio.to_thread(_is_file, entry.folder / CARD_FILE) is not False:
             return False
     return True
-
-
-def _folder_of(entry: Entry) -> Path:
-    return Path(entry.settings.source.removeprefix(LOCAL_PREFIX))

@@ -9,21 +9,21 @@ et al. 1996); within a model `serving.scheduling.queue` decides.
 """
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.answers import Plan, Prediction, Predictor
+from serving.answers import Prediction, Predictor
+from serving.operations.log import logger
+from serving.operations.tracing import RequestNotes
+from serving.protocol.choices import NOTHING_ASKED, Asked
 from serving.scheduling.queue import Batch, Done, Draining, Outcome, Queue, Ticket
-
-logger = logging.getLogger("manygates.serving")
 
 _LAST_BATCH_SECONDS: Final = 3.0
 """How long the end waits for a batch that is in a model."""
@@ -52,13 +52,6 @@ class _Gone(Predictor):
 GONE: Final = _Gone()
 
 
-class Timings(Protocol):
-    """Is told how long a request took."""
-
-    queue_seconds: float | None
-    compute_seconds: float | None
-
-
 class Scheduler:
     """Worker threads, and the queues that share them: takes batches, calls the models and settles tickets."""
 
@@ -67,8 +60,10 @@ class Scheduler:
         if workers < 1:
             raise ValueError(f"{workers} workers, expected at least 1")
         self._workers = workers
-        self._queues: list[Queue] = []
-        self._in_flight = 0
+        self.queues: list[Queue] = []
+        """The queues that are open or still finish their requests."""
+        self.in_flight = 0
+        """How many batches the workers have or will take next; one that uses every core counts for all of them."""
         self._dispatch_scheduled = False
         self._jobs: SimpleQueue[Batch | None] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -78,25 +73,10 @@ class Scheduler:
         self.stuck = False
         """Whether a worker was still in a model when `stop` gave it up: the interpreter cannot end in peace."""
 
-    @property
-    def running(self) -> bool:
-        """Whether the workers run."""
-        return self._loop is not None
-
-    @property
-    def queues(self) -> tuple[Queue, ...]:
-        """The queues that are open or still finish their requests."""
-        return tuple(self._queues)
-
-    @property
-    def in_flight(self) -> int:
-        """How many batches the workers have or will take next; one that uses every core counts for all of them."""
-        return self._in_flight
-
     def start(self) -> None:
         """Start the worker threads; must be called on the event loop that will submit."""
         self._loop = asyncio.get_running_loop()
-        self._in_flight, self.stuck = 0, False
+        self.in_flight, self.stuck = 0, False
         for number in range(self._workers):
             thread = threading.Thread(target=self._work, name=f"predict-{number}", daemon=True)
             thread.start()
@@ -119,7 +99,7 @@ class Scheduler:
     def open(self, queue: Queue) -> None:
         """Take requests into a queue from now on; on the event loop, after `start`."""
         queue.virtual_time = self._clock
-        self._queues.append(queue)
+        self.queues.append(queue)
         queue.accepting = True
 
     def enter(
@@ -128,10 +108,7 @@ class Scheduler:
         images: NDArray[Any],
         done: Done,
         limits: NDArray[np.float32] | None = None,
-        plan: Plan | None = None,
-        *,
-        timeout: float | None = None,
-        bulk: bool = False,
+        asked: Asked = NOTHING_ASKED,
     ) -> Ticket:
         """Queue validated images, (image, channel, height, width) as float32 in [0, 1] or uint8 levels.
 
@@ -141,21 +118,20 @@ class Scheduler:
             done: is called on the event loop, once, with the answer in the images' order or with the failure.
             limits: float32 (image, exit - 1), go to the model with the images; either every request of a plan
                 brings its own or none does.
-            plan: how to answer; requests of one plan share batches.
-            timeout: seconds by which the answer must be there; None leaves it at the queue's own timeout.
-            bulk: yield to others whatever the number of images.
+            asked: its plan, timeout and whether it is bulk; requests of one plan share batches. Its limits are for one
+                image, and are not looked at.
 
         Raises:
             QueueFull: if `max_queue` images would be exceeded.
             Draining: before `open` and from `close` on.
         """
         was_idle = not queue.waiting
-        ticket = queue.push(images, done, limits, plan, bulk=bulk, now=time.perf_counter())
+        ticket = queue.push(images, done, limits, asked.plan, bulk=asked.bulk, now=time.perf_counter())
         if was_idle:
             queue.virtual_time = max(queue.virtual_time, self._clock)  # idle time earns no credit
         self._wake()
-        if timeout is not None:
-            ticket.timer = self._timer(timeout, self._fail, ticket, DeadlineExceeded())
+        if asked.timeout is not None:
+            ticket.timer = self._timer(asked.timeout, self._fail, ticket, DeadlineExceeded())
         if queue.sweep_timer is None:
             queue.sweep_timer = self._timer(queue.queue_timeout, self._sweep, queue)
         return ticket
@@ -165,22 +141,18 @@ class Scheduler:
         queue: Queue,
         images: NDArray[Any],
         limits: NDArray[np.float32] | None = None,
-        plan: Plan | None = None,
-        *,
-        timeout: float | None = None,
-        bulk: bool = False,
-        timings: Timings | None = None,
+        asked: Asked = NOTHING_ASKED,
+        timings: RequestNotes | None = None,
     ) -> Prediction:
         """Answer images; see `enter`. A caller that is cancelled gives up its place, and its answer is thrown away.
 
         `timings` is told how long the images waited and were computed.
 
         Raises:
-            QueueFull: if `max_queue` images would be exceeded.
+            QueueFull: as `enter`; so is `Draining`.
             WaitedTooLong: if its turn did not come in time.
-            DeadlineExceeded: if the answer was not there within `timeout`.
+            DeadlineExceeded: if the answer was not there within its own timeout.
             PredictionFailed: if the model failed on it.
-            Draining: before `open` and from `close` on.
         """
         future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
 
@@ -192,7 +164,7 @@ class Scheduler:
             else:
                 future.set_result(outcome)
 
-        ticket = self.enter(queue, images, done, limits, plan, timeout=timeout, bulk=bulk)
+        ticket = self.enter(queue, images, done, limits, asked)
         try:
             answer = await future
         except asyncio.CancelledError:
@@ -223,8 +195,8 @@ class Scheduler:
             queue.sweep_timer.cancel()
             queue.sweep_timer = None
         self.abandon(queue)
-        if queue in self._queues:
-            self._queues.remove(queue)
+        with suppress(ValueError):  # it was closed before
+            self.queues.remove(queue)
 
     def abandon(self, queue: Queue) -> None:
         """Tell whoever still waits that no answer will come."""
@@ -236,7 +208,7 @@ class Scheduler:
 
         Not at once: whatever else arrives in this turn joins the batch, and it costs no waiting.
         """
-        if not self._dispatch_scheduled and self._in_flight < 2 * self._workers:
+        if not self._dispatch_scheduled and self.in_flight < 2 * self._workers:
             assert self._loop is not None
             self._dispatch_scheduled = True
             self._loop.call_soon(self._dispatch)
@@ -247,15 +219,15 @@ class Scheduler:
         A batch that is full gains nothing by waiting here, and a worker that finds it at once does not wait for us.
         """
         self._dispatch_scheduled = False
-        all_idle = not self._in_flight
-        while self._in_flight < 2 * self._workers:
+        all_idle = not self.in_flight
+        while self.in_flight < 2 * self._workers:
             queue = self._next_queue()
             if queue is None:
                 return
-            idle = self._workers - self._in_flight
+            idle = self._workers - self.in_flight
             if idle > 0:
                 waiting = queue.waiting
-                wide = waiting == 1 and self._in_flight == 0 and queue.predictor.wide and self._workers > 1
+                wide = waiting == 1 and self.in_flight == 0 and queue.predictor.wide and self._workers > 1
                 # while another worker is busy, it will soon want its share as well, unless there is enough for both
                 enough = waiting >= queue.max_batch and not all_idle
                 share = waiting if enough else -(-waiting // (idle if all_idle else self._workers))
@@ -267,7 +239,7 @@ class Scheduler:
             else:
                 return
             if batch is not None:
-                self._in_flight += self._workers if batch.wide else 1
+                self.in_flight += self._workers if batch.wide else 1
                 self._clock = queue.virtual_time
                 queue.virtual_time += batch.guess / queue.weight
                 self._jobs.put(batch)
@@ -285,9 +257,9 @@ class Scheduler:
         return batch
 
     def _next_queue(self) -> Queue | None:
-        if len(self._queues) == 1:
-            return self._queues[0] if self._queues[0].waiting else None
-        waiting = [queue for queue in self._queues if queue.waiting]
+        if len(self.queues) == 1:
+            return self.queues[0] if self.queues[0].waiting else None
+        waiting = [queue for queue in self.queues if queue.waiting]
         return min(waiting, key=lambda queue: queue.virtual_time) if waiting else None
 
     def _work(self) -> None:
@@ -309,7 +281,7 @@ class Scheduler:
 
     def _finish(self, batch: Batch, outcome: Prediction | BaseException, seconds: float) -> None:
         """Hand a batch's answers to their requests; on the loop."""
-        self._in_flight -= self._workers if batch.wide else 1
+        self.in_flight -= self._workers if batch.wide else 1
         queue = batch.queue
         charged = seconds * self._workers if batch.wide else seconds
         queue.virtual_time += (charged - batch.guess) / queue.weight

@@ -5,9 +5,6 @@ REST, gRPC and whatever comes next read requests in their own form and ask here.
 
 import asyncio
 import dataclasses
-import functools
-import importlib.metadata
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,30 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.answers import Plan, Prediction, Predictor
-from serving.engine.engine import GateScope
 from serving.engine.exits import num_exits
+from serving.engine.gate_compiler import Scope
 from serving.engine.gates import give_memory_back
-from serving.errors import RequestError, busy
+from serving.errors import RequestError, busy, defect, not_ready
 from serving.operations.metrics import Metrics, ModelMetrics
 from serving.operations.settings import Settings
-from serving.protocol.choices import NOTHING_ASKED, Asked
+from serving.operations.tracing import RequestNotes
+from serving.protocol.choices import NOTHING_ASKED, Asked, Choices
 from serving.protocol.open_inference import VERSION, Codec
 from serving.scheduling.queue import Done, Draining, Queue, QueueFull, Ticket
-from serving.scheduling.scheduler import (
-    GONE,
-    DeadlineExceeded,
-    PredictionFailed,
-    Scheduler,
-    Timings,
-    WaitedTooLong,
-)
+from serving.scheduling.scheduler import GONE, DeadlineExceeded, PredictionFailed, Scheduler, WaitedTooLong
+from zoo import vocabulary
 from zoo.bundle.card import Card
 from zoo.errors import BadInput, UnknownName
 from zoo.vocabulary import Mode
 
-logger = logging.getLogger("manygates.serving")
-
 MAX_DRAWS: Final = 64
+_EXTENSIONS: Final = ("binary_tensor_data", "model_repository", "model_configuration", "schedule_policy", "statistics")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +49,7 @@ class Model:
     """What requests may choose; empty where they may not."""
     voting: tuple[Mode, ...] = ()
     """The modes that can tell their agreement."""
-    gate_scope: GateScope = "image"
+    gate_scope: Scope = "image"
     version: str = VERSION
     weight: float = 1.0
     """Its share of the workers, relative to the other models'."""
@@ -98,15 +89,19 @@ class Served:
             weight=model.weight,
             observer=self.metrics,
         )
-        self.codec = Codec(
+        choices = Choices(
             model.card,
-            max_rows=settings.max_queue,
-            version=model.version,
             plan=model.plan,
             modes=model.modes,
             voting=model.voting,
             max_draws=max(MAX_DRAWS, model.draws),
             may_choose_exit=model.limits is not None,
+        )
+        self.codec = Codec(
+            model.card,
+            choices,
+            max_rows=settings.max_queue,
+            version=model.version,
             details={"mode": model.mode, **dict(model.details)},
         )
         self._max_batch = settings.max_batch
@@ -152,11 +147,7 @@ class Service:
     """The models that are served, their queues, and the workers that answer."""
 
     def __init__(self, models: Sequence[Model], settings: Settings) -> None:
-        """Prepare to serve `models`; the first is the default where a request names none.
-
-        Raises:
-            BadInput: if two have the same name and version.
-        """
+        """Prepare to serve `models`, the first as the default; BadInput if two have the same name and version."""
         self.settings = settings
         self.metrics = Metrics()
         self.scheduler = Scheduler(settings.workers)
@@ -165,7 +156,8 @@ class Service:
         self.generation = 0
         """Grows whenever what is served changes, so that nobody remembers a model for longer."""
         self._served: dict[str, dict[str, Served]] = {}
-        self._draining = False
+        self.draining = False
+        """Whether we are about to stop."""
         self._started = False
         self._deadline: float | None = None
         self.hurried = asyncio.Event()
@@ -182,14 +174,9 @@ class Service:
         return list(self._served)
 
     @property
-    def draining(self) -> bool:
-        """Whether we are about to stop."""
-        return self._draining
-
-    @property
     def running(self) -> bool:
         """Whether requests are taken, and will be for a while."""
-        return self._started and not self._draining
+        return self._started and not self.draining
 
     @property
     def healthy(self) -> bool:
@@ -203,11 +190,11 @@ class Service:
 
     def begin_drain(self) -> None:
         """Say that we are not ready any more, so that no new clients are sent here; requests are still answered."""
-        self._draining = True
+        self.draining = True
 
     def close_by(self, deadline: float) -> None:
         """Give the requests in flight until `deadline` (of `time.monotonic`), on whatever protocol they came."""
-        self._draining = True
+        self.draining = True
         self._deadline = deadline
 
     @property
@@ -233,28 +220,14 @@ class Service:
 
     def description(self) -> dict[str, Any]:
         """Return what the protocol calls the server's metadata."""
-        return {
-            "name": "manygates",
-            "version": _version(),
-            "extensions": [
-                "binary_tensor_data",
-                "model_repository",
-                "model_configuration",
-                "schedule_policy",
-                "statistics",
-            ],
-        }
+        return {"name": "manygates", "version": vocabulary.VERSION, "extensions": [*_EXTENSIONS]}
 
     def versions(self, name: str) -> list[str]:
         """Return the versions of a model that are served, oldest first."""
         return sorted(self._served.get(name, {}), key=_age)
 
     def find(self, name: str | None, version: str | None = None) -> Served:
-        """Return a model; without a name the default, without a version the latest.
-
-        Raises:
-            RequestError: 404 for a name or version that is not served.
-        """
+        """Return a model; without a name the default, without a version the latest. 404 if it is not served."""
         if name is None and self._served:
             name = next(iter(self._served))
         versions = self._served.get(name or "")
@@ -289,7 +262,7 @@ class Service:
 
     async def stop(self) -> None:
         """Finish the requests in flight for at most the settings' time to drain, and stop the workers."""
-        self._draining = True
+        self.draining = True
         seconds = self.time_to_drain
         await asyncio.gather(*(self.scheduler.close(served.queue, seconds) for served in self.everything()))
         if self._closing:
@@ -312,11 +285,7 @@ class Service:
                 self._close(old)
 
     def drop(self, name: str, version: str | None = None) -> None:
-        """Serve a model, or one version of it, no longer; what it has taken is answered.
-
-        Raises:
-            RequestError: 404 if it is not served.
-        """
+        """Serve a model, or one version of it, no longer; what it has taken is answered. 404 if it is not served."""
         self.find(name, version)
         for gone in [version] if version else self.versions(name):
             served = self._served[name].pop(gone)
@@ -334,15 +303,10 @@ class Service:
             QueueFull: if there are too many images waiting.
             Draining: if the model takes no requests.
         """
-        limits = served.model.limits if asked.limits is None else asked.limits
-        if limits is not None:
-            limits = np.broadcast_to(limits, (len(images), len(limits)))
-        return self.scheduler.enter(
-            served.queue, images, done, limits, asked.plan, timeout=asked.timeout, bulk=asked.bulk
-        )
+        return self.scheduler.enter(served.queue, images, done, _limits(served, images, asked), asked)
 
     async def predict(
-        self, served: Served, images: NDArray[Any], asked: Asked = NOTHING_ASKED, timings: Timings | None = None
+        self, served: Served, images: NDArray[Any], asked: Asked = NOTHING_ASKED, timings: RequestNotes | None = None
     ) -> Prediction:
         """Answer checked images; `timings` is told how long they waited and were computed.
 
@@ -350,13 +314,9 @@ class Service:
             RequestError: 429 if the queue is full, 503 if the turn did not come or we are stopping, 504 if the
                 request's own time was over, 500 if the model failed.
         """
-        limits = served.model.limits if asked.limits is None else asked.limits
-        if limits is not None:
-            limits = np.broadcast_to(limits, (len(images), len(limits)))
+        limits = _limits(served, images, asked)
         try:
-            return await self.scheduler.submit(
-                served.queue, images, limits, asked.plan, timeout=asked.timeout, bulk=asked.bulk, timings=timings
-            )
+            return await self.scheduler.submit(served.queue, images, limits, asked, timings)
         except (QueueFull, WaitedTooLong, DeadlineExceeded, Draining, PredictionFailed) as error:
             raise self.failure(served, error) from error
 
@@ -373,11 +333,10 @@ class Service:
         if isinstance(error, DeadlineExceeded):
             return RequestError(504, "deadline", "the request's own timeout is over; allow more, or try again later")
         if isinstance(error, Draining):
-            return busy(503, "not_ready", "the server is starting or stopping; try again, it may be another")
-        if not isinstance(error, PredictionFailed):
-            logger.error("a request failed for a reason of ours", exc_info=error)
-            return RequestError(500, "defect", "internal error; the server's log says more")
-        return RequestError(500, "model_failed", "the model failed on this batch; the server's log says more")
+            return not_ready()
+        if isinstance(error, PredictionFailed):
+            return RequestError(500, "model_failed", "the model failed on this batch; the server's log says more")
+        return defect(error)
 
     def _put(self, served: Served) -> None:
         self._served.setdefault(served.name, {})[served.version] = served
@@ -399,12 +358,10 @@ class Service:
         asyncio.get_running_loop().call_later(1.0, give_memory_back)
 
 
-@functools.cache
-def _version() -> str:
-    try:
-        return importlib.metadata.version("manygates")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "0"
+def _limits(served: Served, images: NDArray[Any], asked: Asked) -> NDArray[np.float32] | None:
+    """Return the limits of the exits for each image, float32 (image, exit - 1); None leaves them to the predictor."""
+    limits = served.model.limits if asked.limits is None else asked.limits
+    return None if limits is None else np.broadcast_to(limits, (len(images), len(limits)))
 
 
 def _age(version: str) -> tuple[int, int, str]:

@@ -268,9 +268,9 @@ def answer(rows: int, values: tuple[float, ...] = (0.7, 0.2, 0.1)) -> Reply:
 
 
 @contextmanager
-def scripted(replies: list[Reply]) -> Iterator[str]:
+def scripted(replies: list[Reply], metadata: object = METADATA) -> Iterator[str]:
     """Serve these answers, one after the other, the metadata before them."""
-    script = iter([(200, {}, METADATA), *replies])
+    script = iter([(200, {}, metadata), *replies])
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -382,9 +382,8 @@ def test_an_answer_that_is_none_is_told_in_one_line(reply: Reply, complaint: str
 @pytest.mark.parametrize(
     "metadata", [{}, [], {"inputs": 1, "outputs": []}, {**METADATA, "inputs": []}, {**METADATA, "outputs": []}]
 )
-def test_a_server_of_something_else_is_refused(metadata: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "METADATA", metadata)
-    with scripted([]) as url, pytest.raises(ManygatesError, match="manygates serve"):
+def test_a_server_of_something_else_is_refused(metadata: object) -> None:
+    with scripted([], metadata) as url, pytest.raises(ManygatesError, match="manygates serve"):
         RemoteModel(url, "tiny")
 
 

@@ -24,6 +24,7 @@ from serving.engine.graphs import graph_files
 from serving.errors import RequestError
 from serving.http.app import Application
 from serving.operations.settings import Settings
+from serving.protocol.choices import Choices
 from serving.protocol.open_inference import Codec
 from serving.scheduling.queue import Queue
 from serving.scheduling.scheduler import Scheduler
@@ -540,7 +541,7 @@ def test_a_request_chooses_its_exit_where_the_operator_allows_it(
 
 
 def test_a_remembered_header_does_not_remember_anothers_exit(exits_card: Card) -> None:
-    codec = Codec(exits_card, max_rows=4, may_choose_exit=True)
+    codec = Codec(exits_card, Choices(exits_card, may_choose_exit=True), max_rows=4)
     for chosen in (1, 3, None, 2, 1):
         asked = document(np.zeros((1, *SHAPE)), exit=chosen)
         del asked["inputs"][0]["data"]
@@ -586,7 +587,7 @@ def test_concurrent_requests_with_exits_of_their_own_each_get_them(
     ],
 )
 def test_a_request_that_chooses_nonsense_is_refused(exits_card: Card, parameters: dict[str, Any], said: str) -> None:
-    codec = Codec(exits_card, max_rows=4, may_choose_exit=True)
+    codec = Codec(exits_card, Choices(exits_card, may_choose_exit=True), max_rows=4)
     with pytest.raises(RequestError) as refusal:
         codec.decode(json.dumps(document(np.zeros((1, *SHAPE)), **parameters)).encode(), None)
     assert refusal.value.status == 400

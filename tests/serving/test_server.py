@@ -190,7 +190,7 @@ def test_requests_in_flight_at_sigterm_are_answered(application_of, monkeypatch)
     deadline = time.monotonic() + 10
     while not running.should_exit and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not application.ready
+    assert not application.service.ready
     assert thread.is_alive()
     opened.set()
     assert connection.getresponse().status == 200
@@ -204,7 +204,7 @@ def test_readiness_goes_first_when_draining_is_delayed(application_of) -> None:
     application: Application = application_of(None, drain_delay=0.5)
     running = server.Server(application)
     running.handle_exit(signal.SIGTERM, None)
-    assert application.draining
+    assert application.service.draining
     assert not running.should_exit
     asyncio.run(running.on_tick(1))
     assert not running.should_exit

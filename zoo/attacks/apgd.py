@@ -28,7 +28,7 @@ from zoo.errors import BadInput, UnknownName
 Keep = Literal["first broken", "highest loss"]
 
 RHO = 0.75
-"""An image whose loss rose in no more than this share of the steps since the last checkpoint gets smaller steps."""
+"""An image gets smaller steps if its loss rose in at most this share of the steps since the last checkpoint."""
 INERTIA = 0.25
 """The share of the last move in the next one; the paper writes alpha = 1 - INERTIA."""
 
@@ -57,7 +57,7 @@ def apgd(
         loss: one of `LOSSES` or a function like them.
         targets: int64 (batch,) for a targeted attack: the class to be reached.
         keep: "first broken" returns the first point that reached the goal and goes on without that image; an image that
-            is there already stays as it is. "highest loss" goes on to the end, for attacks that shall transfer.
+            the model gets wrong already stays as it is. "highest loss" goes on to the end, for transfer attacks.
         generator: draws the starts, on the CPU; torch's global generator if None.
         watch: called at the start and after each step with (step, points of highest loss so far, their losses), of the
             images that are still attacked.

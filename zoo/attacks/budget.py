@@ -1,7 +1,7 @@
 """Budgets: how far an attack may move an image, in which norm, and how it spends its steps.
 
-An image is in its ball if |adversarial - image| <= eps both in the arithmetic of the images and in float64; `project`
-keeps that exactly, in float16 and bfloat16 too. Where eps is no number of that type, the ball is that much smaller.
+An image is in its ball if |adversarial - image| <= eps, both in the arithmetic of the images and in float64. `project`
+keeps that exactly, in float16 and bfloat16 too. If the type cannot represent eps, eps is rounded down to it.
 """
 
 from __future__ import annotations

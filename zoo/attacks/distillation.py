@@ -1,8 +1,8 @@
 """Feature distillation (DVERGE, Yang et al. 2020, arXiv:2009.14720, equation 1): an image that looks like another.
 
 Within the ball around its source, the distilled image minimises the squared distance between its feature at one layer
-and that of an unrelated target. What it shows is what that layer confuses: the features a model relies on and that are
-not robust. Ensemble-in-One trains each path on what the others confuse.
+and that of an unrelated target. It shows what that layer confuses: features that the model relies on and that are not
+robust. Ensemble-in-One trains each path on what the others confuse.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def distil(
         target: as `source`; row i is imitated by image i.
         budget: radius, steps, step size, random start; one attempt, whatever its `restarts`.
         momentum: of the normalised gradient; 1 in DVERGE's code, 0 in Ensemble-in-One's.
-        fixed: the feature of the target stays the same, so it is computed once. Not so with BatchNorm in training mode,
-            where every forward moves the statistics.
+        fixed: compute the feature of the target once. False for BatchNorm in training mode, where every forward moves
+            the statistics and so the feature.
         generator: draws the random start, on the CPU.
 
     Raises:

@@ -5,7 +5,7 @@
     MI-FGSM     Dong et al. 2018, arXiv:1710.06081           PGD with momentum=1
     M-DI2-FGSM  Xie et al. 2019, arXiv:1803.06978            momentum=1 and diversity=InputDiversity()
 
-An attack leaves no gradient on the model, switches no mode, and draws from the generator it is given.
+An attack leaves no gradient on the model, switches no mode, and draws only from the generator it is given.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ Model = Callable[[Tensor], Tensor]
 Output = str | int | Callable[[Any], Tensor]
 """Where the logits are in what a model returns: a key or an attribute, a position, or a function of it."""
 PASSED_ON: Final = (ManygatesError, torch.OutOfMemoryError, MemoryError, Warning)
-"""What a model may raise that is said already, or that no other model would help with."""
+"""Errors of a model that are passed on: they explain themselves, or are not the fault of the model."""
 
 
 @contextmanager
 def explained_errors(images: Tensor) -> Iterator[None]:
-    """Turn an error inside of a model, forward or backward, into a sentence that says what it was asked about."""
+    """Turn an error in the forward or backward pass of a model into a `BadInput` that names the images' shape."""
     try:
         yield
     except PASSED_ON:
@@ -43,7 +43,7 @@ def explained_errors(images: Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def logits_of(model: Model, images: Tensor) -> Tensor:
-    """Return checked logits of a deployed model, to judge it by: from a copy of the images, and never NaN.
+    """Return the logits of a model that is judged, not attacked. It gets a copy of the images.
 
     Raises:
         BadInput: see `find_logits`, or an answer that is NaN.
@@ -196,10 +196,10 @@ def check_not_nan(logits: Tensor) -> None:
 
 
 def gradient_of(total: Tensor, images: Tensor, *, weights: Tensor | None = None, retain_graph: bool = False) -> Tensor:
-    """Return the gradient of a sum (or of values, weighted) in the images, in full precision.
+    """Return the gradient of a value in the images, in full precision; of several values, summed by `weights`.
 
     Raises:
-        BadInput: it does not depend on them.
+        BadInput: the value does not depend on the images.
     """
     gradient = None
     if total.requires_grad:

@@ -1,8 +1,8 @@
 """Attacks on models that answer at random: expectation over gates (EOT), and ARC for randomised ensembles.
 
 A random model is a *sampler*: a function without arguments that returns one deterministic draw of it, for example a
-random gated network along a fresh path. What an attack achieved is judged on draws it has not seen; an attack that
-stops at the first draw it fools reports its luck.
+random gated network along a fresh path. An attack is judged on draws that it has not seen. An attack that stops at the
+first draw it fools only reports its luck.
 
     EOT  Athalye et al. 2018, arXiv:1707.07397
     ARC  Dbouk and Shanbhag, ICML 2022, arXiv:2206.06737, algorithm 2
@@ -147,8 +147,8 @@ def eot_pgd(
     for _ in range(budget.restarts):
         adversarial = budget.start(images, generator) if budget.random_start else images
         velocity = torch.zeros_like(full_precision(images))
-        for _step in range(budget.steps + 1):
-            last = _step == budget.steps
+        for step in range(budget.steps + 1):
+            last = step == budget.steps
             if last and draws == 1:
                 best = adversarial
                 break

@@ -1,8 +1,8 @@
 """RayS (Chen and Gu 2020, arXiv:2006.12792): an attack that sees nothing but the class a model answers.
 
-Along a direction of signs it looks for the radius at which the answer changes, and it flips the signs of ever smaller
-blocks of pixels, keeping each flip with which the present radius still suffices. The problem is discrete and needs no
-estimate of a gradient, which is why the attack is used to check models whose gradients or scores cannot be trusted.
+It looks along a direction of signs for the radius at which the answer changes. It then flips the signs of smaller and
+smaller blocks of pixels, and keeps a flip if the answer still changes within that radius. The attack estimates no
+gradient, so it can check models whose gradients or scores cannot be trusted.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Rays:
     direction: Tensor
     """Signs +1 and -1, shaped like the images: the best direction."""
     radius: Tensor
-    """(batch,): how far along it the model is known to answer wrongly; 0 if it did so before the attack, infinite if it
-    was not seen to do so at all. An upper bound on the image's distance to the decision boundary, in pixel units."""
+    """(batch,): a radius along it at which the model answers wrongly; 0 if it did before the attack, infinite if no
+    wrong answer was found. An upper bound on the image's distance to the decision boundary, in pixel units."""
     queries: Tensor
     """int64 (batch,): how often the model was asked about the image."""
 

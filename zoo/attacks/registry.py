@@ -37,7 +37,7 @@ class AttackOptions:
     targets: Tensor | None = None
     """The class to be reached, int64 (batch,), for a targeted attack."""
     queries: int = 1000
-    """Of black-box attacks, per image."""
+    """The most queries per image, of attacks on scores or labels."""
     draws: int = 1
     """Forwards of a random model that one step averages over."""
 

@@ -1,8 +1,8 @@
 """The Skip Gradient Method (Wu et al. 2020, arXiv:2002.05990): a surrogate whose gradients prefer the skip connections.
 
 Every residual branch passes only a share gamma of its gradient back, so adversarial images made on the surrogate
-transfer better. Residual additions are found in the traced graph, not by the names of layers or classes, so nothing is
-silently left out: a network without any is refused.
+transfer better. Residual additions are found in the traced graph, not by the names of layers or classes, so none is
+left out silently. A network without any is refused.
 """
 
 from __future__ import annotations

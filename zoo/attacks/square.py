@@ -2,7 +2,7 @@
 
 Every pixel stands at one of the two ends of its range. A query repaints one square of the image, in each channel with
 one end or the other, and the repainted image is kept if its loss is higher. No gradient is used, so masked gradients do
-not help: a model that withstands PGD and not this attack is only hard to differentiate.
+not help. A model that withstands PGD but not this attack is only hard to differentiate.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ def square(
 ) -> Tensor:
     """Search at random, square by square, for an image in the l_inf ball with a high loss.
 
-    The start is vertical stripes, each column and channel at +eps or -eps; then come squares, drawn for each image by
-    itself, which get smaller by `HALVED_AFTER`. The schedule is not rescaled to `queries`; nor is it in AutoAttack.
+    The search starts with vertical stripes: each column of each channel is at +eps or -eps. Then come squares, drawn
+    for each image separately, which get smaller by `HALVED_AFTER`. As in AutoAttack, the schedule is not rescaled to
+    `queries`.
 
-    Unlike the authors' code, squares may touch the last row and the last column, and a square that would change nothing
-    is turned over, because its query would be wasted.
+    Two things differ from the authors' code. Squares may touch the last row and the last column. A square that would
+    change nothing is turned over, because its query would be wasted.
 
-    A query is one image scored once, which takes `draws` forwards of it. With early stopping the first query asks about
-    the image itself, and an image that is broken is asked about no more.
+    A query scores one image once, which takes `draws` forwards. With early stopping the first query asks about the
+    image itself, and no more queries are spent on an image that is broken.
 
-    A random model needs `draws` > 1: its score is then the mean loss over so many forwards, and a candidate must beat
-    the incumbent twice, each time on fresh draws of both (which share their forwards). So a lucky draw of the past
-    protects no incumbent, and one lucky draw makes none. That costs two or four queries per square, and no image stops
-    early, because one fooled draw proves nothing.
+    A random model needs `draws` > 1. Its score is then the mean loss over `draws` forwards. A candidate must beat the
+    incumbent twice, each time on fresh draws that both share, so one lucky draw neither makes nor protects an
+    incumbent. That costs two or four queries per square. No image stops early, because one fooled draw proves nothing.
 
     Args:
         model: images -> logits (log-probabilities serve as well); a module must be in evaluation mode. It is called

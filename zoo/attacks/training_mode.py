@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from zoo.errors import BadInput
 
 _MOST_WALKED: Final = 10_000
-"""Objects that are looked into for parts in training mode."""
+"""At most so many objects in a model are searched for modules."""
 _CONTAINERS = (list, tuple, set, dict)
 RANDOM_SOURCES = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
 class Unchecked:
-    """See `unchecked`."""
+    """A model that attacks do not check; see `unchecked`."""
 
     def __init__(self, model: Callable[[Tensor], Any]) -> None:
         self.model = model
@@ -44,18 +44,18 @@ class Unchecked:
 
 
 def unchecked(model: Callable[[Tensor], Any]) -> Unchecked:
-    """Return the model as one that attacks take without a look at its mode, its randomness or NaN in its answers.
+    """Mark a model so that attacks check neither its mode nor its randomness nor NaN in its answers.
 
-    Training needs it: it attacks the network that it trains, in training mode, and watches over NaN itself.
+    Training needs this: it attacks the network that it trains, in training mode, and looks for NaN itself.
     """
     return Unchecked(model)
 
 
 def check_mode(model: object) -> None:
-    """Check that nothing in the model depends on its training mode, as far as modules can be found in it.
+    """Check that no module in the model is in training mode and depends on it.
 
-    Found are modules, scripted ones too, what a bound method or a partial belongs to, and what a function or a callable
-    object keeps. What stays hidden shows when the model is asked (`models.checked_model`).
+    The search finds modules (scripted ones too), the owners of bound methods and partials, and what a function or a
+    callable object keeps. A module that it misses shows when the model is asked (`models.checked_model`).
 
     Raises:
         BadInput: a part in training mode that reads its mode, such as BatchNorm, dropout or stochastic depth.
@@ -73,7 +73,7 @@ def check_mode(model: object) -> None:
 
 
 def parts_held(model: object) -> Iterator[object]:
-    """Yield the modules that a callable keeps, without those that a yielded one registers, and its random sources."""
+    """Yield the modules and sources of random numbers that a callable holds; of nested modules the outermost."""
     waiting, met = [model], set[int]()
     while waiting and len(met) < _MOST_WALKED:
         thing = waiting.pop()
@@ -113,7 +113,7 @@ def parts_held(model: object) -> Iterator[object]:
 
 
 def _attributes(thing: object) -> dict[str, object]:
-    """Return what an object keeps under names of its own."""
+    """Return the attributes of an object by name, those in slots too."""
     kept = dict(getattr(thing, "__dict__", {}))
     for kind in type(thing).__mro__:
         for name, slot in vars(kind).items() if "__slots__" in vars(kind) else ():
@@ -153,7 +153,7 @@ def _methods_of(thing: object) -> list[object]:
 
 
 def _codes_of(method: object) -> Iterator[CodeType]:
-    """Yield the code of what a class or an object keeps as a method, decorated or not."""
+    """Yield the code of a method, decorated or not."""
     while method is not None:
         if isinstance(method, property):
             method = method.fget
@@ -168,13 +168,13 @@ def _codes_of(method: object) -> Iterator[CodeType]:
 
 
 def _names_in(code: CodeType) -> set[str]:
-    """Return the globals and attributes that a function names, in a `getattr` and in the functions inside of it too."""
+    """Return the globals and attributes that a function or one inside it names, and "training" where it is a string."""
     inner = (_names_in(part) for part in code.co_consts if isinstance(part, CodeType))
     return set(code.co_names).union({"training"}.intersection(code.co_consts), *inner)
 
 
 class Buffers:
-    """The buffers of a model's modules with a part in training mode, as they were before it was asked."""
+    """Copies of the buffers of a model that has a part in training mode, taken before the model is asked."""
 
     def __init__(self, model: object) -> None:
         roots = (held for held in parts_held(model) if isinstance(held, nn.Module))
@@ -187,7 +187,7 @@ class Buffers:
         ]
 
     def restore(self) -> str:
-        """Put back what moved; return the name of a buffer that did, else nothing."""
+        """Put back the buffers that moved; return the name of one of them, or an empty text."""
         moved = ""
         for part, name, buffer, before in self._before:
             now = getattr(part, name, None)

@@ -212,7 +212,7 @@ def patient(patient_server: Patient) -> Iterator[Patient]:
     finally:
         patient_server.predictor.go.set()
     eventually(lambda: patient_server.waiting == 0)
-    eventually(lambda: patient_server.application.held_bytes == 0)
+    eventually(lambda: patient_server.application.budget.held == 0)
 
 
 def eventually(fact: Callable[[], object]) -> None:
@@ -355,7 +355,7 @@ def test_a_wrong_request_is_refused_with_what_is_wrong_and_counted(
     with refused(code, text):
         client.call("ModelInfer", request)
     assert failures(application) == before + 1
-    assert application.held_bytes == 0
+    assert application.budget.held == 0
     client.call("ModelInfer", infer_request(images))  # the next is none the worse
 
 
@@ -446,7 +446,7 @@ def test_a_cancelled_call_gives_up_its_place_and_is_no_error(patient, images) ->
     eventually(lambda: patient.waiting == 0)
     patient.predictor.go.set()
     first.result(timeout=5)
-    eventually(lambda: patient.application.held_bytes == 0)
+    eventually(lambda: patient.application.budget.held == 0)
     assert failures(patient.application) == before
 
 
@@ -474,7 +474,7 @@ def test_stopping_answers_what_is_in_flight_and_takes_nothing_new(
         assert client.health() == health_pb2.HealthCheckResponse.SERVING
         future = client.method("ModelInfer").future(infer_request(images[:1]))
         assert slow.started.wait(5)
-        application.begin_drain()
+        application.service.begin_drain()
         assert client.health() == health_pb2.HealthCheckResponse.NOT_SERVING
         assert not client.call("ServerReady").ready
         assert client.call("ServerLive").live
@@ -522,7 +522,7 @@ def test_calls_without_an_end_hear_of_the_stop_and_do_not_hold_it_up(
         client = Client(application.grpc_port)
         watched = client.watch("tiny")
         assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
-        application.begin_drain()
+        application.service.begin_drain()
         assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
         stream = stream_of(client)(iter([infer_request(images), _Wait()]), timeout=10)
         assert not next(stream).error_message
@@ -567,7 +567,7 @@ def test_a_stream_is_answered_in_order_and_a_wrong_request_does_not_end_it(appli
     requests.append(b"\xff\xff")
     expected = answer(images)["probabilities"]
     responses = list(stream_of(client)(iter(requests), timeout=20))
-    assert application.held_bytes == 0
+    assert application.budget.held == 0
     assert [response.infer_response.id for response in responses] == [*map(str, range(200)), ""]
     for number, response in enumerate(responses[:200]):
         if number % 10 == 9:
@@ -608,7 +608,7 @@ def test_a_message_above_the_limit_is_refused_compressed_or_not(tiny_application
 def test_a_small_message_is_not_large(application, client) -> None:
     with refused("INVALID_ARGUMENT", "expected at most 65536"):
         client.call("ModelMetadata", name="x" * 100_000)
-    eventually(lambda: application.held_bytes == 0)
+    eventually(lambda: application.budget.held == 0)
 
 
 def test_the_server_holds_no_more_bytes_than_it_may(application_of, serve, slow, images) -> None:
@@ -664,7 +664,7 @@ def test_damaged_messages_are_refused_and_never_our_fault(application, client, i
             codes.add("OK")
         except grpc.RpcError as error:
             codes.add(error.code().name)
-    assert application.held_bytes == 0
+    assert application.budget.held == 0
     assert "INVALID_ARGUMENT" in codes
     assert codes <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "DEADLINE_EXCEEDED"}
 
@@ -943,8 +943,8 @@ def test_requests_are_logged_and_traced_where_that_is_wanted(tiny_application, s
     spans: list[dict[str, Any]] = []
 
     class Recorder:
-        def record(self, name: str, **about: Any) -> None:
-            spans.append({"name": name, **about})
+        def record(self, name: str, notes: Any, **about: Any) -> None:
+            spans.append({"name": name, "notes": notes, **about})
 
     application = tiny_application("single", grpc_port=0, log_requests=True, **keys)
     application.tracer = Recorder()  # type: ignore[assignment]
@@ -960,7 +960,9 @@ def test_requests_are_logged_and_traced_where_that_is_wanted(tiny_application, s
     assert answered.request_id == "seven"
     assert failed.access["status"] == 404
     first, second = spans
-    assert (first["name"], first["protocol"], first["mode"], first["model"]) == ("ModelInfer", "grpc", "single", "tiny")
-    assert first["traceparent"] == b"00-1-2-01"
-    assert second["reason"] == "unknown_model"
-    assert not any("alice-alice" in str(said) for said in (*caplog.messages, *spans))
+    assert (first["name"], first["protocol"]) == ("ModelInfer", "grpc")
+    assert (first["notes"].mode, first["notes"].model) == ("single", "tiny")
+    assert first["headers"][b"traceparent"] == b"00-1-2-01"
+    assert second["notes"].reason == "unknown_model"
+    told = [(span["name"], span["notes"]) for span in spans]
+    assert not any("alice-alice" in str(said) for said in (*caplog.messages, *told))

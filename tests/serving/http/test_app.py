@@ -324,7 +324,7 @@ def test_a_file_that_takes_longer_to_decode_than_its_request_has_is_answered_wit
         ask(application, body)
     finally:
         opened.set()
-    assert application.held_bytes == 0
+    assert application.budget.held == 0
     assert b'reason="deadline"' in application.metrics.text()
 
 
@@ -585,7 +585,7 @@ def test_before_its_start_and_while_draining_the_server_says_503(application_of)
     application = application_of(Fixed())
 
     async def draining(client: httpx.AsyncClient) -> None:
-        application.begin_drain()
+        application.service.begin_drain()
         assert (await client.get("/v2/health/ready")).status_code == 503
         # requests that are still sent here are answered until the server really stops
         assert (await client.post("/v2/models/tiny/infer", json=infer_document())).status_code == 200

@@ -89,7 +89,7 @@ def serve(application_of, application_with, shared_server, serve_in_a_thread) ->
             finally:
                 for client in opened:
                     client.close()
-        waits_until(lambda: application.held_bytes == 0 and not application.connections)
+        waits_until(lambda: application.budget.held == 0 and not application.collecting)
 
     return running
 
@@ -830,7 +830,7 @@ def test_a_client_that_hangs_up_in_the_queue_gives_up_its_place(serve, known: bo
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         client.close()
         waits_until(lambda: service.find("tiny").queue.waiting == 0)
-        assert connect.application.held_bytes == 2 * 192
+        assert connect.application.budget.held == 2 * 192
         fits = connect()
         fits.sendall(raw(0.25))
         waits_until(lambda: service.find("tiny").queue.waiting == 1)
@@ -846,7 +846,7 @@ def test_a_client_that_hangs_up_while_it_is_computed_is_forgotten(serve) -> None
         client.sendall(raw(0.5))
         assert gate.entered.wait(10)
         client.close()
-        waits_until(lambda: connect.application.held_bytes == 0)
+        waits_until(lambda: connect.application.budget.held == 0)
         gate.opened.set()
         other = connect()
         other.sendall(raw(0.25))
@@ -858,10 +858,10 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_body_holds_nothing(serve) -
         for part in (1, 100, 191):
             client = connect()
             client.sendall(raw(0.5)[: -192 + part])
-            waits_until(lambda part=part: connect.application.held_bytes == part)
+            waits_until(lambda part=part: connect.application.budget.held == part)
             client.close()
-            waits_until(lambda: connect.application.held_bytes == 0)
-            assert connect.application.connections == set()
+            waits_until(lambda: connect.application.budget.held == 0)
+            assert connect.application.collecting == set()
 
 
 def test_bodies_that_are_only_announced_take_no_ones_room(serve, ways: Counter[str]) -> None:
@@ -893,7 +893,7 @@ def test_a_known_head_is_no_way_around_the_limit_of_all_bodies(serve) -> None:
         assert received.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 1" in received
         assert b"requests of 1000 bytes are being answered" in received
-        assert connect.application.held_bytes == 5 * 192
+        assert connect.application.budget.held == 5 * 192
         gate.opened.set()
         assert [answer(client)[0] for client in clients] == [200] * 5
 
@@ -904,12 +904,12 @@ def test_a_body_that_outgrows_the_room_for_all_is_refused_and_its_room_given_bac
         for client in clients:
             client.sendall(INFER + b"Content-Length: 1000\r\n\r\n")
         clients[0].sendall(b" " * 900)
-        waits_until(lambda: connect.application.held_bytes == 900)
+        waits_until(lambda: connect.application.budget.held == 900)
         clients[1].sendall(b" " * 500)
-        waits_until(lambda: connect.application.held_bytes == 1400)
+        waits_until(lambda: connect.application.budget.held == 1400)
         clients[1].sendall(b" " * 200)
         assert everything(clients[1]).startswith(b"HTTP/1.1 503 ")
-        waits_until(lambda: connect.application.held_bytes == 900)
+        waits_until(lambda: connect.application.budget.held == 900)
         clients[0].sendall(b" " * 100)
         assert answer(clients[0])[0] == 400
 
@@ -1025,7 +1025,7 @@ def test_requests_on_the_short_way_that_are_in_flight_at_sigterm_are_answered_an
             for number, client in enumerate(clients[:8]):
                 client.sendall(raw(number / 16))
             assert gate.entered.wait(10)
-            waits_until(lambda: application.held_bytes == 8 * 192)
+            waits_until(lambda: application.budget.held == 8 * 192)
             server.terminate()
             for idle in clients[8:]:
                 assert everything(idle) == b""
@@ -1036,7 +1036,7 @@ def test_requests_on_the_short_way_that_are_in_flight_at_sigterm_are_answered_an
                 assert (b"connection", b"close") in headers
                 assert everything(client) == b""
             assert server.ends()
-            assert application.held_bytes == 0
+            assert application.budget.held == 0
     finally:
         gate.opened.set()
 
@@ -1105,7 +1105,7 @@ def test_garbage_behind_a_request_ends_the_connection_and_gives_its_place_back(s
         client = connect()
         client.sendall(raw(0.5) + garbage)
         assert b"200 OK" not in everything(client)
-        waits_until(lambda: connect.application.held_bytes == 192)
+        waits_until(lambda: connect.application.budget.held == 192)
         gate.opened.set()
         assert answer(first)[0] == 200
 
@@ -1122,7 +1122,7 @@ def test_whoever_still_waits_at_the_end_gets_503_on_either_way(
             clients = [server.connect() for _ in range(4)]
             for number, client in enumerate(clients):  # one is computed, one is at hand, and two wait
                 client.sendall(raw(0.5, headers=(b"Origin: x",) if number % 2 else ()))
-                waits_until(lambda count=number: application.held_bytes == 192 * (count + 1))
+                waits_until(lambda count=number: application.budget.held == 192 * (count + 1))
             server.terminate()
             if signals == 2:
                 time.sleep(0.3)
@@ -1135,7 +1135,7 @@ def test_whoever_still_waits_at_the_end_gets_503_on_either_way(
             assert application.stuck, "a batch is still being computed"
             assert "Traceback" not in caplog.text
             assert not gate.opened.is_set()
-            assert application.held_bytes == 0
+            assert application.budget.held == 0
     finally:
         gate.opened.set()
 

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from serving.answers import Plan, Prediction
 from serving.errors import RequestError
+from serving.protocol.choices import Choices
 from serving.protocol.open_inference import Codec, InferRequest
 from zoo.bundle.card import Card, Exit, Paths
+from zoo.vocabulary import MODES
 
 SHAPE = (3, 4, 4)
 ITEMS = 48
@@ -55,13 +57,10 @@ def codecs(card: Card) -> list[Codec]:
         Codec(card, max_rows=MAX_ROWS),
         Codec(
             card,
+            Choices(card, Plan("random", 3), MODES, voting=("ensemble", "random"), max_draws=64),
             max_rows=MAX_ROWS,
-            plan=Plan("random", 3),
-            modes=("single", "ensemble", "random"),
-            voting=("ensemble", "random"),
-            max_draws=64,
         ),
-        Codec(early, max_rows=MAX_ROWS, may_choose_exit=True),
+        Codec(early, Choices(early, may_choose_exit=True), max_rows=MAX_ROWS),
     ]
 
 

@@ -217,7 +217,7 @@ def attack(shared_application, shared_server, serve_in_a_thread) -> Callable[...
                     client.close()
                 steady.end()
             assert steady.slowest < 3
-            eventually(lambda: not application.held_bytes and not application.connections)
+            eventually(lambda: not application.budget.held and not application.collecting)
             eventually(lambda: not any(served.queue.waiting for served in application.service.everything()))
 
     return attacking
@@ -287,10 +287,10 @@ def test_half_a_body_and_then_nobody_leaves_nothing_behind(attack, start: bytes)
             for headers in (b"Content-Length: %d\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n%x\r\n"):
                 client = target.connect()
                 client.sendall(start + headers % whole + bytes(part))
-        eventually(lambda: target.application.held_bytes >= 40 * part)
+        eventually(lambda: target.application.budget.held >= 40 * part)
         for client in target.opened:
             client.close()
-        eventually(lambda: target.application.held_bytes < 10_000)
+        eventually(lambda: target.application.budget.held < 10_000)
         assert target.growth < 60
 
 

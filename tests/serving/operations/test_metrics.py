@@ -217,7 +217,7 @@ def test_a_model_is_ready_while_it_takes_requests(card: Any) -> None:
         assert ready() == 0
         async with application.running():
             assert ready() == 1
-            application.begin_drain()
+            application.service.begin_drain()
             assert ready() == 0
         assert ready() == 0
 

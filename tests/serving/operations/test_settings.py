@@ -93,9 +93,9 @@ def test_the_examples_of_this_file_cover_every_setting() -> None:
 
 def test_every_setting_can_be_set_by_its_variable() -> None:
     environment = {PREFIX + name.upper(): as_text(value) for name, value in OTHER.items()}
-    assert Settings.from_environment(environment) == Settings(**OTHER)
-    assert Settings.from_environment({"MANYGATES_SERVE_EXIT": "2", "MANYGATES_DATA": "/x"}) == Settings(exit=2)
-    assert Settings.from_environment({}) == Settings()
+    assert Settings.resolve({}, environment) == Settings(**OTHER)
+    assert Settings.resolve({}, {"MANYGATES_SERVE_EXIT": "2", "MANYGATES_DATA": "/x"}) == Settings(exit=2)
+    assert Settings.resolve({}, {}) == Settings()
 
 
 def test_every_setting_can_be_set_by_its_flag() -> None:
@@ -176,9 +176,9 @@ def test_flags_go_before_the_environment_that_before_the_file_and_that_before_de
 def test_the_environment_may_name_the_file_and_a_flag_names_another(tmp_path: Path) -> None:
     (tmp_path / "named.toml").write_text("threads = 5")
     environment = {"MANYGATES_SERVE_CONFIG": str(tmp_path / "named.toml")}
-    assert Settings.from_environment(environment).threads == 5
+    assert Settings.resolve({}, environment).threads == 5
     assert command(environment=environment, file=written(tmp_path, "threads = 6")).threads == 6
-    assert Settings.from_environment({"MANYGATES_SERVE_CONFIG": ""}) == Settings()
+    assert Settings.resolve({}, {"MANYGATES_SERVE_CONFIG": ""}) == Settings()
 
 
 def test_a_switch_of_the_file_can_be_turned_off_by_a_flag(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_a_table_that_makes_no_sense_is_refused(tmp_path: Path, text: str, said:
 )
 def test_a_setting_that_makes_no_sense_is_refused(environment: dict[str, str], said: str) -> None:
     with pytest.raises(BadInput) as refusal:
-        Settings.from_environment({PREFIX + name: value for name, value in environment.items()})
+        Settings.resolve({}, {PREFIX + name: value for name, value in environment.items()})
     assert said in str(refusal.value)
 
 
@@ -410,8 +410,8 @@ def test_the_links_of_a_kubernetes_service_of_the_same_prefix_are_no_settings() 
             "PORT_8000_TCP_ADDR": "10.0.0.7",
         }
         environment = {f"MANYGATES_SERVE_{service}{name}": value for name, value in links.items()}
-        assert Settings.from_environment({**environment, "MANYGATES_SERVE_THREADS": "3"}) == Settings(threads=3)
-    assert Settings.from_environment({"MANYGATES_SERVE_PORT": "8001"}).port == 8001
+        assert Settings.resolve({}, {**environment, "MANYGATES_SERVE_THREADS": "3"}) == Settings(threads=3)
+    assert Settings.resolve({}, {"MANYGATES_SERVE_PORT": "8001"}).port == 8001
 
 
 # --- the command ---

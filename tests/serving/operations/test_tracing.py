@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from serving.operations.settings import Settings
-from serving.operations.tracing import Tracer, make_tracer
+from serving.operations.tracing import RequestNotes, Tracer, make_tracer
 from zoo.errors import BadInput
 
 ROOT = Path(__file__).parents[3]
@@ -39,9 +39,10 @@ def spans() -> Iterator[Any]:
     writes.close()
 
 
-def record(writes: Tracer, **more: Any) -> None:
+def record(writes: Tracer, *, headers: dict[bytes, bytes] | None = None, **notes: Any) -> None:
     now = time.perf_counter()
-    writes.record("infer", **{"started": now - 0.010, "ended": now, "status": 200, **more})
+    noted = RequestNotes(**{"status": 200, **notes})
+    writes.record("infer", noted, started=now - 0.010, ended=now, protocol="http", headers=headers or {})
 
 
 def test_without_tracing_there_is_no_tracer_and_no_package_is_loaded() -> None:
@@ -111,7 +112,7 @@ def test_children_never_begin_before_their_request(spans: Any) -> None:
 
 def test_a_clients_trace_is_continued(spans: Any) -> None:
     writes, found = spans
-    record(writes, traceparent=TRACEPARENT, tracestate=b"vendor=x", queue_seconds=0.001)
+    record(writes, headers={b"traceparent": TRACEPARENT, b"tracestate": b"vendor=x"}, queue_seconds=0.001)
     root = found()["infer"]
     assert root.context.trace_id == found()["queue"].context.trace_id == TRACE
     assert (root.parent.span_id, root.parent.is_remote) == (PARENT, True)
@@ -120,7 +121,7 @@ def test_a_clients_trace_is_continued(spans: Any) -> None:
 
 def test_what_a_client_does_not_sample_is_not_written(spans: Any) -> None:
     writes, found = spans
-    record(writes, traceparent=TRACEPARENT[:-2] + b"00", queue_seconds=0.001)
+    record(writes, headers={b"traceparent": TRACEPARENT[:-2] + b"00"}, queue_seconds=0.001)
     assert found() == {}
 
 
@@ -139,7 +140,7 @@ def test_what_a_client_does_not_sample_is_not_written(spans: Any) -> None:
 )
 def test_a_header_that_makes_no_sense_begins_a_trace_of_its_own(spans: Any, traceparent: bytes) -> None:
     writes, found = spans
-    record(writes, traceparent=traceparent, tracestate=b"\xff,=,")
+    record(writes, headers={b"traceparent": traceparent, b"tracestate": b"\xff,=,"})
     assert found()["infer"].parent is None
     assert found()["infer"].context.trace_id not in (0, TRACE)
 

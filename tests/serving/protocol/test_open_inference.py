@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 from serving.answers import Plan, Prediction
-from serving.errors import RequestError
-from serving.protocol.choices import NOTHING_ASKED, Asked
+from serving.errors import RequestError, shown
+from serving.protocol.choices import NOTHING_ASKED, Asked, Choices
 from serving.protocol.open_inference import HEADER_LENGTH, Codec, InferRequest, http_response
-from serving.protocol.shown import shown
 
 PIXELS = 48
 
@@ -342,7 +341,8 @@ def test_random_bytes_are_always_refused_as_the_clients_mistake(codec: Codec) ->
 
 
 def voting(card, **changes: Any) -> Codec:
-    return Codec(card, **{"max_rows": 16, "plan": Plan("ensemble"), "voting": ("ensemble", "random"), **changes})
+    choices = Choices(card, **{"plan": Plan("ensemble"), "voting": ("ensemble", "random"), **changes})
+    return Codec(card, choices, max_rows=16)
 
 
 def voted(*agreement: float) -> Prediction:
@@ -440,7 +440,8 @@ def test_where_one_path_answers_there_is_no_agreement_to_ask_for(card) -> None:
     ],
 )
 def test_a_request_chooses_by_its_parameters(card, parameters: dict[str, Any], asked: Asked) -> None:
-    codec = Codec(card, max_rows=4, plan=Plan("random", 3), modes=("random", "single", "ensemble"), max_draws=8)
+    choices = Choices(card, Plan("random", 3), ("random", "single", "ensemble"), max_draws=8)
+    codec = Codec(card, choices, max_rows=4)
     for form in ((request(tensor(), parameters=parameters), None), binary(bytes(192), parameters=parameters)):
         for _ in range(2):  # also where the head is remembered
             assert codec.decode(*form).form.asked == asked
@@ -471,7 +472,7 @@ def test_a_request_chooses_by_its_parameters(card, parameters: dict[str, Any], a
     ],
 )
 def test_a_choice_that_makes_no_sense_is_refused(card, parameters: dict[str, Any], said: str) -> None:
-    codec = Codec(card, max_rows=4, plan=Plan("random", 3), modes=("random", "single"), max_draws=8)
+    codec = Codec(card, Choices(card, Plan("random", 3), ("random", "single"), max_draws=8), max_rows=4)
     message = refused(codec, request(tensor(), parameters=parameters))
     assert said in message
     assert len(message) < 400

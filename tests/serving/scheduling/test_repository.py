@@ -897,7 +897,7 @@ def test_requests_in_flight_while_a_model_is_loaded_again_are_all_answered_by_th
         metrics = httpx.get(f"{url}/metrics").text
     assert failures == []
     assert set(found) == {1, 2, 3, 4, 5, 6, 7}
-    assert application.held_bytes == 0
+    assert application.budget.held == 0
     counted = [line for line in metrics.splitlines() if line.startswith("manygates_requests_total{")]
     assert len(counted) == 1
     assert float(counted[0].split()[-1]) == len(found), "a replaced model's counts go on"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from serving.answers import Plan, Prediction, Predictor
+from serving.protocol.choices import Asked
 from serving.scheduling.queue import Draining, Outcome, Queue, QueueFull, Ticket
 from serving.scheduling.scheduler import (
     DeadlineExceeded,
@@ -29,10 +30,10 @@ class Line(Queue):
         self.scheduler = scheduler
 
     def enter(self, images: np.ndarray, done: Callable[[Outcome], None], **options: Any) -> Ticket:
-        return self.scheduler.enter(self, images, done, **options)
+        return self.scheduler.enter(self, images, done, None, Asked(**options))
 
     async def submit(self, images: np.ndarray, **options: Any) -> Prediction:
-        return await self.scheduler.submit(self, images, **options)
+        return await self.scheduler.submit(self, images, None, Asked(**options))
 
     async def close(self, timeout: float) -> None:
         await self.scheduler.close(self, timeout)

@@ -326,7 +326,7 @@ def test_a_model_is_replaced_under_load_without_a_failure_and_each_answer_is_of_
     run(service, body)
     assert len(numbers) == 8 * 150
     assert set(numbers) <= set(range(20))
-    assert service.scheduler.queues == ()
+    assert service.scheduler.queues == []
 
 
 def test_stopping_answers_what_was_taken_also_by_models_that_were_replaced_or_dropped(model) -> None:

@@ -32,6 +32,7 @@ Attack = Callable[..., Tensor]
 ATTACKS: dict[str, Attack] = {
     "fgsm": fgsm,
     "pgd": pgd,
+    "pgd, first broken": functools.partial(pgd, keep="first broken"),
     "pgd, momentum": functools.partial(pgd, momentum=1.0),
     "m-di2": functools.partial(pgd, momentum=1.0, diversity=InputDiversity()),
     "apgd": apgd,

@@ -345,9 +345,9 @@ def test_one_lucky_draw_does_not_stop_the_search_of_a_random_model(
 
     images, labels = image.expand(8, -1, -1, -1), label.expand(8)
     budget = LinfBudget(eps=EPS)
-    deceived = square(Lucky(model), images, labels, budget, queries=3000, early_stop=False, generator=generator())
-    stopped = square(Lucky(model), images, labels, budget, queries=3000, generator=generator())
-    honest = square(Lucky(model), images, labels, budget, queries=3000, draws=2, generator=generator())
+    deceived = square(Lucky(model), images, labels, budget, queries=1500, early_stop=False, generator=generator())
+    stopped = square(Lucky(model), images, labels, budget, queries=1500, generator=generator())
+    honest = square(Lucky(model), images, labels, budget, queries=1500, draws=2, generator=generator())
     gains = {
         name: torch.tensor([gain(one[None]) for one in adversarial])
         for name, adversarial in {"deceived": deceived, "stopped": stopped, "honest": honest}.items()

@@ -215,3 +215,40 @@ def test_a_budget_that_makes_no_sense_is_refused(options: dict[str, float], mess
 def test_a_step_is_a_fifth_of_the_radius_unless_given() -> None:
     assert LinfBudget(eps=0.05).step == pytest.approx(0.01)
     assert LinfBudget(eps=0.05, step_size=0.002).step == 0.002
+
+
+def test_first_broken_goes_on_without_the_images_that_are_broken(bumpy: Bumpy, images: Tensor, labels: Tensor) -> None:
+    sizes: list[int] = []
+
+    def counted(pixels: Tensor) -> Tensor:
+        sizes.append(len(pixels))
+        return bumpy(pixels)
+
+    budget = LinfBudget(eps=0.5, steps=20, restarts=2)
+    found = pgd(counted, images, labels, budget, keep="first broken", generator=generator())
+    assert accuracy(bumpy, found, labels) == 0.0
+    assert sizes[0] == len(images)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(sizes) < 20 * len(images)
+
+
+def test_a_start_is_brought_into_the_ball_and_must_be_shaped_like_the_images(
+    bumpy: Bumpy, images: Tensor, labels: Tensor
+) -> None:
+    budget = LinfBudget(eps=EPS, steps=1)
+    found = pgd(bumpy, images, labels, budget, start=torch.ones_like(images))
+    assert float((found - images).abs().max()) <= EPS
+    with pytest.raises(BadInput, match=r"\(1, 3, 8, 8\)"):
+        pgd(bumpy, images, labels, budget, start=images[:1])
+
+
+def test_input_diversity_that_never_shrinks_is_plain_pgd(bumpy: Bumpy, images: Tensor, labels: Tensor) -> None:
+    budget = LinfBudget(eps=EPS, random_start=False)
+    found = pgd(bumpy, images, labels, budget, diversity=InputDiversity(probability=0))
+    assert torch.equal(found, pgd(bumpy, images, labels, budget))
+
+
+@pytest.mark.parametrize("options", [{"probability": 1.5}, {"probability": -0.1}, {"smallest": 0}, {"smallest": 1.1}])
+def test_shares_of_input_diversity_are_in_their_range(options: dict[str, float]) -> None:
+    with pytest.raises(BadInput, match=str(next(iter(options.values())))):
+        InputDiversity(**options)
