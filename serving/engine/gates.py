@@ -14,6 +14,7 @@ import os
 import platform
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -65,16 +66,16 @@ class SystemGates:
         return (words % np.uint32(self._candidates)).astype(np.int64).reshape(num_images, self._num_gates)
 
 
+@dataclass(frozen=True)
 class GatedGraph:
     """A graph whose gates are an input, opened; may be run from several threads at once."""
 
-    def __init__(self, session: Any, *, scope: Scope, form: Form, reason: str = "", one_by_one: bool = False) -> None:
-        self.scope: Scope = scope
-        self.form: Form = form
-        self.reason = reason
-        """Why the form is portable, in one sentence; empty if it is blocked."""
-        self._session = session
-        self._one_by_one = one_by_one
+    session: Any
+    scope: Scope
+    form: Form
+    reason: str = ""
+    """Why the form is portable, in one sentence; empty if it is blocked."""
+    one_by_one: bool = False
 
     def run(self, images: FloatArray, gates: NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
         """Answer images along their paths.
@@ -92,12 +93,11 @@ class GatedGraph:
         """
         failure = None
         try:
-            if not self._one_by_one:
-                probabilities, logits = self._session.run(OUTPUTS, {INPUT: images, GATES: gates})
+            if not self.one_by_one:
+                probabilities, logits = self.session.run(OUTPUTS, {INPUT: images, GATES: gates})
                 return probabilities, logits
             rows = [
-                self._session.run(OUTPUTS, {INPUT: images[row : row + 1], GATES: path})
-                for row, path in enumerate(gates)
+                self.session.run(OUTPUTS, {INPUT: images[row : row + 1], GATES: path}) for row, path in enumerate(gates)
             ]
             probabilities, logits = (np.concatenate(column) for column in zip(*rows, strict=True))
             return probabilities, logits

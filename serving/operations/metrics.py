@@ -4,7 +4,9 @@ Nothing here says which path answered a request: `path_draws` counts draws, all 
 """
 
 from collections import Counter as Tally
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Generic, TypeVar, cast
 
 from prometheus_client import (
@@ -35,31 +37,27 @@ class Metrics:
 
     def __init__(self) -> None:
         model = ("model", "version")
+        per_mode = (*model, "mode")
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
 
-        def counter(name: str, meaning: str, *labels: str) -> Counter:
-            return Counter(f"manygates_{name}", meaning, labels, registry=registry)
-
-        def gauge(name: str, meaning: str, *labels: str) -> Gauge:
-            return Gauge(f"manygates_{name}", meaning, labels, registry=registry)
-
-        def histogram(name: str, meaning: str, bounds: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"manygates_{name}", meaning, labels, registry=registry, buckets=bounds)
-
-        self.requests = counter("requests", "Requests answered with success.", *model, "endpoint", "mode")
-        self.images = counter("images", "Images answered.", *model, "mode")
-        self.draws = counter("path_draws", "Random paths drawn.", *model)
-        self.exits = counter("exit_answers", "Images that an exit of a multi-exit model answered.", *model, "exit")
-        self.request_seconds = histogram("request_seconds", "From the whole body to the answer.", _SECONDS, *model)
-        self.queue_seconds = histogram("queue_seconds", "A request's wait for its first batch.", _SECONDS, *model)
-        self.compute_seconds = histogram("compute_seconds", "A batch's time in the model.", _SECONDS, *model, "mode")
-        self.batch_images = histogram("batch_images", "Images in a batch.", _BATCHES, *model, "mode")
-        self.waiting = gauge("queue_images", "Images waiting now.", *model)
-        self.ready = gauge("model_ready", "1 if the model takes requests.", *model)
-        self.info = gauge("model_info", "What serves a model: always 1.", *model, "mode", *_TOLD)
-        self._failures = counter("request_failures", "Requests answered with an error.", "model", "reason")
-        self._loads = counter("model_loads", "Models loaded while the server runs, by outcome.", "model", "outcome")
+        counter = partial(Counter, namespace="manygates", registry=registry)
+        gauge = partial(Gauge, namespace="manygates", registry=registry)
+        histogram = partial(Histogram, namespace="manygates", registry=registry)
+        times = partial(histogram, buckets=_SECONDS)
+        self.requests = counter("requests", "Requests answered with success.", (*model, "endpoint", "mode"))
+        self.images = counter("images", "Images answered.", per_mode)
+        self.draws = counter("path_draws", "Random paths drawn.", model)
+        self.exits = counter("exit_answers", "Images that an exit of a multi-exit model answered.", (*model, "exit"))
+        self.request_seconds = times("request_seconds", "From the whole body to the answer.", model)
+        self.queue_seconds = times("queue_seconds", "A request's wait for its first batch.", model)
+        self.compute_seconds = times("compute_seconds", "A batch's time in the model.", per_mode)
+        self.batch_images = histogram("batch_images", "Images in a batch.", per_mode, buckets=_BATCHES)
+        self.waiting = gauge("queue_images", "Images waiting now.", model)
+        self.ready = gauge("model_ready", "1 if the model takes requests.", model)
+        self.info = gauge("model_info", "What serves a model: always 1.", (*per_mode, *_TOLD))
+        self._failures = counter("request_failures", "Requests answered with an error.", ("model", "reason"))
+        self._loads = counter("model_loads", "Models loaded while the server runs, by outcome.", ("model", "outcome"))
         self._of_models = (
             *(self.requests, self.images, self.draws, self.exits, self.waiting, self.ready, self.info),
             *(self.request_seconds, self.queue_seconds, self.compute_seconds, self.batch_images),
@@ -104,36 +102,31 @@ class Metrics:
             family.remove_by_labels({"model": name, "version": version})
 
 
+@dataclass(eq=False)
 class ModelMetrics:
     """What one version of a model has done. `Metrics.add` comes before anything is counted."""
 
-    def __init__(
-        self,
-        model: str,
-        version: str,
-        *,
-        plan: Plan,
-        shared_gates: bool = False,
-        num_exits: int = 1,
-        waiting: Callable[[], int],
-        ready: Callable[[], bool],
-        info: dict[str, str] | None = None,
-    ) -> None:
-        """Describe what is counted.
+    model: str
+    version: str
+    plan: Plan
+    """How requests are answered that choose nothing."""
+    waiting: Callable[[], int]
+    """Tells how many images wait now."""
+    ready: Callable[[], bool]
+    """Tells whether requests are taken now."""
+    shared_gates: bool = False
+    """Whether all images of a batch take the same path."""
+    num_exits: int = 1
+    """1 is not counted by exit."""
+    info: Mapping[str, str] = field(default_factory=dict)
+    """What else is told of it, such as the provider that computes."""
+    failures: int = 0
+    """Requests for this model that were answered with an error."""
 
-        `plan` is how requests are answered that choose nothing, `shared_gates` says whether all images of a batch take
-        the same path, and `num_exits` is 1 where nothing is counted by exit. `waiting` tells how many images wait now,
-        `ready` whether requests are taken now, and `info` what else there is to say, such as the provider.
-        """
-        self.labels = (model, version)
-        self.plan = plan
-        self.failures = 0
-        """Requests for this model that were answered with an error."""
-        self._shared_gates = shared_gates
-        self._num_exits = num_exits
-        self._waiting = waiting
-        self._ready = ready
-        self._info = info or {}
+    @property
+    def labels(self) -> tuple[str, str]:
+        """What tells its series from those of others."""
+        return (self.model, self.version)
 
     def attach(self, metrics: Metrics) -> None:
         """Begin to count in a server's metrics, where the counts of an older one of this name and version go on."""
@@ -146,12 +139,12 @@ class ModelMetrics:
         self._batch_images = _Series(metrics.batch_images, self.labels)
         self._request_seconds = metrics.request_seconds.labels(*self.labels)
         self._queue_seconds = metrics.queue_seconds.labels(*self.labels)
-        metrics.waiting.labels(*self.labels).set_function(self._waiting)
-        metrics.ready.labels(*self.labels).set_function(self._ready)
-        metrics.info.labels(*self.labels, self.plan.mode, *(self._info.get(name, "") for name in _TOLD)).set(1)
+        metrics.waiting.labels(*self.labels).set_function(self.waiting)
+        metrics.ready.labels(*self.labels).set_function(self.ready)
+        metrics.info.labels(*self.labels, self.plan.mode, *(self.info.get(name, "") for name in _TOLD)).set(1)
         if self.plan.mode == "random":
             self._draws[()].inc(0)
-        for number in range(1, self._num_exits + 1) if self._num_exits > 1 else ():
+        for number in range(1, self.num_exits + 1) if self.num_exits > 1 else ():
             self._exits[(str(number),)].inc(0)
 
     def answered(self, endpoint: str, plan: Plan | None, seconds: float) -> None:
@@ -172,7 +165,7 @@ class ModelMetrics:
         self._batch_images[mode].observe(rows)
         self._images[mode].inc(rows)
         if plan.mode == "random":
-            self._draws[()].inc(plan.draws * (1 if self._shared_gates else rows))
+            self._draws[()].inc(plan.draws * (1 if self.shared_gates else rows))
         if answer.exits is not None:
             for number, images in Tally(answer.exits.tolist()).items():
                 self._exits[(str(number),)].inc(images)
