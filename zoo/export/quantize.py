@@ -251,6 +251,7 @@ def _gathered(flat: Sequence[ModelProto], choices: Mapping[str, NodeProto]) -> M
     The candidates' graphs are the same but for their gated layers.
     """
     graphs = [model.graph for model in flat]
+    tensors = [{tensor.name: tensor for tensor in graph.initializer} for graph in graphs]
     common = ModelProto()
     common.CopyFrom(flat[0])
     del common.graph.node[:]
@@ -263,7 +264,7 @@ def _gathered(flat: Sequence[ModelProto], choices: Mapping[str, NodeProto]) -> M
         layers = [[other for other in graph.node if _choice_of(other) == node.name] for graph in graphs]
         works = [[*_numbers(graph, layer), *layer, *rounding] for graph, layer in zip(graphs, layers, strict=True)]
         output = [node, *rounding][-1].output[0]
-        common.graph.node.append(_choice(choices[node.name], works, [_tensors(graph) for graph in graphs], output))
+        common.graph.node.append(_choice(choices[node.name], works, tensors, output))
         replaced |= {other.name for other in (*layers[0], *rounding)}
     common.graph.node.extend(node for node in graphs[0].node if node.name not in replaced)
     return common
@@ -305,10 +306,6 @@ def _choice(
         return helper.make_graph(nodes, f"{original.output[0]}_candidate_{candidate}", [], [answer], initializers)
 
     return choice(original.output[0], output, _conditions(original), [branch(index) for index in range(len(works))])
-
-
-def _tensors(graph: GraphProto) -> dict[str, TensorProto]:
-    return {tensor.name: tensor for tensor in graph.initializer}
 
 
 # --- assembly ---

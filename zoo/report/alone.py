@@ -33,16 +33,10 @@ def _findings(entry: Entry) -> Iterator[Exhibit]:
     lint = entry.lint
     if lint is None:
         return
-    rows = (
-        (
-            finding.code,
-            finding.name,
-            Cell(text=finding.verdict, tone=findings.TONES[finding.verdict]),
-            finding.figure,
-            finding.meaning,
-        )
-        for finding in lint.findings
-    )
+    rows = [
+        (each.code, each.name, Cell(text=each.verdict, tone=findings.TONES[each.verdict]), each.figure, each.meaning)
+        for each in lint.findings
+    ]
     header = ("Code", "Question", "Verdict", "Figure", "What an alarm means")
     yield Exhibit(
         title=f"The linter: {findings.verdict(lint)[0]}",
@@ -119,18 +113,13 @@ def _exits(found: Found, figure: Figures) -> Exhibit:
     columns = found.table.columns
     places = positions(columns) or {name: float(index) for index, name in enumerate(columns)}
     ordered = sorted(columns, key=lambda name: places[name])
+    at = tuple(places[name] for name in ordered)
     series = []
     for index, (row, values) in enumerate(zip(found.table.rows, found.values, strict=True)):
         known = dict(zip(columns, values, strict=True))
-        series.append(
-            Series(
-                label=row,
-                style=Style(colour=index, dash=index),
-                at=tuple(places[name] for name in ordered),
-                values=tuple(known[name] for name in ordered),
-            )
-        )
-    ticks = tuple((places[name], name) for name in ordered)
+        shown = tuple(known[name] for name in ordered)
+        series.append(Series(label=row, style=Style(colour=index, dash=index), at=at, values=shown))
+    ticks = tuple(zip(at, ordered, strict=True))
     return Exhibit(
         title=f"Accuracy at every exit: {found.context}",
         picture=figure(
@@ -148,15 +137,10 @@ def _budgeted(found: Found, curves: dict[str, list[tuple[float, float]]], figure
     costs = [cost for points in curves.values() for cost, _ in points]
     low, high = min(costs), max(costs)
     places = dict.fromkeys(low + (high - low) * index / 4 for index in range(5))
-    series = tuple(
-        Series(
-            label=name,
-            style=Style(colour=index, dash=index),
-            at=tuple(cost for cost, _ in points),
-            values=tuple(accuracy for _, accuracy in points),
-        )
-        for index, (name, points) in enumerate(curves.items())
-    )
+    series = []
+    for index, (name, points) in enumerate(curves.items()):
+        at, values = zip(*points, strict=True)
+        series.append(Series(label=name, style=Style(colour=index, dash=index), at=at, values=values))
     return Exhibit(
         title=f"Accuracy at a mean cost: {found.context}",
         picture=figure(
@@ -166,7 +150,7 @@ def _budgeted(found: Found, curves: dict[str, list[tuple[float, float]]], figure
             Lines(
                 axis="million multiply-accumulates per answer, mean",
                 ticks=tuple((place, number(place)) for place in places),
-                series=series,
+                series=tuple(series),
             ),
         ),
         grids=(found.grid(folded=True),),

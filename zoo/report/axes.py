@@ -149,6 +149,7 @@ def _tag(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]])
     figure.draw_without_rendering()  # settles where the axes are
     at = [tuple(map(float, axes.transData.transform((across, up)))) for across, up, _ in points]
     taken = [(x, y, 4.0) for x, y in at]
+    look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5, "color": INK, "zorder": 5}
     for (x, y), (across, up, tag) in zip(at, points, strict=True):
         half = 2.4 * len(tag)
         sides = [(side * (6 + half), height) for height in (0.0, 8.0, -8.0) for side in (1, -1)]
@@ -161,17 +162,7 @@ def _tag(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]])
 
         side = min(sides, key=covers)
         taken.append((x + side[0], y + side[1], half))
-        axes.annotate(
-            _legible(tag, 8),
-            (across, up),
-            xytext=side,
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=7.5,
-            color=INK,
-            zorder=5,
-        )
+        axes.annotate(_legible(tag, 8), (across, up), xytext=side, textcoords="offset points", **look)
 
 
 def _draw_spread(figure: Figure, drawing: Spread) -> None:
@@ -206,18 +197,13 @@ def _draw_heat(figure: Figure, drawing: Heat) -> None:
     axes.pcolormesh(np.ma.masked_invalid(shares), cmap=colours, vmin=0, vmax=1, edgecolors=PAGE, linewidth=1)
     size = max(len(drawing.rows), len(drawing.columns))
     if size <= _ANNOTATED:
+        fontsize = 9 if size <= 10 else 6
         for row, values in enumerate(drawing.values):
             for column, value in enumerate(values):
                 dark = value is not None and _luminance(colours(value)[:3]) < 0.18
-                axes.text(
-                    column + 0.5,
-                    row + 0.5,
-                    MISSING if value is None else f"{100 * value:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=9 if size <= 10 else 6,
-                    color=INK if value is None else "#fefefe" if dark else "#000000",
-                )
+                ink = INK if value is None else "#fefefe" if dark else "#000000"
+                text = MISSING if value is None else f"{100 * value:.0f}"
+                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=fontsize, color=ink)
     rows = [_legible(name, 18) for name in drawing.rows]
     columns = [_legible(name, 18) for name in drawing.columns]
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)

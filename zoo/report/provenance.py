@@ -57,19 +57,11 @@ def models(entries: Sequence[Entry]) -> Section:
     rows = []
     for model, card in {entry.model: entry.card for entry in entries}.items():
         training = card.training
-        rows.append(
-            (
-                Cell(text=model, detail=card.description),
-                card.method,
-                Cell(text=card.architecture.name, detail=_gates(card)),
-                card.dataset,
-                Cell(
-                    text=training.summary or MISSING,
-                    detail=f"seed {training.seed}, commit {training.commit or MISSING}, {training.date}",
-                ),
-                card.license,
-            )
-        )
+        origin = f"seed {training.seed}, commit {training.commit or MISSING}, {training.date}"
+        network = Cell(text=card.architecture.name, detail=_gates(card))
+        trained = Cell(text=training.summary or MISSING, detail=origin)
+        named = Cell(text=model, detail=card.description)
+        rows.append((named, card.method, network, card.dataset, trained, card.license))
     header = ("Model", "Method", "Architecture", "Data set", "Training", "Licence")
     title = "The models"
     return Section(key="models", title=title, exhibits=(Exhibit(grids=(grid(title, header, rows),)),))

@@ -311,8 +311,8 @@ def test_a_network_of_any_kind_can_change_its_type(name: str) -> None:
     path, batch = random_path(rgn), images(2).double()
     derived, last = derive(rgn, path), rgn.num_features
     assert torch.equal(derived(batch), rgn(batch, path))
-    assert_equal_answers(rgn.features(batch, last, rgn.select(path)), derived(batch))
-    assert_equal_answers(rgn.features(batch, last, rgn.folded(path), folded=True), derived(batch))
+    assert_equal_answers(rgn.runner(last, rgn.select(path))(batch), derived(batch))
+    assert_equal_answers(rgn.runner(last, rgn.folded(path), folded=True)(batch), derived(batch))
     assert_equal_answers(folded_copy(derived)(batch), derived(batch))
 
 

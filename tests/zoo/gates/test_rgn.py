@@ -318,7 +318,7 @@ def test_norms_without_an_affine_map_can_be_gated_and_folded() -> None:
     rgn = randomly_gate(plain).eval()
     expected = rgn(images, (1,))
     assert torch.equal(derive(rgn, (1,))(images), expected)
-    folded = rgn.features(images, rgn.num_features, rgn.folded((1,)), folded=True)
+    folded = rgn.runner(rgn.num_features, rgn.folded((1,)), folded=True)(images)
     torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-5)
 
 

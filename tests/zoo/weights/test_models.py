@@ -180,7 +180,7 @@ def test_a_card_with_gates_over_plain_weights_is_refused(tmp_path: Path) -> None
     described = card(GATED, ("single",), ("conv1", "conv2"))
     files = {RGN_WEIGHTS: tmp_path / "weights", "single.onnx": b"graph"}
     bundle = write_bundle(tmp_path / "bundle", described, files)
-    with pytest.raises(CheckpointError, match=r"rgn\.safetensors holds a plain network; export the bundle again"):
+    with pytest.raises(CheckpointError, match=r"rgn\.safetensors holds a plain network, and its card a gated one"):
         load_variant(bundle, "single")
 
 
