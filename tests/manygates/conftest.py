@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,42 +97,63 @@ def small() -> list[str]:
     return [word for setting in SMALL for word in ("--set", setting)]
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _tiny(tiny_folder: Path, register_tiny: str) -> Iterator[None]:
-    """All tests here know the data set, so that they can share a model."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
-        patch.setenv(datasets.DATA_VARIABLE, str(tiny_folder))
-        exec(register_tiny, {})
+@pytest.fixture(scope="session")
+def tiny_known(tiny_folder: Path, register_tiny: str) -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which the data set is known and found, and after which it is not."""
+
+    @contextmanager
+    def known() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
+            patch.setenv(datasets.DATA_VARIABLE, str(tiny_folder))
+            exec(register_tiny, {})
+            yield
+
+    return known
+
+
+@pytest.fixture(autouse=True)
+def _tiny(tiny_known: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """All tests here know the data set."""
+    with tiny_known():
         yield
 
 
-@pytest.fixture(scope="package")
-def run(_tiny: None, tmp_path_factory: pytest.TempPathFactory, cli: Cli, small: list[str]) -> Path:
+@pytest.fixture(scope="session")
+def run(
+    tiny_known: Callable[[], AbstractContextManager[None]],
+    tmp_path_factory: pytest.TempPathFactory,
+    cli: Cli,
+    small: list[str],
+) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "smoke"
-    cli.done("train", "smoke", "--out", folder, *small, "--device", "cpu")
+    with tiny_known():
+        cli.done("train", "smoke", "--out", folder, *small, "--device", "cpu")
     return folder
 
 
-@pytest.fixture(scope="package")
-def model(run: Path, cli: Cli) -> Path:
+@pytest.fixture(scope="session")
+def model(tiny_known: Callable[[], AbstractContextManager[None]], run: Path, cli: Cli) -> Path:
     folder = run.parent / "model"
-    said = cli.done("export", run, "--out", folder)
+    with tiny_known():
+        said = cli.done("export", run, "--out", folder)
     assert "single, ensemble, gated" in said.err
     return folder
 
 
-@pytest.fixture(scope="package")
-def plain(model: Path, cli: Cli) -> Path:
+@pytest.fixture(scope="session")
+def plain(tiny_known: Callable[[], AbstractContextManager[None]], model: Path, cli: Cli) -> Path:
     folder = model.parent / "plain"
-    cli.done("derive", model, "--out", folder, "--path", "0110100")
+    with tiny_known():
+        cli.done("derive", model, "--out", folder, "--path", "0110100")
     return folder
 
 
-@pytest.fixture(scope="package")
-def picture(model: Path) -> Path:
+@pytest.fixture(scope="session")
+def picture(tiny_known: Callable[[], AbstractContextManager[None]], model: Path) -> Path:
     """A test picture of the class "red"."""
-    images = datasets.load("tiny", "test")
+    with tiny_known():
+        images = datasets.load("tiny", "test")
     pixels = images.pixels[images.labels == 0][0].permute(1, 2, 0).numpy()
     file = model.parent / "red.png"
     Image.fromarray(pixels).save(file)
