@@ -104,19 +104,22 @@ def tiny_known(tiny_folder: Path, register_tiny: str) -> Callable[[], AbstractCo
     @contextmanager
     def known() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
-            patch.setenv(datasets.DATA_VARIABLE, str(tiny_folder))
-            exec(register_tiny, {})
+            make_known(patch, tiny_folder, register_tiny)
             yield
 
     return known
 
 
+def make_known(patch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
+    patch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
+    patch.setenv(datasets.DATA_VARIABLE, str(folder))
+    exec(code, {})
+
+
 @pytest.fixture(autouse=True)
-def _tiny(tiny_known: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """All tests here know the data set."""
-    with tiny_known():
-        yield
+def _tiny(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, register_tiny: str) -> None:
+    """All tests here know the data set; what a test patches on top is undone with it."""
+    make_known(monkeypatch, tiny_folder, register_tiny)
 
 
 @pytest.fixture(scope="session")
