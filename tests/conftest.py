@@ -7,6 +7,7 @@ import inspect
 import io
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -49,6 +50,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if marked and (reason := missing()):
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    # costly files first: one that a worker begins last holds up the end
+    costly = Counter(item.path for item in items for marker in ("slow", "browser") if item.get_closest_marker(marker))
+    items.sort(key=lambda item: -costly[item.path])
     if config.getoption("quick"):
         left_out = [item for item in items if not is_quick(item)]
         config.hook.pytest_deselected(items=left_out)
