@@ -35,7 +35,7 @@ demo: $(VENV)/installed-demo ## serve the bundled models with the interactive de
 test: check ## everything that must hold: format, lint, types, import contracts, tests
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-quick: $(VENV)/installed-dev ## the tests without a process, server, training run or browser, in under two minutes
+quick: $(VENV)/installed-dev ## the tests without a process, server, training run or browser
 	$(BIN)/python -m pytest --quick -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/installed-dev ## format, lint, types and import contracts, without the tests

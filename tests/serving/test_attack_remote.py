@@ -23,6 +23,8 @@ from zoo.attacks.remote import RemoteModel, eight_bit  # noqa: E402
 from zoo.attacks.square import square  # noqa: E402
 from zoo.errors import BadInput, ManygatesError, UnknownName  # noqa: E402
 
+pytestmark = pytest.mark.integration  # its fixtures start servers in ways that the code does not show
+
 SHAPE = (3, 4, 4)
 
 

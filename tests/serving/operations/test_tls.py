@@ -14,6 +14,8 @@ from serving.operations.settings import Settings
 from serving.operations.tls import pems, renew, ssl_context
 from zoo.errors import BadInput
 
+pytestmark = pytest.mark.integration  # its fixtures start servers in ways that the code does not show
+
 NOW = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
 DAY = datetime.timedelta(days=1)
 

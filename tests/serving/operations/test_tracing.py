@@ -19,6 +19,8 @@ from serving.operations.settings import Settings
 from serving.operations.tracing import RequestNotes, Tracer, make_tracer
 from zoo.errors import BadInput
 
+pytestmark = pytest.mark.integration  # its fixtures start servers in ways that the code does not show
+
 ROOT = Path(__file__).parents[3]
 TRACE, PARENT = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331
 TRACEPARENT = f"00-{TRACE:032x}-{PARENT:016x}-01".encode()
