@@ -222,6 +222,8 @@ def test_the_largest_seed_is_taken(model: Path, picture: Path, tmp_path: Path, c
     largest = ("--seed", str(2**63 - 1))
     cli.done("evaluate", model, "--protocol", "clean", "--images", "9", *largest)
     cli.done("attack", model, "--image", picture, "--steps", "1", "--out", tmp_path / "out", *largest)
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["seed"] == 2**63 - 1
 
 
 @pytest.mark.parametrize(
