@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bumpy import Bumpy, generator
 from torch import Tensor, nn
 
 from zoo.attacks import LinfBudget, pgd
@@ -15,25 +16,6 @@ from zoo.errors import BadInput, UnknownName
 
 EPS = 0.06
 Attack = Callable[..., Tensor]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Bumpy(nn.Module):
-    """A small network with a curved loss and a BatchNorm."""
-
-    def __init__(self, seed: int = 1, scale: float = 20.0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 6)
-        )
-        self.scale = scale
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images) * self.scale
 
 
 class Linear(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from bumpy import generator
 from torch import Tensor, nn
 
 from zoo.attacks import L2Budget, LinfBudget
@@ -17,10 +18,6 @@ from zoo.errors import BadInput, UnknownName
 EPS = 0.03
 BUDGET = LinfBudget(eps=EPS, steps=20)
 needs_library = pytest.mark.usefixtures("library")
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class Small(nn.Module):

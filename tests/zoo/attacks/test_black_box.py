@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bumpy import Bumpy, generator
 from torch import Tensor, nn
 
 from zoo.attacks import L2Budget, LinfBudget
@@ -22,10 +23,6 @@ Attack = Callable[..., Tensor]
 ATTACKS: dict[str, Attack] = {"square": square, "rays": rays}
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 class HalfSpace(nn.Module):
     """Two classes: class 1 where weight . image > boundary."""
 
@@ -36,20 +33,6 @@ class HalfSpace(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         score = images.flatten(1) @ self.weight - self.boundary
         return torch.stack([torch.zeros_like(score), score], 1)
-
-
-class Bumpy(nn.Module):
-    """A small network with a curved loss, in double precision, with a BatchNorm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 5)
-        ).double()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images) * 20
 
 
 class Counted:
@@ -73,7 +56,7 @@ def attack(request: pytest.FixtureRequest) -> Attack:
 
 @pytest.fixture
 def bumpy() -> Bumpy:
-    return Bumpy().eval()
+    return Bumpy(classes=5).double().eval()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bumpy import Bumpy, generator
 from torch import Tensor, nn
 
 from zoo.attacks import InputDiversity, LinfBudget, fgsm, pgd
@@ -13,10 +14,6 @@ from zoo.networks import ImageFormat, build
 
 EPS = 0.05
 Attack = Callable[..., Tensor]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class HalfSpace(nn.Module):
@@ -31,23 +28,9 @@ class HalfSpace(nn.Module):
         return torch.stack([torch.zeros_like(score), score, torch.full_like(score, -1e3)], 1)
 
 
-class Bumpy(nn.Module):
-    """A small network with a curved loss; double precision, so that no gradient sign hangs on rounding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 5)
-        ).double()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images) * 20
-
-
 @pytest.fixture
 def bumpy() -> Bumpy:
-    return Bumpy().eval()
+    return Bumpy(classes=5).double().eval()
 
 
 @pytest.fixture

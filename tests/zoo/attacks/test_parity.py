@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bumpy import generator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,10 +21,6 @@ from zoo.gates.rgn import RandomGatedNetwork, randomly_gate
 
 CLASSES, IMAGES = 10, 200
 EPS = 0.04
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def network() -> nn.Sequential:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bumpy import generator
 from torch import Tensor, nn
 
 from zoo import paths
@@ -19,10 +20,6 @@ from zoo.networks import ImageFormat, build
 pytestmark = pytest.mark.filterwarnings("ignore:.*single gated layer:zoo.errors.GatingWarning")
 
 EPS = 0.1
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class Half(nn.Module):
